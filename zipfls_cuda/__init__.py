@@ -1,0 +1,49 @@
+"""Zipf's Label Smoothing (ECCV 2022) for PyTorch, fused: ``import zipfls_cuda as zls``."""
+
+from .checks import check_inputs
+from .distributions import (
+    Constant,
+    Distribution,
+    ExponentialDecay,
+    LinearDecay,
+    RandomDistribution,
+    RandomPareto,
+    RandomUniform,
+    Zipf,
+)
+from .functional import (
+    dense_vote,
+    fit_zipf,
+    rank_votes,
+    zipf_cross_entropy,
+    zipf_head_loss,
+    zipf_label,
+    zipf_loss,
+)
+from .modules import ZipfLoss
+from .ops import backends, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Constant",
+    "Distribution",
+    "ExponentialDecay",
+    "LinearDecay",
+    "RandomDistribution",
+    "RandomPareto",
+    "RandomUniform",
+    "Zipf",
+    "ZipfLoss",
+    "__version__",
+    "backends",
+    "check_inputs",
+    "dense_vote",
+    "fit_zipf",
+    "rank_votes",
+    "use_backend",
+    "zipf_cross_entropy",
+    "zipf_head_loss",
+    "zipf_label",
+    "zipf_loss",
+]

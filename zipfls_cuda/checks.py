@@ -1,0 +1,183 @@
+"""Messages for people: what is wrong with an argument, what was given, what is expected.
+
+Nothing here looks at a tensor's values, so nothing synchronises; ``check_inputs`` alone does, on request.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .distributions import Distribution, Zipf
+from .reference import raise_outside
+
+REDUCTIONS = ("mean", "sum", "none")
+DEFAULT_ALPHA = float("1.0")  # an object of its own: tells alpha left out from alpha=1.0 given
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _float(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def _same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
+
+
+def number(name: str, x: object, low: float = -math.inf, high: float = math.inf) -> None:
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if not (math.isfinite(x) and low <= x <= high):
+        expected = "finite" if low == -math.inf else f"in [{low:g}, {high:g}]" if high < math.inf else ">= 0"
+        raise ValueError(f"{name} must be {expected}, got {x!r}")
+
+
+def class_weight(x: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Class ``weight`` (C,) of the cross-entropy."""
+    _tensor("weight", x)
+    if x.dim() != 1 if shape is None else x.shape != shape:
+        raise ValueError(f"weight must have shape (C,){'' if shape is None else f' = {shape}'}, got {_shape(x)}")
+    _float("weight", x)
+
+
+def num_classes(value: object) -> None:
+    if isinstance(value, Tensor | bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"num_classes must be an int, got {type(value).__name__}")
+    if value < 2:
+        raise ValueError(f"num_classes must be at least 2, got {value}")
+
+
+def votes(x: Tensor, num_samples: int | None = None) -> None:
+    """``votes`` (N, P) int32 or int64."""
+    _tensor("votes", x)
+    if x.dim() != 2:
+        raise ValueError(f"votes must have shape (N, P), got {_shape(x)}")
+    if x.dtype != torch.int32 and x.dtype != torch.int64:
+        raise TypeError(f"votes must be int32 or int64, got {x.dtype}")
+    if num_samples is not None and x.shape[0] != num_samples:
+        raise ValueError(f"votes must have one row per sample, ({num_samples}, P), got {_shape(x)}")
+
+
+def target(x: Tensor, num_samples: int | None = None) -> None:
+    """``target`` (N,) int64."""
+    _tensor("target", x)
+    if x.dim() != 1 or (num_samples is not None and x.shape[0] != num_samples):
+        expected = "(N,)" if num_samples is None else f"({num_samples},), one class per row of logits"
+        raise ValueError(f"target must have shape {expected}, got {_shape(x)}")
+    if x.dtype != torch.int64:
+        raise TypeError(f"target must be int64 class indices, got {x.dtype}")
+
+
+def label_inputs(t: Tensor, v: Tensor) -> None:
+    """``target`` and ``votes`` of zipf_label."""
+    target(t)
+    votes(v, t.shape[0])
+    _same_device("votes", v, "target", t)
+
+
+def loss_inputs(logits: Tensor, t: Tensor, v: Tensor | None, weight: Tensor | None = None) -> None:
+    """The tensors of the loss: ranks, shapes, dtypes, devices."""
+    _tensor("logits", logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must have shape (N, C), got {_shape(logits)}")
+    _float("logits", logits)
+    N, C = logits.shape
+    if C < 2:
+        raise ValueError(f"logits must have at least 2 classes, got shape {_shape(logits)}")
+    target(t, N)
+    _same_device("target", t, "logits", logits)
+    if v is not None:
+        votes(v, N)
+        _same_device("votes", v, "logits", logits)
+    if weight is not None:
+        class_weight(weight, (C,))
+        _same_device("weight", weight, "logits", logits)
+
+
+def loss_options(zipf_weight: float, label_smoothing: float, ignore_index: int, reduction: str) -> None:
+    """The numbers and names among the loss's options."""
+    number("zipf_weight", zipf_weight)
+    number("label_smoothing", label_smoothing, 0.0, 1.0)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def law(alpha: float, distribution: Distribution | None) -> Distribution:
+    """The law asked for by ``alpha`` or by ``distribution``, never by both."""
+    if distribution is None:
+        return Zipf(alpha)
+    # Tracing does not keep the identity of floats: there, alpha=1.0 beside a distribution passes.
+    if alpha != 1.0 if torch.compiler.is_compiling() else alpha is not DEFAULT_ALPHA:
+        raise ValueError(f"alpha and distribution exclude each other, got alpha={alpha!r} and {distribution!r}")
+    if not isinstance(distribution, Distribution):
+        raise TypeError(f"distribution must be a zls.Distribution such as zls.Zipf(1.0), got {distribution!r}")
+    return distribution
+
+
+def vote_inputs(features: Tensor, weight: Tensor, bias: Tensor | None, upsample: int) -> None:
+    """The arguments of dense_vote."""
+    _tensor("features", features)
+    if features.dim() not in (3, 4):
+        raise ValueError(f"features must have shape (N, D, H, W) or (N, T, D), got {_shape(features)}")
+    _float("features", features)
+    D = features.shape[1] if features.dim() == 4 else features.shape[2]
+    _tensor("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != D:
+        raise ValueError(f"weight must have shape (C, D) with D = {D} as in features, got {_shape(weight)}")
+    if weight.shape[0] < 2:
+        raise ValueError(f"weight must have at least 2 classes, got shape {_shape(weight)}")
+    tensors = [("weight", weight)]
+    if bias is not None:
+        _tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape (C,) = ({weight.shape[0]},), got {_shape(bias)}")
+        tensors.append(("bias", bias))
+    for name, x in tensors:
+        if x.dtype != features.dtype:
+            raise TypeError(f"{name} must have the dtype of features, {features.dtype}, got {x.dtype}")
+        _same_device(name, x, "features", features)
+    if isinstance(upsample, bool) or upsample not in (1, 2):
+        raise ValueError(f"upsample must be 1 or 2, got {upsample!r}")
+    if upsample == 2 and features.dim() == 3:
+        raise ValueError("upsample=2 needs a map, features (N, D, H, W); got tokens " + str(_shape(features)))
+
+
+def probabilities(x: Tensor) -> None:
+    """``probabilities`` (M, C) of fit_zipf."""
+    _tensor("probabilities", x)
+    _float("probabilities", x)
+    if x.dim() != 2 or x.shape[0] == 0:
+        raise ValueError(f"probabilities must have shape (M, C) with M >= 1, got {_shape(x)}")
+
+
+def check_inputs(
+    logits: Tensor, target: Tensor, votes: Tensor | None = None, *, ignore_index: int = -100
+) -> None:
+    """Check everything about a loss's inputs, values included. Synchronises: for debugging, on any device.
+
+    Args:
+        logits: (N, C), any float type.
+        target: (N,) int64, in [0, C) or ``ignore_index``.
+        votes: (N, P) int32 or int64, below C; negative means no vote. Or None.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device.
+        IndexError: names the first target or vote outside its range (votes of ignored samples are not read).
+    """
+    loss_inputs(logits, target, votes)
+    raise_outside(target, votes, logits.shape[1], target == ignore_index)

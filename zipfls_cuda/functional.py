@@ -1,0 +1,424 @@
+"""The package's functions: arguments checked, operator chosen, gradient attached."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx
+
+from . import checks, ops
+from .checks import DEFAULT_ALPHA
+from .distributions import Distribution, RandomDistribution
+
+# Stage 1: dense votes ------------------------------------------------------------------------------
+
+
+def dense_vote(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    upsample: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Let every position of a feature map vote for a class: v_k = argmax_c (F_k . W_c + b_c).
+
+    Not differentiable. The dense scores (N, P, C) never exist. Under autocast it runs in the autocast dtype;
+    float32 products follow ``torch.backends.cuda.matmul.fp32_precision``.
+
+    Args:
+        features: (N, D, H, W) in any memory format (channels_last is the fast one), or tokens (N, T, D);
+            float32, bfloat16, float16 or float64.
+        weight: (C, D) of the classifier that also gives the logits, same dtype and device.
+        bias: (C,) or None.
+        upsample: 1, or 2 to vote on the map at twice its resolution (bilinear, align_corners=False; maps only).
+        backend: name of a backend, or None for the best one.
+
+    Returns:
+        votes (N, P) int32, P = upsample*H * upsample*W in row-major order, or T. Among equal computed scores
+        the lowest class; a NaN score never wins; -1 (no vote) where all scores are NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, by name.
+        RuntimeError: the named backend cannot serve.
+
+    Source: Sec. 3.2, "dense classification ranking".
+    """
+    if isinstance(features, Tensor) and torch.is_autocast_enabled(features.device.type):
+        features, weight, bias = (_autocast(x, features.device.type) for x in (features, weight, bias))
+    checks.vote_inputs(features, weight, bias, upsample)
+    if features.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
+        features, weight = features.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+    return ops.select("vote_fwd", backend, features)(features, weight, bias, upsample)
+
+
+def _autocast(x: Tensor | None, device: str) -> Tensor | None:
+    """``x`` in the autocast dtype, as autocast casts the arguments of F.linear: all floats but float64."""
+    castable = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if castable else x
+
+
+# Stages 2 and 3: ranks and label, for inspection -----------------------------------------------------
+
+
+def rank_votes(votes: Tensor, num_classes: int, *, backend: str | None = None) -> Tensor:
+    """Competition ranks of all classes by votes: r_c = 1 + #{m : n_m > n_c}.
+
+    Args:
+        votes: (N, P) int32 or int64, below ``num_classes``; negative means no vote.
+        num_classes: C >= 2.
+
+    Returns:
+        ranks (N, C) int32 from 1; ties share the smallest rank, all classes without a vote the one after.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name. IndexError: a vote >= C in a CPU tensor (on other
+        devices its row becomes 0).
+
+    Source: Sec. 3.2; the authors' code ranks the target too.
+    """
+    checks.num_classes(num_classes)
+    checks.votes(votes)
+    return ops.select("rank_fwd", backend, votes)(votes, num_classes)
+
+
+def zipf_label(
+    target: Tensor,
+    votes: Tensor,
+    num_classes: int,
+    *,
+    alpha: float = DEFAULT_ALPHA,
+    distribution: Distribution | None = None,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> Tensor:
+    """Soft label over the non-target classes: p~_c = mass(r_c) / sum_{m != y} mass(r_m).
+
+    Args:
+        target: (N,) int64 in [0, C), or ``ignore_index``.
+        votes: (N, P) int32 or int64, below C; negative means no vote.
+        num_classes: C >= 2.
+        alpha: decay of Zipf's law, or ``distribution``: another law.
+
+    Returns:
+        labels (N, C) float32, each row summing to 1 with 0 at the target; all 0 where ignored.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name. IndexError: a target or vote out of range in CPU
+        tensors (on other devices its row becomes NaN).
+
+    Source: Eq. 4; Table 6.
+    """
+    law = checks.law(alpha, distribution)
+    checks.num_classes(num_classes)
+    checks.label_inputs(target, votes)
+    log_mass = _log_mass(law, target.shape[0], num_classes, votes.shape[1], torch.float32, target.device)
+    op = ops.select("label_fwd", backend, votes)
+    return op(target, votes, log_mass, num_classes, ignore_index)
+
+
+def fit_zipf(probabilities: Tensor) -> tuple[float, float]:
+    """Fit Zipf's law p(r) = exp(intercept) * r^-alpha to softmax outputs.
+
+    Rows are sorted in descending order and averaged; a least-squares line through (log rank, log p) over
+    the ranks with p > 0 gives the law.
+
+    Args:
+        probabilities: (M, C) softmax rows, any float type.
+
+    Returns:
+        (alpha, intercept): the decay (positive for a falling law) and log p at rank 1, natural logarithm.
+
+    Raises:
+        TypeError, ValueError: not a float (M, C) tensor, or fewer than two ranks with p > 0.
+
+    Source: Fig. 2.
+    """
+    checks.probabilities(probabilities)
+    p = probabilities.detach().double().sort(1, descending=True).values.mean(0)
+    rank = torch.arange(1, p.numel() + 1, dtype=torch.float64, device=p.device)
+    x, y = rank[p > 0].log(), p[p > 0].log()
+    if x.numel() < 2:
+        raise ValueError(f"probabilities must be positive at two ranks or more, got {x.numel()}")
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    return -slope.item(), (y.mean() - slope * x.mean()).item()
+
+
+# Stage 4: the loss -----------------------------------------------------------------------------------
+
+
+def zipf_loss(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None = None,
+    *,
+    alpha: float = DEFAULT_ALPHA,
+    distribution: Distribution | None = None,
+    only_correct: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Zipf's Label Smoothing term alone: L_zipf = sum_{c != y} p~_c log(p~_c / p^_c).
+
+    Arguments, result and errors as :func:`zipf_cross_entropy`; the mean divides by the number of samples
+    that are not ignored (with ``only_correct``: that are classified correctly; 0 if none is).
+
+    Source: Eq. 5.
+    """
+    law = checks.law(alpha, distribution)
+    checks.loss_inputs(logits, target, votes)
+    checks.loss_options(1.0, 0.0, ignore_index, reduction)
+    options = (0.0, 1.0, 0.0, only_correct, ignore_index, reduction)
+    return _loss(logits, target, votes, law, None, options, backend)[0]
+
+
+def zipf_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None = None,
+    *,
+    zipf_weight: float = 1.0,
+    alpha: float = DEFAULT_ALPHA,
+    distribution: Distribution | None = None,
+    only_correct: bool = False,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    return_parts: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy plus Zipf's Label Smoothing: CE(z, y) + zipf_weight * L_zipf, in one pass.
+
+    The gradient is computed together with the loss and flows to ``logits`` alone. Differentiating it again
+    raises a RuntimeError.
+
+    Args:
+        logits: (N, C), C >= 2, any float type; arithmetic runs in float32 (float64 for float64).
+        target: (N,) int64 in [0, C), or ``ignore_index``.
+        votes: (N, P) int32 or int64 from :func:`dense_vote`, below C; negative means no vote; P = 0 is
+            allowed. None ranks by the logits instead.
+        zipf_weight: lambda, finite; 0 skips the Zipf term.
+        alpha: decay of Zipf's law, >= 0. Or ``distribution``: another law in its place.
+        only_correct: count L_zipf only where the target has the largest logit (lowest index on ties).
+        label_smoothing, weight: of the cross-entropy alone, as in F.cross_entropy; weight is (C,).
+        ignore_index, reduction: as in F.cross_entropy. The mean of CE divides by the sum of the targets'
+            class weights, that of L_zipf by the number of samples that count.
+        return_parts: return (loss, ce, zipf) with the two parts detached and unweighted.
+        backend: name of a backend, or None for the best one.
+
+    Returns:
+        The loss: a scalar, or (N,) for "none"; float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name. IndexError: a target or vote out of range in CPU
+        tensors (on other devices that sample's loss and gradient are NaN). RuntimeError: the named backend
+        cannot serve.
+
+    Source: Eq. 6.
+    """
+    law = checks.law(alpha, distribution)
+    checks.loss_inputs(logits, target, votes, weight)
+    checks.loss_options(zipf_weight, label_smoothing, ignore_index, reduction)
+    options = (1.0, float(zipf_weight), float(label_smoothing), only_correct, ignore_index, reduction)
+    parts = _loss(logits, target, votes, law, weight, options, backend)
+    return parts if return_parts else parts[0]
+
+
+def zipf_head_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    upsample: int = 1,
+    backend: str | None = None,
+    **options,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Global pooling, classifier, votes and loss in one call, with gradients to features, weight and bias.
+
+    Args:
+        features: (N, D, H, W) map or (N, T, D) tokens; pooled by the mean over positions.
+        weight, bias: (C, D) and (C,) or None; give logits and votes both.
+        target: (N,) int64 in [0, C), or ``ignore_index``.
+        upsample: as in :func:`dense_vote`.
+        options: those of :func:`zipf_cross_entropy`; its class ``weight`` goes by the name ``class_weight``.
+
+    Returns, raises: as :func:`zipf_cross_entropy`.
+
+    Source: Fig. 1.
+    """
+    votes = dense_vote(features, weight, bias, upsample=upsample, backend=backend)
+    pooled = features.mean((2, 3) if features.dim() == 4 else 1)
+    logits = F.linear(pooled, weight, bias)
+    class_weight = options.pop("class_weight", None)
+    return zipf_cross_entropy(logits, target, votes, weight=class_weight, backend=backend, **options)
+
+
+# Log masses ------------------------------------------------------------------------------------------
+
+
+def _log_mass(
+    law: Distribution, N: int, C: int, P: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What the operators gather from: a table (R,) by rank, or (N, C) draws of a random law."""
+    if isinstance(law, RandomDistribution):
+        return law.draw(N, C, device).to(dtype)
+    length = C if P is None else min(P, C) + 1  # by logits, ranks reach C; by votes, K + 1
+    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        # Part of the graph: computed on the device in the graph's own memory, so never cached.
+        return _log_mass_table.__wrapped__(law, length, C, dtype, device)
+    return _log_mass_table(law, length, C, dtype, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _log_mass_table(
+    law: Distribution, length: int, num_classes: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """log mass(r) for r = 1 .. length, (length,), taken in float64 and rounded once."""
+    with torch.inference_mode(False), torch.no_grad():
+        rank = torch.arange(1, length + 1, dtype=torch.float64, device=device)
+        return law.log_mass(rank, num_classes).to(dtype)
+
+
+# Autograd --------------------------------------------------------------------------------------------
+
+
+def _loss(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None,
+    law: Distribution,
+    weight: Tensor | None,
+    options: tuple,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, ce, zipf) by the chosen backend, with the gradient attached where one is wanted."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    N, C = logits.shape
+    P = None if votes is None else votes.shape[1]
+    log_mass = _log_mass(law, N, C, P, dtype, logits.device)
+    if weight is not None:
+        weight = weight.detach().to(dtype)
+    forward, backward = ops.select("loss_fwd", backend, logits), ops.select("loss_bwd", backend, logits)
+    tensors = (target, votes, log_mass, weight)
+    if torch._C._are_functorch_transforms_active():
+        return _LossInTransforms.apply(logits, *tensors, options, forward, backward)[:3]
+    _refuse_tangents(logits)
+    # Inside the Function this would be wrong under no_grad: there, grad mode is always off.
+    if torch.is_grad_enabled() and logits.requires_grad:
+        scale_ = ops.select("loss_bwd_", backend, logits)
+        anchor = logits.narrow_copy(0, 0, 0)
+        return _Loss.apply(logits, anchor, tensors, options, forward, backward, scale_)
+    return forward(logits, *tensors, *options, False)[:3]
+
+
+def _refuse_tangents(logits: Tensor) -> None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
+        raise RuntimeError(_NO_FORWARD_MODE)
+
+
+_NO_FORWARD_MODE = (
+    "zipfls_cuda: forward-mode differentiation of the Zipf loss is not supported; use reverse mode"
+)
+_NO_SECOND = (
+    "zipfls_cuda: the gradient of the Zipf loss cannot be differentiated again (gradient penalty, Hessian, "
+    "grad of grad, create_graph=True followed by a backward pass through the gradient)"
+)
+
+
+class _RefuseSecond(torch.autograd.Function):
+    """The identity on a gradient, tied to the logits by ``anchor``, whose own differentiation raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> None:
+        raise RuntimeError(_NO_SECOND)
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, *tangents: Tensor) -> None:
+        raise RuntimeError(_NO_SECOND)
+
+
+def _keeps_graph() -> bool:
+    """Whether the running backward pass keeps its graph, so that what is saved will be needed again."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+class _Loss(torch.autograd.Function):
+    """The eager path: a bare forward(ctx, ...), since setup_context costs as much again as all the rest.
+
+    ``anchor`` is a zero-element piece of the logits: it ties a differentiable gradient to them without
+    keeping them alive.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, anchor, tensors, options, forward, backward, backward_):
+        loss, ce, zipf, grad, grad_scale = forward(logits, *tensors, *options, True)
+        ctx.save_for_backward(grad, grad_scale, anchor)
+        ctx.backward, ctx.backward_ = backward, backward_
+        ctx.mark_non_differentiable(ce, zipf)
+        ctx.set_materialize_grads(False)
+        return loss, ce, zipf
+
+    @staticmethod
+    def backward(ctx, grad_loss, _ce, _zipf):
+        if grad_loss is None:
+            return (None,) * 7
+        grad, grad_scale, anchor = ctx.saved_tensors
+        if torch.compiler.is_compiling() or _keeps_graph():
+            grad = ctx.backward(grad, grad_loss, grad_scale)
+        else:  # the saved gradient is not needed again: scale it where it is (at once if by one)
+            ctx.backward_(grad, grad_loss, grad_scale)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grad = _RefuseSecond.apply(grad, anchor)
+        return grad, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(_NO_FORWARD_MODE)
+
+
+class _LossInTransforms(torch.autograd.Function):
+    """The path inside torch.func transforms, which need setup_context and a vmap rule."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits, target, votes, log_mass, weight, options, forward, backward):
+        return forward(logits, target, votes, log_mass, weight, *options, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ce, zipf, grad, grad_scale = output
+        ctx.save_for_backward(grad, grad_scale, inputs[0])
+        ctx.backward = inputs[-1]
+        ctx.mark_non_differentiable(ce, zipf, grad, grad_scale)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * 8
+        grad, grad_scale, logits = ctx.saved_tensors
+        grad = _RefuseSecond.apply(ctx.backward(grad, grad_loss, grad_scale), logits)
+        return grad, None, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(_NO_FORWARD_MODE)

@@ -1,0 +1,287 @@
+"""Operators and backends: the one place that knows which backends exist and which serves a call.
+
+Every stage is an operator of ``torch.ops.zipfls`` with one schema and one fake kernel, under three names:
+
+* ``<stage>``: C++, registered by ``csrc`` for the CPU ("cpu") and for CUDA devices ("cuda");
+* ``<stage>_triton``: Triton ("triton");
+* ``<stage>_reference``: plain PyTorch, any device ("reference").
+
+The operators are not differentiable; ``functional`` wraps them in an autograd.Function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+try:
+    from . import _C  # registers the C++ operators
+except ImportError as error:  # built without a compiler: reference (and triton) only
+    _C = None
+    _C_MISSING = str(error)
+else:
+    _C_MISSING = ""
+
+# Schemas: arguments and results are described in reference.py, function by function.
+SCHEMAS = {
+    "vote_fwd": "(Tensor features, Tensor weight, Tensor? bias, int upsample) -> Tensor",
+    "rank_fwd": "(Tensor votes, SymInt num_classes) -> Tensor",
+    "label_fwd": "(Tensor target, Tensor votes, Tensor log_mass, SymInt num_classes, int ignore_index) -> Tensor",
+    "loss_fwd": (
+        "(Tensor logits, Tensor target, Tensor? votes, Tensor log_mass, Tensor? weight, float ce_weight, "
+        "float zipf_weight, float label_smoothing, bool only_correct, int ignore_index, str reduction, "
+        "bool with_grad) -> (Tensor loss, Tensor ce, Tensor zipf, Tensor grad, Tensor grad_scale)"
+    ),
+    "loss_bwd": "(Tensor grad, Tensor grad_loss, Tensor grad_scale) -> Tensor",
+    "loss_bwd_": "(Tensor(a!) grad, Tensor grad_loss, Tensor grad_scale) -> ()",
+}
+
+
+# Fake kernels: shapes and dtypes for torch.compile and torch.export ---------------------------------
+
+
+def _vote_fake(features: Tensor, weight: Tensor, bias: Tensor | None, upsample: int) -> Tensor:
+    positions = features.shape[2] * features.shape[3] if features.dim() == 4 else features.shape[1]
+    return features.new_empty((features.shape[0], positions * upsample * upsample), dtype=torch.int32)
+
+
+def _rank_fake(votes: Tensor, num_classes: int) -> Tensor:
+    return votes.new_empty((votes.shape[0], num_classes), dtype=torch.int32)
+
+
+def _label_fake(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return log_mass.new_empty((target.shape[0], num_classes))
+
+
+def _loss_fake(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None,
+    log_mass: Tensor,
+    weight: Tensor | None,
+    ce_weight: float,
+    zipf_weight: float,
+    label_smoothing: float,
+    only_correct: bool,
+    ignore_index: int,
+    reduction: str,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(logits.dtype)
+    shape = logits.shape[:1] if reduction == "none" else ()
+    loss, ce, zipf = (logits.new_empty(shape, dtype=dtype) for _ in range(3))
+    grad = logits.new_empty(logits.shape if with_grad else (0,))
+    scaled = with_grad and logits.dtype == torch.float16 and reduction == "mean"
+    return loss, ce, zipf, grad, logits.new_empty(() if scaled else (0,), dtype=dtype)
+
+
+def _loss_bwd_fake(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:
+    return torch.empty_like(grad)
+
+
+def _loss_bwd_inplace_fake(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> None:
+    return None
+
+
+FAKES: dict[str, Callable] = {
+    "vote_fwd": _vote_fake,
+    "rank_fwd": _rank_fake,
+    "label_fwd": _label_fake,
+    "loss_fwd": _loss_fake,
+    "loss_bwd": _loss_bwd_fake,
+    "loss_bwd_": _loss_bwd_inplace_fake,
+}
+
+STAGES = tuple(SCHEMAS)
+
+
+# Registration --------------------------------------------------------------------------------------
+
+
+def _reference_loss_bwd_(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> None:
+    grad.copy_(reference.loss_bwd(grad, grad_loss, grad_scale))
+
+
+def _triton_stage(stage: str) -> Callable:
+    def call(*args):
+        from . import triton_kernels  # late: importing triton is slow, and not every machine has it
+
+        return getattr(triton_kernels, stage)(*args)
+
+    return call
+
+
+def _vmap_by_loop(op: Callable) -> Callable:
+    """Batching rule for torch.func.vmap: one call per element of the mapped dimension."""
+
+    def rule(info, in_dims, *args):
+        calls = (
+            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        )
+        outs = list(calls)
+        if isinstance(outs[0], Tensor):
+            return torch.stack(outs), 0
+        return tuple(map(torch.stack, zip(*outs, strict=True))), (0,) * len(outs[0])
+
+    return rule
+
+
+_library = torch.library.Library("zipfls", "DEF")
+OPERATORS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # (stage, backend) -> operator
+
+for _stage, _schema in SCHEMAS.items():
+    for _suffix, _names in (("", ("cuda", "cpu")), ("_triton", ("triton",)), ("_reference", ("reference",))):
+        _name = f"{_stage}{_suffix}"
+        _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+        if _suffix == "_triton":
+            for _key in ("CUDA", "CPU"):  # CPU tensors: under Triton's interpreter only, see reason_against
+                _library.impl(_name, _triton_stage(_stage), _key)
+        elif _suffix == "_reference":
+            _function = _reference_loss_bwd_ if _stage == "loss_bwd_" else getattr(reference, _stage)
+            _library.impl(_name, _function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"zipfls::{_name}", FAKES[_stage], lib=_library)
+        _op = getattr(torch.ops.zipfls, _name).default
+        if _stage != "loss_bwd_":
+            torch.library.register_vmap(f"zipfls::{_name}", _vmap_by_loop(_op), lib=_library)
+        for _backend in _names:
+            OPERATORS[_stage, _backend] = _op
+
+
+# Backends ------------------------------------------------------------------------------------------
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first
+
+# What a backend has no kernel for, by design: (backend, stage) -> dtypes.
+UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...]] = {}
+
+
+def build_info() -> dict[str, object]:
+    """What ``csrc`` was built with: compiler, CUDA version and architectures, instruction sets; {} if not built."""
+    return dict(_C.build_info()) if _C is not None else {}
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def reason_against(backend: str) -> str:
+    """Why a backend cannot be used on this machine; empty if it can."""
+    if backend == "reference":
+        return ""
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if importlib.util.find_spec(f"{__package__}.triton_kernels") is None:
+            return "this version of zipfls_cuda has no Triton kernels"
+        if triton_interpreted() or torch.cuda.is_available():
+            return ""
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+    if _C is None:
+        return f"the C++ extension is not built ({_C_MISSING})"
+    if backend == "cuda":
+        if not build_info().get("cuda"):
+            return "the C++ extension was built without CUDA"
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+    return ""
+
+
+def backends() -> tuple[str, ...]:
+    """Names of the backends usable on this machine, best first.
+
+    Out of "cuda" (C++/CUDA), "triton", "cpu" (C++) and "reference" (pure PyTorch, any device). Triton under
+    its interpreter comes last: it serves when named and is never chosen.
+    """
+    usable = [name for name in BACKENDS if not reason_against(name)]
+    if "triton" in usable and triton_interpreted():
+        usable.remove("triton")
+        usable.append("triton")
+    return tuple(usable)
+
+
+def _devices(backend: str) -> tuple[str, ...]:
+    """Device types whose tensors a backend serves; reference: any."""
+    return {"cuda": ("cuda",), "cpu": ("cpu",), "triton": ("cpu",) if triton_interpreted() else ("cuda",)}[backend]
+
+
+def _refusal(backend: str, stage: str, device: str, dtype: torch.dtype) -> str:
+    reason = reason_against(backend)
+    if reason:
+        return reason
+    if backend != "reference" and device not in _devices(backend):
+        return f"it serves {' and '.join(_devices(backend))} tensors, and these are on {device}"
+    if dtype in UNSERVED.get((backend, stage), ()):
+        return f"it has no kernel for {dtype} in {stage}"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def _resolve(stage: str, backend: str | None, device: str, dtype: torch.dtype) -> str:
+    """Name of the backend that serves a call; the rules are ``select``'s."""
+    if backend is None:
+        usable = [b for b in BACKENDS if not (b == "triton" and triton_interpreted())]
+        return next(b for b in usable if not _refusal(b, stage, device, dtype))
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = _refusal(backend, stage, device, dtype)
+    if reason:
+        raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
+    return backend
+
+
+class _Forced(threading.local):
+    """The backend that use_backend or ZIPFLS_BACKEND asks for, or None."""
+
+    backend: str | None = os.environ.get("ZIPFLS_BACKEND") or None
+
+
+_forced = _Forced()
+_resolved: dict[tuple, torch._ops.OpOverload] = {}
+
+
+def select(stage: str, backend: str | None, x: Tensor) -> torch._ops.OpOverload:
+    """The operator of a stage that serves the tensor ``x``.
+
+    ``backend`` names it, else ``use_backend``, else ZIPFLS_BACKEND, else the best one that can serve.
+
+    Raises:
+        ValueError: unknown name. RuntimeError: the named backend cannot serve; there is no falling back.
+    """
+    backend = backend or _forced.backend
+    key = (stage, backend, x.device.type, x.dtype)
+    op = _resolved.get(key)
+    if op is None:
+        op = OPERATORS[stage, _resolve(*key)]
+        if not torch.compiler.is_compiling():
+            _resolved[key] = op
+    return op
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Context manager: calls in the block that name no backend use this one.
+
+    Raises:
+        ValueError: unknown name. RuntimeError: that backend cannot be used on this machine.
+    """
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+        reason = reason_against(backend)
+        if reason:
+            raise RuntimeError(f"backend={backend!r} cannot be used here: {reason}")
+    previous, _forced.backend = _forced.backend, backend
+    try:
+        yield
+    finally:
+        _forced.backend = previous

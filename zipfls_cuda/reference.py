@@ -1,0 +1,316 @@
+"""The three stages of Zipf's Label Smoothing in plain PyTorch: what every other backend must equal.
+
+Reads next to the paper (Liang et al., ECCV 2022, arXiv 2207.12980); N samples, C classes, D channels,
+P votes a sample. Runs on any device in any float type, and decides the meaning of every corner case.
+
+* ``vote_fwd``, ``rank_fwd``, ``label_fwd``, ``loss_fwd``, ``loss_bwd`` are the operators' reference
+  implementations. ``loss_fwd`` writes the gradient out by hand and needs no autograd.
+* ``zipf_term`` and ``cross_entropy_term`` are the same loss in differentiable form, for checks by autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCORES_AT_A_TIME = 1 << 22  # dense scores held at once by vote_fwd, so that (N, P, C) never exists
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type arithmetic runs in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Stage 1: dense votes ------------------------------------------------------------------------------
+
+
+def vote_fwd(features: Tensor, weight: Tensor, bias: Tensor | None, upsample: int) -> Tensor:
+    """Vote of every position, v_k = argmax_c (F_k . W_c + b_c) (Sec. 3.2).
+
+    Args:
+        features: (N, D, H, W) map or (N, T, D) tokens.
+        weight: (C, D) classifier.
+        bias: (C,) or None.
+        upsample: 1, or 2 to double a map's resolution bilinearly (align_corners=False).
+
+    Returns:
+        (N, P) int32: the lowest class among equal computed scores; NaN never wins; -1 if all are NaN.
+    """
+    dtype = accumulation_dtype(features.dtype)
+    if features.dim() == 4:
+        N, D, H, W = features.shape
+        positions = features.permute(0, 2, 3, 1).reshape(N, H * W, D)
+    else:
+        N, T, D = features.shape
+        H, W = 1, T
+        positions = features
+    C = weight.shape[0]
+    P = upsample * H * upsample * W
+    weight = weight.to(dtype)
+    if upsample == 1:
+        positions = positions.reshape(-1, 1, D)  # no position needs its neighbours: blocks of any size do
+    block_size = max(1, SCORES_AT_A_TIME // max(1, upsample**2 * positions.shape[1] * C))
+    votes = []
+    for block in positions.split(block_size):
+        scores = F.linear(block.to(dtype), weight)  # (n, H*W, C), or (n, 1, C)
+        if upsample == 2:
+            scores = _upsample2(scores.unflatten(1, (H, W)))
+        if bias is not None:
+            scores = scores + bias.to(dtype)  # after interpolating: a -inf bias times zero is NaN
+        votes.append(_argmax_lowest(scores))
+    return torch.cat(votes).reshape(N, P)
+
+
+def _upsample2(scores: Tensor) -> Tensor:
+    """(n, H, W, C) -> (n, 2H * 2W, C), bilinear, align_corners=False: the weights are 3/4 and 1/4."""
+    for axis in (1, 2):
+        size = scores.shape[axis]
+        before = torch.cat([scores.narrow(axis, 0, 1), scores.narrow(axis, 0, size - 1)], axis)
+        after = torch.cat([scores.narrow(axis, 1, size - 1), scores.narrow(axis, size - 1, 1)], axis)
+        pair = [torch.lerp(scores, before, 0.25), torch.lerp(scores, after, 0.25)]
+        scores = torch.stack(pair, axis + 1).flatten(axis, axis + 1)
+    return scores.flatten(1, 2)
+
+
+def _argmax_lowest(scores: Tensor) -> Tensor:
+    """Index of the largest score along the last axis (int32): lowest on ties, NaN skipped, -1 if all NaN."""
+    C = scores.shape[-1]
+    valid = ~scores.isnan()
+    best = scores.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
+    index = torch.arange(C, device=scores.device, dtype=torch.int32)
+    lowest = torch.where(valid & (scores == best), index, C).amin(-1)
+    return torch.where(lowest == C, -1, lowest).to(torch.int32)
+
+
+# Stage 2: ranks ------------------------------------------------------------------------------------
+
+
+def count_votes(votes: Tensor, num_classes: int) -> Tensor:
+    """Votes per class n_c, (N, C) int32; votes outside [0, C) are not counted."""
+    inside = (votes >= 0) & (votes < num_classes)
+    counts = torch.zeros(votes.shape[0], num_classes, dtype=torch.int32, device=votes.device)
+    return counts.scatter_add_(1, votes.long().clamp(0, num_classes - 1), inside.int())
+
+
+def competition_rank(values: Tensor) -> Tensor:
+    """r_c = 1 + #{m : x_m > x_c} per row, (N, C) int32: ties share the smallest rank (Sec. 3.2).
+
+    NaN ranks last, above nothing.
+    """
+    values = values.masked_fill(values.isnan(), -torch.inf) if values.is_floating_point() else values
+    not_above = torch.searchsorted(values.sort(1).values, values.contiguous(), right=True)
+    return (1 + values.shape[1] - not_above).int()
+
+
+def rank_fwd(votes: Tensor, num_classes: int) -> Tensor:
+    """Ranks (N, C) int32 of all classes by votes; all without a vote share the rank after the voted ones.
+
+    A vote >= C is an IndexError on a CPU tensor, and sets its row to 0 elsewhere.
+    """
+    bad = (votes >= num_classes).any(1)
+    if votes.device.type == "cpu":
+        raise_outside(None, votes, num_classes)
+    return competition_rank(count_votes(votes, num_classes)).masked_fill(bad[:, None], 0)
+
+
+# Stage 3: the soft label ---------------------------------------------------------------------------
+
+
+def label_from_mass(log_mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Soft label over the non-target classes, p~_c = mass_c / sum_{m != y} mass_m, and its logarithm (Eq. 4).
+
+    Args:
+        log_mass: (N, C) log masses, normalised or not.
+        target: (N,) int64 in [0, C).
+
+    Returns:
+        p~ and log p~, (N, C) each: 0 and -inf at the target. Where every non-target mass is zero: uniform.
+    """
+    at_target = F.one_hot(target, log_mass.shape[1]).bool()
+    log_mass = log_mass.masked_fill(at_target, -torch.inf)
+    massless = (log_mass == -torch.inf).all(1, keepdim=True)
+    log_mass = torch.where(massless & ~at_target, 0.0, log_mass)
+    log_label = log_mass.log_softmax(1)
+    return log_label.exp(), log_label
+
+
+def label_fwd(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Zipf soft label p~ (N, C) in the dtype of ``log_mass``; an ignored sample's row is 0.
+
+    ``log_mass`` is a table (R,) by rank from 1, or (N, C) masses per sample and class.
+    """
+    ignored = target == ignore_index
+    bad = _bad_rows(target, votes, num_classes, ignored)
+    dense = _dense_log_mass(log_mass, votes, None, num_classes)
+    label, _ = label_from_mass(dense, target.clamp(0, num_classes - 1))
+    return label.masked_fill(bad[:, None], torch.nan).masked_fill(ignored[:, None], 0.0)
+
+
+def _dense_log_mass(log_mass: Tensor, votes: Tensor | None, logits: Tensor | None, num_classes: int) -> Tensor:
+    """(N, C) log masses from a table by rank, of votes if there are any and else of the logits."""
+    if log_mass.dim() == 2:
+        return log_mass
+    rank = competition_rank(logits) if votes is None else competition_rank(count_votes(votes, num_classes))
+    # Rank K+1 is the last entry when all K voted classes differ; with all classes voted it is never used.
+    return log_mass[rank.long() - 1]
+
+
+def outside(target: Tensor | None, votes: Tensor | None, num_classes: int, ignored: Tensor | None) -> Tensor:
+    """(N,) bool: samples with a target outside [0, C) or a vote >= C (negative: no vote), unless ignored."""
+    bad = None if target is None else (target < 0) | (target >= num_classes)
+    if votes is not None:
+        bad_votes = (votes >= num_classes).any(1)
+        bad = bad_votes if bad is None else bad | bad_votes
+    return bad if ignored is None else bad & ~ignored
+
+
+def raise_outside(
+    target: Tensor | None, votes: Tensor | None, num_classes: int, ignored: Tensor | None = None
+) -> None:
+    """IndexError naming the first target or vote outside [0, C), if any. Synchronises."""
+    bad = outside(target, votes, num_classes, ignored)
+    if not bad.any():
+        return
+    i = int(bad.nonzero()[0])
+    if target is not None and not 0 <= int(target[i]) < num_classes:
+        raise IndexError(f"target[{i}] = {int(target[i])} is outside [0, {num_classes}) and is not ignore_index")
+    k = int((votes[i] >= num_classes).nonzero()[0])
+    raise IndexError(f"votes[{i}, {k}] = {int(votes[i, k])} is outside [0, {num_classes}); negative means no vote")
+
+
+def _bad_rows(target: Tensor, votes: Tensor | None, num_classes: int, ignored: Tensor) -> Tensor:
+    """Rows to poison with NaN; on the CPU, where looking costs no synchronisation, an IndexError instead."""
+    if target.device.type == "cpu":
+        raise_outside(target, votes, num_classes, ignored)
+    return outside(target, votes, num_classes, ignored)
+
+
+# Stage 4: the loss ---------------------------------------------------------------------------------
+
+
+def zipf_term(logits: Tensor, target: Tensor, label: Tensor, log_label: Tensor) -> Tensor:
+    """L_zipf = sum_{c != y} p~_c log(p~_c / p^_c) per sample, (N,) (Eq. 5); differentiable in ``logits``.
+
+    p^ is the softmax over the non-target classes. Classes without mass are skipped.
+    """
+    at_target = F.one_hot(target, logits.shape[1]).bool()
+    log_nontarget = logits.masked_fill(at_target, -torch.inf).log_softmax(1)
+    return torch.where(label > 0, label * (log_label - log_nontarget), 0.0).sum(1)
+
+
+def cross_entropy_term(logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """Cross-entropy per sample with class weights and label smoothing, (N,); as F.cross_entropy."""
+    return F.cross_entropy(
+        logits, target, weight, ignore_index=-1, reduction="none", label_smoothing=label_smoothing
+    )
+
+
+def is_correct(logits: Tensor, target: Tensor) -> Tensor:
+    """(N,) bool: no other class beats the target, that is argmax z = y with ties to the lowest class."""
+    z_y = logits.gather(1, target[:, None])
+    earlier = torch.arange(logits.shape[1], device=logits.device) < target[:, None]
+    return ~((logits > z_y) | (earlier & (logits == z_y))).any(1)
+
+
+def loss_fwd(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None,
+    log_mass: Tensor,
+    weight: Tensor | None,
+    ce_weight: float,
+    zipf_weight: float,
+    label_smoothing: float,
+    only_correct: bool,
+    ignore_index: int,
+    reduction: str,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """ce_weight * CE + zipf_weight * L_zipf and its gradient (Eq. 6), without autograd.
+
+    Args:
+        logits: (N, C) z, any float type; target: (N,) int64; votes: (N, P) int32/int64 or None (rank by z).
+        log_mass: table (R,) by rank from 1, or (N, C), in the accumulation dtype.
+        weight: (C,) class weights of the CE part, in the accumulation dtype, or None.
+        ce_weight, zipf_weight: a part whose weight is 0 is skipped (0, not 0 times infinity).
+        reduction: "mean", "sum" or "none".
+        with_grad: whether the gradient is computed.
+
+    Returns:
+        loss, ce, zipf: scalars, or (N,) for "none", in the accumulation dtype (ce and zipf unweighted).
+        grad: (N, C) d loss / d logits in the logits' dtype, not yet multiplied by grad_scale; (0,) without.
+        grad_scale: scalar that multiplies grad in backward, or (0,) where it is one. Only a float16 mean
+            needs it: divided by N before GradScaler's scale is applied, float16 gradients flush to zero.
+    """
+    N, C = logits.shape
+    dtype = accumulation_dtype(logits.dtype)
+    z = logits.to(dtype)
+    ignored = target == ignore_index
+    bad = _bad_rows(target, votes, C, ignored)
+    y = target.clamp(0, C - 1)
+    onehot = F.one_hot(y, C).to(dtype)
+    zero = z.new_zeros(N)
+    dz = z.new_zeros(N, C)
+
+    ce, zipf, zipf_rows = zero, zero, ~ignored
+    w = torch.ones(C, dtype=dtype, device=z.device) if weight is None else weight
+    ce_total, zipf_total = w[y].masked_fill(ignored, 0).sum(), (~ignored).sum().to(dtype)
+    ce_scale, zipf_scale = ce_total.new_ones(()), ce_total.new_ones(())
+    if only_correct:
+        zipf_rows = zipf_rows & is_correct(logits, y)
+    if reduction == "mean":
+        ce_scale = 1 / ce_total
+        correct_total = zipf_rows.sum().to(dtype)
+        none_correct = (zipf_total > 0) & (correct_total == 0)
+        zipf_scale = torch.where(none_correct, 0.0, 1 / correct_total)
+
+    if ce_weight != 0:
+        e = label_smoothing
+        log_p = z.log_softmax(1)
+        nll = -log_p.gather(1, y[:, None]).squeeze(1)
+        ce = w[y] * nll
+        a, b = w[y][:, None], w[y][:, None] * onehot
+        if e > 0:  # skipped, not multiplied by 0: the log probability of a masked class is -inf
+            ce = (1 - e) * ce - (e / C) * (w * log_p).sum(1)
+            a, b = (1 - e) * a + (e / C) * w.sum(), (1 - e) * b + (e / C) * w
+        dz = dz + (ce_weight * ce_scale) * (log_p.exp() * a - b)
+    if zipf_weight != 0:
+        label, log_label = label_from_mass(_dense_log_mass(log_mass, votes, logits, C), y)
+        zipf = zipf_term(z, y, label, log_label)
+        p_nontarget = z.masked_fill(onehot.bool(), -torch.inf).softmax(1)
+        step = (zipf_weight * zipf_scale) * (p_nontarget - label)
+        dz = dz + step.masked_fill(onehot.bool() | ~zipf_rows[:, None], 0)
+
+    ce = ce.masked_fill(bad, torch.nan).masked_fill(ignored, 0)
+    zipf = zipf.masked_fill(~zipf_rows, 0).masked_fill(bad & ~ignored, torch.nan)
+    dz = dz.masked_fill(bad[:, None], torch.nan).masked_fill(ignored[:, None], 0)
+
+    if reduction != "none":
+        ce, zipf = ce.sum(), zipf.sum()
+    if reduction == "mean":
+        ce = ce * ce_scale if ce_weight != 0 else ce
+        zipf = zipf * zipf_scale if zipf_weight != 0 else zipf
+    loss = ce_weight * ce + zipf_weight * zipf
+
+    grad, grad_scale = logits.new_empty(0), z.new_empty(0)
+    if with_grad:
+        if logits.dtype == torch.float16 and reduction == "mean":
+            grad_scale = ce_scale if ce_weight != 0 else zipf_scale
+            usable = torch.isfinite(grad_scale) & (grad_scale != 0)
+            grad_scale = torch.where(usable, grad_scale, 1.0)
+            dz = dz / grad_scale
+        grad = dz.to(logits.dtype)
+    return loss, ce.clone(), zipf.clone(), grad, grad_scale
+
+
+def loss_bwd(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:
+    """grad * grad_loss * grad_scale in the dtype of grad, the product taken in at least float32.
+
+    Args:
+        grad, grad_scale: from loss_fwd. grad_loss: the upstream gradient, a scalar or (N,), any strides.
+    """
+    scale = grad_loss.to(accumulation_dtype(grad.dtype))
+    if grad_scale.numel():
+        scale = scale * grad_scale
+    return (grad * scale.unsqueeze(-1)).to(grad.dtype)
