@@ -40,7 +40,7 @@ def _same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 def number(name: str, x: object, low: float = -math.inf, high: float = math.inf) -> None:
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    if not (math.isfinite(x) and low <= x <= high):
+    if not (low <= x <= high and abs(x) < math.inf):  # comparisons trace under torch.compile, isfinite does not
         expected = "finite" if low == -math.inf else f"in [{low:g}, {high:g}]" if high < math.inf else ">= 0"
         raise ValueError(f"{name} must be {expected}, got {x!r}")
 

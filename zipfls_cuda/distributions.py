@@ -26,7 +26,7 @@ from torch import Tensor
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not ok or not math.isfinite(value):
+    if not (ok and abs(value) < math.inf):  # comparisons trace under torch.compile, isfinite does not
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 

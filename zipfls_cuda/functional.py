@@ -309,7 +309,8 @@ def _loss(
     forward, backward = ops.select("loss_fwd", backend, logits), ops.select("loss_bwd", backend, logits)
     tensors = (target, votes, log_mass, weight)
     if torch._C._are_functorch_transforms_active():
-        return _LossInTransforms.apply(logits, *tensors, options, forward, backward)[:3]
+        function = _LossInTransforms if torch.compiler.is_compiling() else _LossRefusingForwardMode
+        return function.apply(logits, *tensors, options, forward, backward)[:3]
     _refuse_tangents(logits)
     # Inside the Function this would be wrong under no_grad: there, grad mode is always off.
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -350,10 +351,6 @@ class _RefuseSecond(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> None:
         raise RuntimeError(_NO_SECOND)
 
-    @staticmethod
-    def jvp(ctx: FunctionCtx, *tangents: Tensor) -> None:
-        raise RuntimeError(_NO_SECOND)
-
 
 def _keeps_graph() -> bool:
     """Whether the running backward pass keeps its graph, so that what is saved will be needed again."""
@@ -389,10 +386,6 @@ class _Loss(torch.autograd.Function):
             grad = _RefuseSecond.apply(grad, anchor)
         return grad, None, None, None, None, None, None
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(_NO_FORWARD_MODE)
-
 
 class _LossInTransforms(torch.autograd.Function):
     """The path inside torch.func transforms, which need setup_context and a vmap rule."""
@@ -418,6 +411,10 @@ class _LossInTransforms(torch.autograd.Function):
         grad, grad_scale, logits = ctx.saved_tensors
         grad = _RefuseSecond.apply(ctx.backward(grad, grad_loss, grad_scale), logits)
         return grad, None, None, None, None, None, None, None
+
+
+class _LossRefusingForwardMode(_LossInTransforms):
+    """The same with a clear error for forward mode; torch.compile does not trace a class that has a jvp."""
 
     @staticmethod
     def jvp(ctx, *tangents):
