@@ -40,7 +40,9 @@ def _same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 def number(name: str, x: object, low: float = -math.inf, high: float = math.inf) -> None:
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    if not (low <= x <= high and abs(x) < math.inf):  # comparisons trace under torch.compile, isfinite does not
+    if not (
+        low <= x <= high and abs(x) < math.inf
+    ):  # comparisons trace under torch.compile, isfinite does not
         expected = "finite" if low == -math.inf else f"in [{low:g}, {high:g}]" if high < math.inf else ">= 0"
         raise ValueError(f"{name} must be {expected}, got {x!r}")
 
@@ -49,7 +51,9 @@ def class_weight(x: Tensor, shape: tuple[int, ...] | None = None) -> None:
     """Class ``weight`` (C,) of the cross-entropy."""
     _tensor("weight", x)
     if x.dim() != 1 if shape is None else x.shape != shape:
-        raise ValueError(f"weight must have shape (C,){'' if shape is None else f' = {shape}'}, got {_shape(x)}")
+        raise ValueError(
+            f"weight must have shape (C,){'' if shape is None else f' = {shape}'}, got {_shape(x)}"
+        )
     _float("weight", x)
 
 
@@ -123,9 +127,13 @@ def law(alpha: float, distribution: Distribution | None) -> Distribution:
         return Zipf(alpha)
     # Tracing does not keep the identity of floats: there, alpha=1.0 beside a distribution passes.
     if alpha != 1.0 if torch.compiler.is_compiling() else alpha is not DEFAULT_ALPHA:
-        raise ValueError(f"alpha and distribution exclude each other, got alpha={alpha!r} and {distribution!r}")
+        raise ValueError(
+            f"alpha and distribution exclude each other, got alpha={alpha!r} and {distribution!r}"
+        )
     if not isinstance(distribution, Distribution):
-        raise TypeError(f"distribution must be a zls.Distribution such as zls.Zipf(1.0), got {distribution!r}")
+        raise TypeError(
+            f"distribution must be a zls.Distribution such as zls.Zipf(1.0), got {distribution!r}"
+        )
     return distribution
 
 

@@ -23,11 +23,15 @@ import torch
 from torch import Tensor
 
 
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
+def _check(name: str, value: object, *, above: float | None = None) -> None:
+    """``value`` must be a finite number, >= 0 or > ``above``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (ok and abs(value) < math.inf):  # comparisons trace under torch.compile, isfinite does not
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    low_enough = value >= 0 if above is None else value > above
+    if not (low_enough and value < math.inf):  # comparisons trace under torch.compile, isfinite does not
+        raise ValueError(
+            f"{name} must be finite and {'>= 0' if above is None else f'> {above:g}'}, got {value!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Zipf(Distribution):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.alpha >= 0 if _is_number(self.alpha) else False, "alpha", self.alpha, "finite and >= 0")
+        _check("alpha", self.alpha)
 
     def log_mass(self, rank: Tensor, num_classes: int) -> Tensor:
         return -self.alpha * rank.log()
@@ -93,8 +97,7 @@ class LinearDecay(Distribution):
     smallest_prob: float = 0.0
 
     def __post_init__(self) -> None:
-        ok = self.smallest_prob >= 0 if _is_number(self.smallest_prob) else False
-        _require(ok, "smallest_prob", self.smallest_prob, "finite and >= 0")
+        _check("smallest_prob", self.smallest_prob)
 
     def log_mass(self, rank: Tensor, num_classes: int) -> Tensor:
         s = self.smallest_prob
@@ -118,7 +121,7 @@ class ExponentialDecay(Distribution):
     rate: float
 
     def __post_init__(self) -> None:
-        _require(self.rate >= 0 if _is_number(self.rate) else False, "rate", self.rate, "finite and >= 0")
+        _check("rate", self.rate)
 
     def log_mass(self, rank: Tensor, num_classes: int) -> Tensor:
         return -self.rate * (rank - 1)
@@ -143,14 +146,10 @@ class RandomPareto(RandomDistribution):
     a: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.a > 0 if _is_number(self.a) else False, "a", self.a, "finite and > 0")
+        _check("a", self.a, above=0)
 
     def draw(self, num_samples: int, num_classes: int, device: torch.device) -> Tensor:
         u = torch.rand(num_samples, num_classes, device=device)
         t = u.neg_().log1p_().div_(-self.a)  # t = -log(1 - u) / a >= 0
         # log(e^t - 1) = t + log(1 - e^-t), which neither overflows for large t nor cancels for small.
         return t + t.neg().expm1().neg_().log_()
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

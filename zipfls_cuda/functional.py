@@ -35,7 +35,8 @@ def dense_vote(
             float32, bfloat16, float16 or float64.
         weight: (C, D) of the classifier that also gives the logits, same dtype and device.
         bias: (C,) or None.
-        upsample: 1, or 2 to vote on the map at twice its resolution (bilinear, align_corners=False; maps only).
+        upsample: 1, or 2 to vote on the map at twice its resolution (bilinear,
+            align_corners=False; maps only).
         backend: name of a backend, or None for the best one.
 
     Returns:

@@ -98,13 +98,16 @@ class ZipfLoss(nn.Module):
             return output, votes, ()
         if not isinstance(output, tuple | list) or len(output) not in (2, 3):
             got = f"{len(output)} items" if isinstance(output, tuple | list) else type(output).__name__
-            raise TypeError(f"output must be logits, (logits, votes) or (logits, votes, deep_logits), got {got}")
+            raise TypeError(
+                f"output must be logits, (logits, votes) or (logits, votes, deep_logits), got {got}"
+            )
         if votes is not None:
             raise TypeError("votes were given twice: in output and by themselves")
         deep_logits = output[2] if len(output) == 3 else ()
         return output[0], output[1], (deep_logits,) if isinstance(deep_logits, Tensor) else deep_logits
 
     def extra_repr(self) -> str:
+        """The settings shown by repr."""
         options = [f"zipf_weight={self.zipf_weight}", f"distribution={self.distribution}"]
         defaults = {"only_correct": False, "label_smoothing": 0.0, "ignore_index": -100, "reduction": "mean"}
         options += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]

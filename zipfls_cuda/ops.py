@@ -12,6 +12,7 @@ The operators are not differentiable; ``functional`` wraps them in an autograd.F
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import threading
@@ -23,7 +24,7 @@ from torch import Tensor
 from . import reference
 
 try:
-    from . import _C  # registers the C++ operators
+    _C = importlib.import_module("._C", __package__)  # registers the C++ operators
 except ImportError as error:  # built without a compiler: reference (and triton) only
     _C = None
     _C_MISSING = str(error)
@@ -34,7 +35,9 @@ else:
 SCHEMAS = {
     "vote_fwd": "(Tensor features, Tensor weight, Tensor? bias, int upsample) -> Tensor",
     "rank_fwd": "(Tensor votes, SymInt num_classes) -> Tensor",
-    "label_fwd": "(Tensor target, Tensor votes, Tensor log_mass, SymInt num_classes, int ignore_index) -> Tensor",
+    "label_fwd": (
+        "(Tensor target, Tensor votes, Tensor log_mass, SymInt num_classes, int ignore_index) -> Tensor"
+    ),
     "loss_fwd": (
         "(Tensor logits, Tensor target, Tensor? votes, Tensor log_mass, Tensor? weight, float ce_weight, "
         "float zipf_weight, float label_smoothing, bool only_correct, int ignore_index, str reduction, "
@@ -57,7 +60,9 @@ def _rank_fake(votes: Tensor, num_classes: int) -> Tensor:
     return votes.new_empty((votes.shape[0], num_classes), dtype=torch.int32)
 
 
-def _label_fake(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def _label_fake(
+    target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int, ignore_index: int
+) -> Tensor:
     return log_mass.new_empty((target.shape[0], num_classes))
 
 
@@ -165,7 +170,7 @@ UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...]] = {}
 
 
 def build_info() -> dict[str, object]:
-    """What ``csrc`` was built with: compiler, CUDA version and architectures, instruction sets; {} if not built."""
+    """What ``csrc`` was built with (compiler, CUDA, architectures, instruction sets); {} if not built."""
     return dict(_C.build_info()) if _C is not None else {}
 
 
@@ -211,10 +216,13 @@ def backends() -> tuple[str, ...]:
 
 def _devices(backend: str) -> tuple[str, ...]:
     """Device types whose tensors a backend serves; reference: any."""
-    return {"cuda": ("cuda",), "cpu": ("cpu",), "triton": ("cpu",) if triton_interpreted() else ("cuda",)}[backend]
+    return {"cuda": ("cuda",), "cpu": ("cpu",), "triton": ("cpu",) if triton_interpreted() else ("cuda",)}[
+        backend
+    ]
 
 
-def _refusal(backend: str, stage: str, device: str, dtype: torch.dtype) -> str:
+def refusal(backend: str, stage: str, device: str, dtype: torch.dtype) -> str:
+    """Why a backend cannot serve a stage on tensors of a device type and dtype; empty if it can."""
     reason = reason_against(backend)
     if reason:
         return reason
@@ -230,10 +238,10 @@ def _resolve(stage: str, backend: str | None, device: str, dtype: torch.dtype) -
     """Name of the backend that serves a call; the rules are ``select``'s."""
     if backend is None:
         usable = [b for b in BACKENDS if not (b == "triton" and triton_interpreted())]
-        return next(b for b in usable if not _refusal(b, stage, device, dtype))
+        return next(b for b in usable if not refusal(b, stage, device, dtype))
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = _refusal(backend, stage, device, dtype)
+    reason = refusal(backend, stage, device, dtype)
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
     return backend

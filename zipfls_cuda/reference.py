@@ -147,7 +147,9 @@ def label_fwd(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int,
     return label.masked_fill(bad[:, None], torch.nan).masked_fill(ignored[:, None], 0.0)
 
 
-def _dense_log_mass(log_mass: Tensor, votes: Tensor | None, logits: Tensor | None, num_classes: int) -> Tensor:
+def _dense_log_mass(
+    log_mass: Tensor, votes: Tensor | None, logits: Tensor | None, num_classes: int
+) -> Tensor:
     """(N, C) log masses from a table by rank, of votes if there are any and else of the logits."""
     if log_mass.dim() == 2:
         return log_mass
@@ -174,9 +176,9 @@ def raise_outside(
         return
     i = int(bad.nonzero()[0])
     if target is not None and not 0 <= int(target[i]) < num_classes:
-        raise IndexError(f"target[{i}] = {int(target[i])} is outside [0, {num_classes}) and is not ignore_index")
+        raise IndexError(f"target[{i}] = {int(target[i])} is outside [0, {num_classes})")
     k = int((votes[i] >= num_classes).nonzero()[0])
-    raise IndexError(f"votes[{i}, {k}] = {int(votes[i, k])} is outside [0, {num_classes}); negative means no vote")
+    raise IndexError(f"votes[{i}, {k}] = {int(votes[i, k])} is outside [0, {num_classes})")
 
 
 def _bad_rows(target: Tensor, votes: Tensor | None, num_classes: int, ignored: Tensor) -> Tensor:
@@ -199,7 +201,9 @@ def zipf_term(logits: Tensor, target: Tensor, label: Tensor, log_label: Tensor) 
     return torch.where(label > 0, label * (log_label - log_nontarget), 0.0).sum(1)
 
 
-def cross_entropy_term(logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+def cross_entropy_term(
+    logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float
+) -> Tensor:
     """Cross-entropy per sample with class weights and label smoothing, (N,); as F.cross_entropy."""
     return F.cross_entropy(
         logits, target, weight, ignore_index=-1, reduction="none", label_smoothing=label_smoothing

@@ -1,0 +1,65 @@
+"""``python -m zipfls_cuda``: versions, what was built how, the devices, and which backend serves what."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from . import __version__, ops
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "none"
+    return {False: "no", True: "yes"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _serving(stage: str, device: str) -> str:
+    served = [b for b in ops.BACKENDS if not ops.refusal(b, stage, device, torch.float32)]
+    return ", ".join(sorted(served, key=ops.backends().index))
+
+
+def main() -> None:
+    print(f"zipfls_cuda {__version__}")
+    print(f"  python    {platform.python_version()} on {platform.platform()}")
+    print(f"  torch     {torch.__version__} (CUDA {torch.version.cuda or 'none'})")
+    print(f"  triton    {_version('triton')}")
+
+    print("build")
+    info = ops.build_info()
+    if not info:
+        print(f"  {ops.reason_against('cpu')}")
+    for key, value in info.items():
+        print(f"  {key:9} {_text(value)}")
+
+    print("devices")
+    print(f"  cpu       {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        print(f"  cuda:{i}    {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        print("  cuda      none")
+
+    print("backends, best first")
+    for backend in ops.BACKENDS:
+        reason = ops.reason_against(backend)
+        print(f"  {backend:9} {'not usable: ' + reason if reason else 'usable'}")
+
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    print("who serves each operator (float32; the first is the default)")
+    for stage in ops.STAGES:
+        for device in devices:
+            print(f"  {stage:9} {device:5} {_serving(stage, device)}")
+
+
+if __name__ == "__main__":
+    main()
