@@ -29,6 +29,7 @@ def _serving(stage: str, device: str) -> str:
 
 
 def main() -> None:
+    """Print the report."""
     print(f"zipfls_cuda {__version__}")
     print(f"  python    {platform.python_version()} on {platform.platform()}")
     print(f"  torch     {torch.__version__} (CUDA {torch.version.cuda or 'none'})")

@@ -38,6 +38,7 @@ def _same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def number(name: str, x: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """A finite number in [low, high]."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     if not (
@@ -58,6 +59,7 @@ def class_weight(x: Tensor, shape: tuple[int, ...] | None = None) -> None:
 
 
 def num_classes(value: object) -> None:
+    """``num_classes`` C >= 2."""
     if isinstance(value, Tensor | bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"num_classes must be an int, got {type(value).__name__}")
     if value < 2:

@@ -49,7 +49,7 @@ def vote_fwd(features: Tensor, weight: Tensor, bias: Tensor | None, upsample: in
     P = upsample * H * upsample * W
     weight = weight.to(dtype)
     if upsample == 1:
-        positions = positions.reshape(-1, 1, D)  # no position needs its neighbours: blocks of any size do
+        positions = positions.reshape(N * P, 1, D)  # no position needs its neighbours: blocks of any size do
     block_size = max(1, SCORES_AT_A_TIME // max(1, upsample**2 * positions.shape[1] * C))
     votes = []
     for block in positions.split(block_size):

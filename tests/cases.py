@@ -1,0 +1,92 @@
+"""Inputs for tests: logits, targets and votes of every kind that has ever broken a loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Case(NamedTuple):
+    logits: Tensor  # (N, C)
+    target: Tensor  # (N,) int64
+    votes: Tensor  # (N, P) int32
+
+    def to(self, device=None, dtype=None) -> Case:
+        return Case(self.logits.to(device, dtype), self.target.to(device), self.votes.to(device))
+
+    def leaf(self) -> Tensor:
+        """The logits as a fresh leaf that wants a gradient."""
+        return self.logits.detach().clone().requires_grad_()
+
+
+def make(
+    N: int = 5,
+    C: int = 12,
+    P: int = 9,
+    dtype=torch.float32,
+    device="cpu",
+    *,
+    kind="peaked",
+    scale=2.0,
+    seed=0,
+) -> Case:
+    """A random case; ``kind`` is the shape of the histogram of votes.
+
+    peaked: as a network votes; uniform; one: a class takes all; target: the target takes all; distinct: each
+    vote its own class (as far as C goes); none: no vote at all; some: half the votes negative; ties: many
+    classes with equal counts.
+    """
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(N, C, generator=g, dtype=torch.float64) * scale).to(dtype)
+    target = torch.randint(C, (N,), generator=g)
+    if kind == "peaked":
+        votes = (torch.rand(N, P, generator=g).pow(3) * C).long().clamp(max=C - 1)
+        votes = (votes + torch.randint(C, (N, 1), generator=g)) % C
+    elif kind == "uniform":
+        votes = torch.randint(C, (N, P), generator=g)
+    elif kind == "one":
+        votes = torch.randint(C, (N, 1), generator=g).expand(N, P)
+    elif kind == "target":
+        votes = target[:, None].expand(N, P)
+    elif kind == "distinct":
+        votes = torch.stack([torch.randperm(C, generator=g).repeat(-(-P // C))[:P] for _ in range(N)])
+    elif kind == "none":
+        votes = torch.full((N, P), -1)
+    elif kind == "some":
+        votes = torch.randint(C, (N, P), generator=g)
+        votes[torch.rand(N, P, generator=g) < 0.5] = -1
+    elif kind == "ties":
+        votes = (torch.arange(P) // 3 % C).expand(N, P)
+    else:
+        raise ValueError(kind)
+    return Case(logits, target, votes.to(torch.int32).contiguous()).to(device)
+
+
+KINDS = ("peaked", "uniform", "one", "target", "distinct", "none", "some", "ties")
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """Largest difference, as float64; NaN and infinity must agree in place and sign, and do not count."""
+    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
+    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
+    odd = ~exact.isfinite()
+    assert torch.equal(actual[odd].nan_to_num(nan=7.0), exact[odd].nan_to_num(nan=7.0)), "NaN or inf differ"
+    assert actual[~odd].isfinite().all(), "NaN or inf where a finite value belongs"
+    return (actual - exact)[~odd].abs().max().item() if (~odd).any() else 0.0
+
+
+def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor, what: str = "result") -> None:
+    """No worse than twice the error of plain PyTorch in the same dtype, plus one rounding of the result.
+
+    Args:
+        actual: what is tested. exact: the same in float64. plain: the same by plain PyTorch in that dtype.
+    """
+    finite = exact.double()[exact.isfinite()]
+    size = finite.abs().max().item() if finite.numel() else 0.0
+    budget = 2 * error(plain, exact) + torch.finfo(actual.dtype).eps * size + torch.finfo(actual.dtype).tiny
+    got = error(actual, exact)
+    assert got <= budget, f"{what}: error {got:.3g} above the budget {budget:.3g}"

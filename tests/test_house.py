@@ -1,0 +1,77 @@
+"""The house stays in order: who imports whom, what the docs promise, versions that agree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import zipfls_cuda as zls
+
+ROOT = Path(__file__).parent.parent
+ARROWS = {
+    "__init__": {"attach", "checks", "distributions", "functional", "modules", "ops"},
+    "__main__": {"", "ops"},
+    "attach": {"checks", "functional"},
+    "modules": {"checks", "distributions", "functional"},
+    "functional": {"checks", "distributions", "ops"},
+    "ops": {"reference", "triton_kernels", "_C"},
+    "checks": {"distributions", "reference"},
+    "reference": set(),
+    "distributions": set(),
+    "triton_kernels": {"vote", "label", "loss"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Names of the package's own modules that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            found |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            assert not any((n or "").startswith("zipfls_cuda") for n in names), f"{path}: import relatively"
+    return found - {"__version__"}
+
+
+def test_imports_follow_the_arrows():
+    package = ROOT / "zipfls_cuda"
+    for path in package.glob("*.py"):
+        extra = imports(path) - ARROWS[path.stem]
+        assert not extra, f"{path.name} must not import {extra}"
+    for path in (package / "triton_kernels").glob("*.py"):
+        extra = imports(path) - {p.stem for p in path.parent.glob("*.py")}
+        assert not extra, f"triton_kernels/{path.name} must not import {extra}"
+
+
+def test_benchmarks_do_not_import_tests():
+    tests = {p.stem for p in (ROOT / "tests").glob("*.py")}
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module.split(".")[0] not in tests - {"conftest"}, path
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == zls.__version__
+    assert f"## {zls.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_readme_names_what_exists():
+    readme = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`?make ([a-z-]+)", readme)):
+        assert re.search(rf"^{target}:", makefile, re.M), f"README speaks of make {target}"
+    for name in set(re.findall(r"zls\.([A-Za-z_]+)", readme)):
+        assert hasattr(zls, name), f"README speaks of zls.{name}"
+    for path in set(re.findall(r"\]\(([^)#:]+)\)", readme)):
+        assert (ROOT / path).exists(), f"README links to {path}"
+
+
+def test_ci_runs_the_readme_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "make test" in (ROOT / "README.md").read_text()
+    assert "make demo" in (ROOT / "README.md").read_text()
