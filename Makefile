@@ -1,0 +1,64 @@
+# make demo   train on real images with three losses and draw what happened
+# make test   prove the package right (sets up everything it needs; so does every other target)
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+PYTEST := $(PY) -m pytest
+JOBS ?= 2
+
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help build demo test lint format mutants kernel-report bench clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+	@echo "also: build lint format mutants kernel-report bench clean"
+
+# The environment: torch first, so that nothing else pulls another one; torchvision without its own idea of torch.
+$(VENV)/.deps: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zipfls_cuda needs Python 3.11 or newer; set PYTHON=")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing what the package and its tests need into $(VENV)"
+	@$(PIP) $$(grep '^torch==' requirements-dev.txt)
+	@$(PIP) --no-deps $$(grep '^torchvision==' requirements-dev.txt)
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# The package itself, in place: Python files are used where they are, C++ is rebuilt when it changed.
+$(VENV)/.built: $(VENV)/.deps setup.py pyproject.toml $(CSRC)
+	@echo "building zipfls_cuda"
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@$(PY) -m zipfls_cuda > /dev/null
+	@touch $@
+
+build: $(VENV)/.built
+
+demo: build
+	@$(PY) examples/train.py --preset demo --out runs/demo
+
+test: build
+	@$(PYTEST) -n $(JOBS)
+
+lint: build
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+
+format: build
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+	@$(VENV)/bin/clang-format -i $(CSRC)
+
+mutants: build
+	@$(PY) tests/mutants.py
+
+kernel-report: build
+	@$(PY) benchmarks/kernel_report.py
+
+bench: build
+	@$(PYTEST) benchmarks --benchmark-only
+
+clean:
+	rm -rf $(VENV) build *.egg-info zipfls_cuda/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
