@@ -1,0 +1,244 @@
+"""``make mutants``: faults seeded into a copy of the source, each of which the tests must catch.
+
+Every mutant is one small change to the maths. It is applied to a copy of the package, the tests it concerns run
+against that copy, and at least one must fail. Prints what caught each; exits 1 if any survives, or if a fault's
+text is no longer in the source. ``python tests/mutants.py WORD`` runs those whose name contains WORD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+LOSS = ("tests/test_golden.py", "tests/test_loss.py", "tests/test_autograd.py", "tests/test_api.py")
+LABEL = ("tests/test_golden.py", "tests/test_label.py")
+VOTE = ("tests/test_vote.py",)
+
+
+class Mutant(NamedTuple):
+    """One fault: ``old`` becomes ``new`` in ``path``, and one of ``tests`` must fail over ``backend``."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    backend: str = "reference"
+
+
+REFERENCE = "zipfls_cuda/reference.py"
+FUNCTIONAL = "zipfls_cuda/functional.py"
+LAWS = "zipfls_cuda/distributions.py"
+
+MUTANTS = [
+    Mutant("gradient of the wrong sign", REFERENCE, "(p_nontarget - label)", "(label - p_nontarget)", LOSS),
+    Mutant(
+        "rank by >= instead of >",
+        REFERENCE,
+        "values.contiguous(), right=True)",
+        "values.contiguous())",
+        LABEL,
+    ),
+    Mutant(
+        "target left in the label",
+        REFERENCE,
+        "    log_mass = log_mass.masked_fill(at_target, -torch.inf)\n",
+        "",
+        LABEL,
+    ),
+    Mutant(
+        "target left in the non-target softmax",
+        REFERENCE,
+        "log_nontarget = logits.masked_fill(at_target, -torch.inf).log_softmax(1)",
+        "log_nontarget = logits.log_softmax(1)",
+        LOSS,
+    ),
+    Mutant(
+        "target left in the gradient's softmax",
+        REFERENCE,
+        "p_nontarget = z.masked_fill(onehot.bool(), -torch.inf).softmax(1)",
+        "p_nontarget = z.softmax(1)",
+        LOSS,
+    ),
+    Mutant(
+        "maximum not subtracted",
+        REFERENCE,
+        "log_p = z.log_softmax(1)",
+        "log_p = z - z.exp().sum(1, True).log()",
+        LOSS,
+    ),
+    Mutant(
+        "CE divided by the batch size",
+        REFERENCE,
+        "ce_scale = 1 / ce_total",
+        "ce_scale = ce_total.new_tensor(1 / N)",
+        LOSS,
+    ),
+    Mutant("Zipf divided by the batch size", REFERENCE, "1 / correct_total)", "1 / max(N, 1))", LOSS),
+    Mutant("class weights forgotten", REFERENCE, "ce = w[y] * nll", "ce = nll", LOSS),
+    Mutant(
+        "smoothing spread over C - 1", REFERENCE, "(e / C) * (w * log_p)", "(e / (C - 1)) * (w * log_p)", LOSS
+    ),
+    Mutant(
+        "zero mass multiplied, not skipped",
+        REFERENCE,
+        "torch.where(label > 0, label * (log_label - log_nontarget), 0.0)",
+        "(label * (log_label - log_nontarget)).masked_fill(at_target, 0.0)",
+        LOSS,
+    ),
+    Mutant(
+        "masses normalised outside log space",
+        REFERENCE,
+        "log_label = log_mass.log_softmax(1)",
+        "log_label = (log_mass.exp() / log_mass.exp().sum(1, True)).log()",
+        LABEL,
+    ),
+    Mutant(
+        "negative votes counted",
+        REFERENCE,
+        "inside = (votes >= 0) & (votes < num_classes)",
+        "inside = votes < num_classes",
+        LABEL,
+    ),
+    Mutant(
+        "ignored samples kept in the gradient",
+        REFERENCE,
+        "dz = dz.masked_fill(bad[:, None], torch.nan).masked_fill(ignored[:, None], 0)",
+        "dz = dz.masked_fill(bad[:, None], torch.nan)",
+        LOSS,
+    ),
+    Mutant(
+        "only_correct with ties to any class",
+        REFERENCE,
+        "~((logits > z_y) | (earlier & (logits == z_y))).any(1)",
+        "~(logits > z_y).any(1)",
+        LOSS,
+    ),
+    Mutant(
+        "float16 mean divided before the scaler",
+        REFERENCE,
+        "dz = dz / grad_scale",
+        "dz, grad_scale = dz, torch.ones_like(grad_scale)",
+        LOSS,
+    ),
+    Mutant("ties to the highest class", REFERENCE, "index, C).amin(-1)", "index, -1).amax(-1)", VOTE),
+    Mutant(
+        "NaN wins the vote", REFERENCE, "best = scores.masked_fill(~valid, -torch.inf)", "best = scores", VOTE
+    ),
+    Mutant(
+        "upsampling without the quarter",
+        REFERENCE,
+        "pair = [torch.lerp(scores, before, 0.25), ",
+        "pair = [scores, ",
+        VOTE,
+    ),
+    Mutant(
+        "bias before interpolating",
+        REFERENCE,
+        "scores = F.linear(block.to(dtype), weight)  # (n, H*W, C), or (n, 1, C)",
+        "scores = F.linear(block.to(dtype), weight, None if bias is None else bias * 0.5)",
+        VOTE,
+    ),
+    Mutant(
+        "saved gradient scaled twice",
+        FUNCTIONAL,
+        "if torch.compiler.is_compiling() or _keeps_graph():",
+        "if torch.compiler.is_compiling():",
+        LOSS,
+    ),
+    Mutant(
+        "second derivative let through", FUNCTIONAL, "grad = _RefuseSecond.apply(grad, anchor)", "pass", LOSS
+    ),
+    Mutant(
+        "every row scaled by the first upstream value",
+        REFERENCE,
+        "return (grad * scale.unsqueeze(-1)).to(grad.dtype)",
+        "return (grad * scale.flatten()[:1]).to(grad.dtype)",
+        LOSS,
+    ),
+    Mutant(
+        "alpha of the wrong sign",
+        LAWS,
+        "return -self.alpha * rank.log()",
+        "return self.alpha * rank.log()",
+        LABEL,
+    ),
+    Mutant(
+        "linear decay off by one rank",
+        LAWS,
+        "((num_classes - rank) * g + s)",
+        "((num_classes + 1 - rank) * g + s)",
+        LABEL,
+    ),
+]
+
+
+def caught_by(mutant: Mutant) -> str:
+    """Name of the first test that fails against the mutant; empty if it survives."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        shutil.copytree(
+            ROOT,
+            copy,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns(".git", ".venv", "build", "runs", ".*cache", "results"),
+        )
+        path = copy / mutant.path
+        source = path.read_text()
+        if source.count(mutant.old) != 1:
+            sys.exit(
+                f"mutant {mutant.name!r}: its text stands {source.count(mutant.old)} times in {mutant.path}"
+            )
+        path.write_text(source.replace(mutant.old, mutant.new))
+        env = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        if mutant.path.startswith("csrc"):
+            build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+            subprocess.run(
+                build, cwd=copy, env={**env, "ZIPFLS_BUILD": "cpu"}, check=True, capture_output=True
+            )
+        run = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+        run += ["--backend", mutant.backend, *mutant.tests]
+        result = subprocess.run(run, cwd=copy, env=env, capture_output=True, text=True)
+        failed = re.findall(r"^FAILED (\S+)", result.stdout, re.M)
+        if result.returncode not in (0, 1) or bool(failed) != (result.returncode == 1):
+            sys.exit(
+                f"mutant {mutant.name!r}: the tests did not run:\n{result.stdout[-3000:]}{result.stderr[-1000:]}"
+            )
+        return failed[0] if failed else ""
+
+
+def main() -> None:
+    """Run every mutant and print what caught it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("word", nargs="?", default="", help="only mutants whose name contains this")
+    word = parser.parse_args().word
+    survivors = []
+    chosen = [m for m in MUTANTS if word in m.name]
+
+    def timed(mutant: Mutant) -> tuple[Mutant, str, float]:
+        start = time.monotonic()
+        return mutant, caught_by(mutant), time.monotonic() - start
+
+    for mutant, test, seconds in ThreadPoolExecutor(2).map(timed, chosen):
+        print(
+            f"{mutant.backend:9} {mutant.name:46} {test or 'SURVIVED'}  ({seconds:.0f} s)",
+            flush=True,
+        )
+        if not test:
+            survivors.append(mutant.name)
+    print(f"{len(chosen)} mutants, {len(chosen) - len(survivors)} caught, {len(survivors)} survived")
+    sys.exit(1 if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()
