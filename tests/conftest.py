@@ -14,7 +14,7 @@ import pytest
 import zipfls_cuda as zls
 from zipfls_cuda import ops
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_addoption(parser):

@@ -1,8 +1,8 @@
 """``make mutants``: faults seeded into a copy of the source, each of which the tests must catch.
 
-Every mutant is one small change to the maths. It is applied to a copy of the package, the tests it concerns run
-against that copy, and at least one must fail. Prints what caught each; exits 1 if any survives, or if a fault's
-text is no longer in the source. ``python tests/mutants.py WORD`` runs those whose name contains WORD.
+Every mutant is one small change to the maths. It is applied to a copy of the package, the tests it concerns
+run against that copy, and at least one must fail. Prints what caught each; exits 1 if any survives, or if a
+fault's text is no longer in the source. ``python tests/mutants.py WORD`` runs those whose name contains WORD.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def caught_by(mutant: Mutant) -> str:
         failed = re.findall(r"^FAILED (\S+)", result.stdout, re.M)
         if result.returncode not in (0, 1) or bool(failed) != (result.returncode == 1):
             sys.exit(
-                f"mutant {mutant.name!r}: the tests did not run:\n{result.stdout[-3000:]}{result.stderr[-1000:]}"
+                f"mutant {mutant.name!r}: the tests did not run:\n{result.stdout[-3000:]}{result.stderr}"
             )
         return failed[0] if failed else ""
 

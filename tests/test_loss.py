@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, KINDS, assert_within_budget, error, make
+from cases import DTYPES, KINDS, error, make, rms
 
 import zipfls_cuda as zls
 
@@ -25,7 +25,10 @@ def run(x, target, votes, *, backend, upstream=None, **options):
 
 
 def check_against_oracle(backend, device, case, *, dtype=torch.float32, mass=None, votes=True, **options):
-    """The whole loss in one dtype against the oracle on the same (rounded) logits."""
+    """The whole loss in one dtype against the oracle on the same (rounded) logits.
+
+    A few roundings of the largest intermediate are allowed; test_error_budget has the statistics.
+    """
     case = case.to(device, dtype)
     v = case.votes if votes else None
     alpha = options.pop("alpha", 1.0)
@@ -33,7 +36,6 @@ def check_against_oracle(backend, device, case, *, dtype=torch.float32, mass=Non
     mass = mass or oracle.MASSES["Zipf"](alpha)
     kind = {"distribution": law} if law is not None else {"alpha": alpha}
     got = run(case.logits, case.target, v, backend=backend, **kind, **options)
-    plain = run(case.logits, case.target, v, backend="reference", **kind, **options)
     renamed = {"weight": "class_weight", "label_smoothing": "smoothing"}
     exact = oracle.batch(
         case.logits.double().cpu().numpy(),
@@ -46,12 +48,31 @@ def check_against_oracle(backend, device, case, *, dtype=torch.float32, mass=Non
         },
     )
     out = torch.float64 if dtype == torch.float64 else torch.float32
-    for name, a, b, c in zip(("loss", "ce", "zipf", "gradient"), got, exact, plain, strict=True):
+    for name, a, b in zip(("loss", "ce", "zipf", "gradient"), got, exact, strict=True):
         assert a.dtype == (dtype if name == "gradient" else out), name
         b = torch.as_tensor(np.asarray(b))
-        assert_within_budget(a, b, c, name)
         size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
-        assert error(a, b) <= 40 * torch.finfo(a.dtype).eps * max(size, 1e-3), f"{name} is far from exact"
+        allowed = torch.finfo(a.dtype).eps * size + 24 * torch.finfo(out).eps * max(size, 1.0)
+        assert error(a, b) <= allowed, f"{name} is far from exact"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("C", "P"), [(10, 16), (100, 80), (1000, 49), (9973, 49)])
+def test_error_budget(backend, device, dtype, C, P):
+    """Over many samples, no worse than twice the error of plain PyTorch in the same dtype."""
+    if backend == "triton" and C > 1000:
+        pytest.skip("the interpreter is slow")
+    case = make(64, C, P, device=device, dtype=dtype, scale=3.0)
+    options = {"reduction": "none", "label_smoothing": 0.1}
+    got = run(case.logits, case.target, case.votes, backend=backend, **options)
+    plain = run(case.logits, case.target, case.votes, backend="reference", **options)
+    if dtype == torch.float64:  # no wider type to compare with: the two must agree
+        for a, b in zip(got, plain, strict=True):
+            assert rms(a, b) <= 1e-14 * (1 + b.abs().max().item())
+        return
+    exact = run(case.logits.double(), case.target, case.votes, backend="reference", **options)
+    for name, a, b, c in zip(("loss", "ce", "zipf", "gradient"), got, exact, plain, strict=True):
+        assert rms(a, b) <= 2 * rms(c, b), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,19 +113,20 @@ def test_loss_options(backend, device, reduction, smoothing, weighted, only_corr
 
 
 @pytest.mark.parametrize(
-    ("law", "mass"),
+    "law",
     [
-        (zls.Zipf(0.5), oracle.MASSES["Zipf"](0.5)),
-        (zls.Zipf(4.0), oracle.MASSES["Zipf"](4.0)),
-        (zls.Constant(), oracle.MASSES["Constant"]()),
-        (zls.LinearDecay(0.0), oracle.MASSES["LinearDecay"](0.0)),
-        (zls.LinearDecay(0.01), oracle.MASSES["LinearDecay"](0.01)),
-        (zls.ExponentialDecay(0.7), oracle.MASSES["ExponentialDecay"](0.7)),
+        zls.Zipf(0.5),
+        zls.Zipf(4.0),
+        zls.Constant(),
+        zls.LinearDecay(0.0),
+        zls.LinearDecay(0.01),
+        zls.ExponentialDecay(0.7),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("by_votes", [True, False])
-def test_loss_of_every_law(backend, device, law, mass, by_votes):
+def test_loss_of_every_law(backend, device, law, by_votes):
+    mass = oracle.MASSES[type(law).__name__](*vars(law).values())
     for kind in ("peaked", "distinct"):
         case = make(5, 13, 20, kind=kind)
         check_against_oracle(backend, device, case, distribution=law, mass=mass, votes=by_votes)

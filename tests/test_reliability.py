@@ -59,7 +59,7 @@ def test_repeats_bitwise_whatever_the_threads(backend, device):
     case = make(33, 1003, 49, device=device)
     features, weight = torch.randn(8, 16, 5, 5, device=device), torch.randn(1003, 16, device=device)
     repeats, threads = (2, (2,)) if backend == "triton" else (4, (1, 2))
-    seen = []
+    seen, before = [], torch.get_num_threads()
     for n in threads:
         torch.set_num_threads(n)
         for _ in range(repeats):
@@ -67,7 +67,7 @@ def test_repeats_bitwise_whatever_the_threads(backend, device):
             loss = zls.zipf_cross_entropy(x, case.target, case.votes, label_smoothing=0.1, backend=backend)
             loss.backward()
             seen.append((loss.detach(), x.grad, zls.dense_vote(features, weight, backend=backend)))
-    torch.set_num_threads(2)
+    torch.set_num_threads(before)
     for other in seen[1:]:
         for a, b in zip(other, seen[0], strict=True):
             assert torch.equal(a, b)
@@ -111,6 +111,24 @@ def test_mass_tables_are_cached():
     with torch.inference_mode():  # a table made here must still serve under autograd
         zls.zipf_loss(*case, alpha=1.75)
     zls.zipf_loss(case.leaf(), case.target, case.votes, alpha=1.75).backward()
+
+
+def test_distributed_tensors_are_refused_by_name():
+    """A DTensor would reach a kernel as the pointer of one shard (9)."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        weight = distribute_tensor(torch.randn(6, 5), mesh, [Shard(0)])
+        with pytest.raises(TypeError, match=r"weight is a DTensor.*weight.full_tensor\(\)"):
+            zls.dense_vote(torch.randn(2, 5, 3, 3), weight)
+        logits = distribute_tensor(torch.randn(4, 6), mesh, [Shard(1)])
+        with pytest.raises(TypeError, match="logits is a DTensor"):
+            zls.zipf_loss(logits, torch.zeros(4, dtype=torch.int64))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_logits_are_not_kept_alive(backend, device):

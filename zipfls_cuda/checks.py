@@ -19,8 +19,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _tensor(name: str, x: object) -> None:
+    if type(x) is Tensor:
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if type(x).__name__ == "DTensor":  # not imported: torch.distributed.tensor is slow to load
+        raise TypeError(
+            f"{name} is a DTensor, of which a kernel would see one shard; give it {name}.full_tensor(), "
+            "or call inside the forward of the FSDP module that owns it"
+        )
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

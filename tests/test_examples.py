@@ -1,0 +1,771 @@
+"""examples/train.py: data, network, short trainings, exact resume, two processes, bad arguments."""
+
+import importlib.util
+import json
+import os
+import pickle
+import runpy
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import zipfls_cuda as zls
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
+
+
+def import_script():
+    """The example as a module, under a name that nothing else has."""
+    spec = importlib.util.spec_from_file_location("examples_train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+example = import_script()
+CPU = example.Place(torch.device("cpu"))
+TINY = ["--device", "cpu", "--depth", "8", "--width", "4", "--size", "16", "--batch-size", "32"]
+
+
+def arguments(*argv, out="unused"):
+    return example.parse_arguments(example.make_parser(), [*TINY, "--out", str(out), *argv])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny networks gain nothing from more, and lose much where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def read_log(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(history):
+    return [{k: v for k, v in record.items() if k != "train_seconds"} for record in history]
+
+
+def assert_equal_states(a, b):
+    """Compare nested containers of tensors and plain values to the last bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_equal_states(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal_states(x, y)
+    else:
+        assert a == b
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def test_digits():
+    data = example.load_data("digits", 32, Path("unused"))
+    images = torch.cat([data.train.images, data.test.images])
+    count = data.train.labels.bincount() + data.test.labels.bincount()
+    assert images.shape == (1797, 1, 32, 32)
+    assert images.dtype == torch.uint8
+    assert len({image.numpy().tobytes() for image in images}) > 1790  # no image is in both sets
+    assert count.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    share = data.test.labels.bincount() / count
+    assert ((share > 0.24) & (share < 0.26)).all()
+    assert not data.mirror
+    assert data.classes == list("0123456789")
+    # a class mean of the test set looks most like the same class's mean in the training set
+    train, test = (
+        torch.stack([part.images[part.labels == c].float().mean(0).flatten() for c in range(10)])
+        for part in (data.train, data.test)
+    )
+    assert torch.cdist(test, train).argmin(1).tolist() == list(range(10))
+
+
+def write_folder(root, counts, mode="RGB"):
+    """Class folders of plain images, one colour per class, in differing sizes and file types."""
+    colours = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
+    for name, count in counts.items():
+        for i in range(count):
+            folder = root / name / ("more" if i % 2 else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.new("RGB", (20 + 7 * i, 33), colours[name]).convert(mode)
+            image.save(folder / f"{i}.{'png' if i % 3 else 'PNG'}")
+        (root / name / "notes.txt").write_text("not an image")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_folder_of_classes(tmp_path, mode):
+    write_folder(tmp_path, {"red": 4, "green": 8, "blue": 2}, mode)
+    data = example.load_data(f"folder:{tmp_path}", 24, Path("unused"))
+    assert data.classes == ["blue", "green", "red"]
+    assert data.mirror
+    assert data.train.labels.bincount().tolist() == [1, 6, 3]
+    assert data.test.labels.bincount().tolist() == [1, 2, 1]
+    for split in (data.train, data.test):
+        assert split.images.shape == (len(split), 3, 24, 24)
+        assert split.images.dtype == torch.uint8
+        channel = split.images.float().mean((2, 3)).argmax(1)  # red 0, green 1, blue 2
+        assert torch.equal(channel, 2 - split.labels)
+
+
+def test_folder_with_its_own_test_set(tmp_path):
+    write_folder(tmp_path / "train", {"blue": 2, "green": 3, "red": 2})
+    write_folder(tmp_path / "val", {"red": 2, "green": 1})  # a class may be missing in it
+    data = example.load_data(f"folder:{tmp_path}", 16, Path("unused"))
+    assert data.train.labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert data.test.labels.tolist() == [1, 2, 2]
+    assert torch.equal(data.test.images.float().mean((2, 3)).argmax(1), 2 - data.test.labels)
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes what Python 2 wrote, as in the published files: byte strings and NumPy's old names."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def save_string(self, text):
+        content = text.encode("latin1") if isinstance(text, str) else text
+        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
+        self.memoize(text)
+
+    def save_global(self, obj, name=None):
+        module = obj.__module__.replace("numpy._core", "numpy.core")
+        self.write(pickle.GLOBAL + f"{module}\n{obj.__name__}\n".encode())
+        self.memoize(obj)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+
+def write_cifar100(root, seed=0):
+    """Tiny files of the published format; returns their pixels (N, 3, 32, 32) and classes."""
+    rng = np.random.default_rng(seed)
+    root.mkdir(parents=True)
+    written = {}
+    for name, count in (("train", 12), ("test", 5)):
+        pixels = rng.integers(256, size=(count, 3072), dtype=np.uint8)
+        labels = [*rng.integers(100, size=count - 1).tolist(), 99]
+        content = {
+            "data": pixels,
+            "fine_labels": labels,
+            "coarse_labels": [label // 5 for label in labels],
+            "filenames": [f"{i}.png" for i in range(count)],
+            "batch_label": "training batch 1 of 1",
+        }
+        with open(root / name, "wb") as file:
+            Python2Pickler(file, protocol=2).dump(content)
+        written[name] = pixels.reshape(-1, 3, 32, 32), labels
+    with open(root / "meta", "wb") as file:
+        Python2Pickler(file, 2).dump({"fine_label_names": [f"class{i}" for i in range(100)]})
+    return written
+
+
+@pytest.mark.parametrize("inner", ["", "cifar-100-python"])
+def test_cifar100(tmp_path, inner):
+    folder = tmp_path / "set" / inner
+    written = write_cifar100(folder)
+    assert b"numpy.core.multiarray\n_reconstruct" in (folder / "train").read_bytes()
+    data = example.load_data(f"cifar100:{tmp_path / 'set'}", 32, Path("unused"))
+    for split, (pixels, labels) in ((data.train, written["train"]), (data.test, written["test"])):
+        assert np.array_equal(split.images.numpy(), pixels)
+        assert split.labels.tolist() == labels
+    assert len(data.classes) == 100
+    assert data.classes[7] == "class7"
+    assert data.mirror
+    smaller = example.load_data(f"cifar100:{tmp_path / 'set'}", 16, Path("unused"))
+    assert smaller.train.images.shape == (12, 3, 16, 16)
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_cifar100_refuses_what_is_not_data(tmp_path):
+    root, mark = tmp_path / "set", tmp_path / "harm"
+    write_cifar100(root)
+    good = (root / "train").read_bytes()
+    harmful = pickle.dumps({"data": Harmful(mark), "fine_labels": []})
+    for content, reason in (
+        (harmful, "not allowed"),
+        (good[: len(good) // 2], "is not a CIFAR-100 file"),
+        (b"<html>", "is not a CIFAR-100 file"),
+        (pickle.dumps([1, 2]), "no dictionary"),
+        (pickle.dumps({"fine_labels": []}, protocol=2), "'data'"),
+    ):
+        (root / "train").write_bytes(content)
+        with pytest.raises(example.DataError, match=reason):
+            example.load_cifar100(root, 32)
+    assert not mark.exists()
+    pickle.loads(harmful)
+    assert mark.exists()  # an ordinary unpickler would have run it
+    for labels in ([0, 1], [100] * 12, [-1] * 12, None, "a" * 12):
+        content = {"data": np.zeros((12, 3072), np.uint8), "fine_labels": labels}
+        with open(root / "train", "wb") as file:
+            Python2Pickler(file, 2).dump(content)
+        with pytest.raises(example.DataError, match="fine_labels"):
+            example.load_cifar100(root, 32)
+
+
+def test_fractals_are_a_function_of_the_seed():
+    images = example.make_fractals(3, 16)
+    assert images.shape == (100, 3, 3, 16, 16)
+    assert images.dtype == np.uint8
+    assert np.array_equal(images, example.make_fractals(3, 16))
+    assert not np.array_equal(images, example.make_fractals(3, 16, seed=1))
+    assert len({image.tobytes() for image in images.reshape(300, -1)}) == 300
+
+
+def test_fractal_families_are_closer_than_strangers():
+    images = example.make_fractals(24, 32).astype(np.float64)
+    means = images.mean(1).reshape(100, -1)
+    distance = np.linalg.norm(means[:, None] - means[None], axis=-1)
+    family = np.arange(100) // 5
+    related = (family[:, None] == family) & ~np.eye(100, dtype=bool)
+    stranger = family[:, None] != family
+    assert distance[related].mean() < 0.6 * distance[stranger].mean()
+    np.fill_diagonal(distance, np.inf)
+    assert (family[distance.argmin(1)] == family).mean() > 0.95
+    # relatives do differ: a class is nearer to its own other half than to any relative, mostly
+    one, other = (half.mean(1).reshape(100, -1) for half in (images[:, :12], images[:, 12:]))
+    nearest = np.linalg.norm(one[:, None] - other[None], axis=-1).argmin(1)
+    assert 0.2 < (nearest == np.arange(100)).mean() < 0.95  # neither hopeless nor trivial
+
+
+def test_fractals_come_from_the_cache(tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "new" / "cache"
+    first = example.load_data("fractals:5", 16, cache)
+    assert len(first.train) == 500
+    assert len(first.test) == 100
+    assert len(first.classes) == 100
+    assert first.train.labels.bincount().tolist() == [5] * 100
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    broken = bytearray(whole)
+    broken[len(whole) // 2] ^= 1
+    for content in (whole[: len(whole) // 2], b"", b"junk" * 100, bytes(broken)):
+        file.write_bytes(content)
+        again = example.load_data("fractals:5", 16, cache)
+        assert "damaged" in capsys.readouterr().err
+        assert torch.equal(again.train.images, first.train.images)
+        assert file.read_bytes() == whole
+        assert list(cache.iterdir()) == [file]
+    monkeypatch.setattr(example, "make_fractals", lambda *_: pytest.fail("made again"))
+    again = example.load_data("fractals:5", 16, cache)
+    assert torch.equal(again.test.images, first.test.images)
+    assert torch.equal(again.test.labels, first.test.labels)
+
+
+def test_fractals_without_a_place_for_the_cache(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert len(example.load_data("fractals:1", 16, tmp_path / "file" / "cache").train) == 100
+    assert "cannot keep" in capsys.readouterr().err
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+
+    def write():
+        with example.atomic_file(file) as out:
+            out.write(b"half of the ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+# ------------------------------------------------------------------------------ batches, networks
+
+
+def small_data(count=70, size=16):
+    data = example.load_data("digits", size, Path("unused"))
+    return example.Data(data.train.head(count), data.test.head(count), data.classes, data.mirror)
+
+
+def test_mean_and_std():
+    images = torch.randint(256, (50, 3, 9, 9), dtype=torch.uint8)
+    mean, std = example.mean_and_std(images, CPU.device)
+    flat = images.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.flatten(), flat.mean(1).float())
+    torch.testing.assert_close(std.flatten(), flat.std(1, correction=0).float())
+
+
+def test_crop():
+    images = torch.randint(1, 256, (3, 2, 8, 8), dtype=torch.uint8)
+    corner = torch.tensor([[2, 0, 4], [2, 1, 2]])  # rows, columns; (2, 2) is no shift
+    out = example.crop(images, corner, torch.tensor([False, False, True]), 2)
+    assert torch.equal(out[0], images[0])
+    assert torch.equal(out[1, :, 2:, 1:], images[1, :, :-2, :-1])  # moved down by 2, right by 1
+    assert not out[1, :, :2].any()
+    assert not out[1, :, :, :1].any()
+    assert torch.equal(out[2, :, :-2], images[2, :, 2:].flip(-1))
+    assert not out[2, :, -2:].any()
+
+
+def test_processes_share_a_batch_out():
+    data = small_data()
+    whole = list(example.Loader(data, 32, 5, CPU))
+    assert len(whole) == 2
+    assert whole[0][0].shape == (32, 1, 16, 16)
+    places = [example.Place(CPU.device, rank, processes=2) for rank in (0, 1)]
+    parts = [list(example.Loader(data, 32, 5, place)) for place in places]
+    for batch, (images, labels) in enumerate(whole):
+        for rank in (0, 1):
+            assert torch.equal(parts[rank][batch][0], images[rank::2])
+            assert torch.equal(parts[rank][batch][1], labels[rank::2])
+    loader = example.Loader(data, 32, 5, CPU)
+    epochs = [torch.cat([labels for _, labels in loader]) for _ in range(2)]
+    assert torch.equal(epochs[0], torch.cat([labels for _, labels in whole]))
+    assert not torch.equal(epochs[0], epochs[1])  # every epoch has an order of its own
+
+
+def test_every_loss_starts_alike():
+    data = small_data()
+    trainers = [example.Trainer(loss, 3, data, arguments(), CPU) for loss in ("ce", "ls", "zipf")]
+    for other in trainers[1:]:
+        assert_equal_states(trainers[0].net.state_dict(), other.net.state_dict())
+    batches = [list(trainer.loader) for trainer in trainers]
+    assert_equal_states(batches[0], batches[1])
+    assert_equal_states(batches[0], batches[2])
+    another = example.Trainer("ce", 4, data, arguments(), CPU)
+    assert not torch.equal(another.net.fc.weight, trainers[0].net.fc.weight)
+
+
+@pytest.mark.parametrize("depth, size", [(8, 16), (8, 32), (14, 20)])
+def test_network(depth, size):
+    net = example.ResNet(depth, 3, 7, width=4)
+    layers = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert sum(getattr(m, "kernel_size", None) != (1, 1) for m in layers) == depth
+    images = torch.randn(5, 3, size, size)
+    logits, features = net.train()(images)
+    assert features.shape == (5, 16, size // 4, size // 4)
+    assert features.shape[-1] >= 4
+    scores = torch.einsum("ndhw,cd->nchw", features, net.fc.weight) + net.fc.bias[:, None, None]
+    torch.testing.assert_close(scores.mean((2, 3)), logits)  # what votes is what is pooled
+    votes = zls.dense_vote(features, net.fc.weight, net.fc.bias)
+    assert torch.equal(votes.long(), scores.argmax(1).flatten(1))
+    assert net.eval()(images).shape == (5, 7)
+
+
+def test_losses():
+    logits, target = torch.randn(6, 10), torch.arange(6)
+    votes = torch.randint(10, (6, 16))
+    loss = example.make_loss("ce", arguments(), 10)
+    torch.testing.assert_close(loss(logits, target), F.cross_entropy(logits, target))
+    loss = example.make_loss("ls", arguments("--label-smoothing", "0.3"), 10)
+    torch.testing.assert_close(
+        loss(logits, target), F.cross_entropy(logits, target, label_smoothing=0.3)
+    )
+    for argv, law in (
+        (["--alpha", "2"], zls.Zipf(2.0)),
+        (["--distribution", "constant"], zls.Constant()),
+        (["--distribution", "linear:0.01"], zls.LinearDecay(0.01)),
+        (["--distribution", "exponential:0.5"], zls.ExponentialDecay(0.5)),
+        (["--distribution", "uniform"], zls.RandomUniform()),
+        (["--distribution", "pareto:2"], zls.RandomPareto(2.0)),
+    ):
+        loss = example.make_loss("zipf", arguments("--zipf-weight", "0.7", *argv), 10)
+        torch.manual_seed(0)
+        ours = loss(logits, target, votes)
+        torch.manual_seed(0)
+        theirs = zls.zipf_cross_entropy(logits, target, votes, zipf_weight=0.7, distribution=law)
+        torch.testing.assert_close(ours, theirs)
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+def table_row(printed, loss):
+    table = printed[printed.index("best test %") :]
+    return next(line for line in table.splitlines() if line.split()[0] == loss)
+
+
+def test_training_writes_its_files(tmp_path, capsys):
+    out = tmp_path / "new" / "run"
+    argv = ["--data", "digits", "--limit", "96", "--epochs", "2", "--loss", "ce,ls,zipf"]
+    runs = example.main([*TINY, *argv, "--out", str(out)])
+    files = {"curves.png", "spectra.png", "summary.json"}
+    files |= {f"{loss}.{end}" for loss in ("ce", "ls", "zipf") for end in ("jsonl", "pt")}
+    assert {file.name for file in out.iterdir()} == files
+    assert [run.loss for run in runs] == ["ce", "ls", "zipf"]
+    for run in runs:
+        log = read_log(out / f"{run.loss}.jsonl")
+        assert log == run.history
+        assert [record["epoch"] for record in log] == [1, 2]
+        for record in log:
+            assert all(np.isfinite(v) for k, v in record.items() if k != "loss"), record
+            assert 0 <= record["test_accuracy"] <= 1
+            assert record["train_seconds"] > 0
+        assert len(run.spectrum) == 10
+        assert run.spectrum == sorted(run.spectrum, reverse=True)
+        assert sum(run.spectrum) == pytest.approx(1, abs=1e-6)
+        law = zls.fit_zipf(torch.tensor([run.spectrum]))  # a row that is its own sorted mean
+        assert (run.alpha, run.intercept) == pytest.approx(law, abs=1e-4)
+    ce, ls, zipf = (run.history[0] for run in runs)
+    assert ce["train_loss"] == pytest.approx(ce["train_cross_entropy"], abs=1e-6)
+    assert zipf["train_loss"] > zipf["train_cross_entropy"] + 1e-4  # the Zipf term is in it
+    assert ls["train_loss"] != pytest.approx(ls["train_cross_entropy"], abs=1e-4)
+    assert json.loads((out / "summary.json").read_text()) == [vars(run) for run in runs]
+    for picture in ("curves.png", "spectra.png"):
+        pixels = np.asarray(Image.open(out / picture).convert("RGB"))
+        for colour in example.COLOURS.values():  # every loss is drawn in its colour
+            rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+            assert (pixels == rgb).all(-1).sum() > 100, (picture, colour)
+    printed = capsys.readouterr().out
+    assert str(out / "curves.png") in printed
+    assert str(out / "spectra.png") in printed
+    for run in runs:
+        row = table_row(printed, run.loss).split()
+        assert row[2] == f"{100 * run.history[-1]['test_accuracy']:.2f}"
+        assert row[4] == f"{run.alpha:.2f}"
+
+
+@pytest.mark.parametrize("loss", ["ce", "zipf"])
+def test_training_learns(tmp_path, loss):
+    argv = ["--data", "digits", "--limit", "600", "--epochs", "6", "--width", "8", "--loss", loss]
+    (run,) = example.main([*TINY, *argv, "--out", str(tmp_path)])
+    assert run.history[-1]["test_accuracy"] > 0.6  # chance is 0.1
+    assert run.history[-1]["train_cross_entropy"] < 0.6 * run.history[0]["train_cross_entropy"]
+
+
+def test_several_seeds(tmp_path, capsys):
+    argv = ["--data", "digits", "--limit", "40", "--epochs", "1", "--loss", "ce", "--seed", "1,2"]
+    runs = example.main([*TINY, *argv, "--out", str(tmp_path)])
+    assert [run.seed for run in runs] == [1, 2]
+    assert runs[0].spectrum != runs[1].spectrum
+    for name in ("ce-seed1.jsonl", "ce-seed2.jsonl", "ce-seed1.pt", "ce-seed2.pt"):
+        assert (tmp_path / name).is_file()
+    accuracy = [100 * run.history[-1]["test_accuracy"] for run in runs]
+    expected = f"{np.mean(accuracy):.2f} ± {np.std(accuracy, ddof=1):.2f}"
+    assert expected in table_row(capsys.readouterr().out, "ce")
+
+
+@pytest.mark.parametrize("source", ["folder", "cifar100", "fractals:1"])
+def test_training_on_every_source(tmp_path, source):
+    write_folder(tmp_path / "folder", {"red": 6, "blue": 6})
+    write_cifar100(tmp_path / "cifar100")
+    data = source if ":" in source else f"{source}:{tmp_path / source}"
+    argv = ["--data", data, "--epochs", "1", "--out", str(tmp_path / "out"), "--limit", "40"]
+    (run,) = example.main([*TINY, *argv, "--cache", str(tmp_path / "cache")])
+    assert np.isfinite(run.history[0]["train_loss"])
+    assert len(run.spectrum) == (2 if source == "folder" else 100)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision(tmp_path, amp):
+    argv = ["--data", "digits", "--limit", "64", "--epochs", "2", "--seed", "1"]
+    (full,) = example.main([*TINY, *argv, "--out", str(tmp_path / "full")])
+    (half,) = example.main([*TINY, *argv, "--out", str(tmp_path / "half"), "--amp", amp])
+    assert half.history[0]["train_loss"] == pytest.approx(full.history[0]["train_loss"], rel=0.05)
+    assert half.history[0]["train_loss"] != full.history[0]["train_loss"]
+    weights = torch.load(tmp_path / "half" / "zipf.pt")["trainer"]["net"]
+    for weight in weights.values():
+        assert weight.dtype in (torch.float32, torch.int64)
+        assert weight.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------- resume
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Arms an interrupt in the nth call of a function of the example, for once."""
+
+    def arm(owner, name, nth):
+        original, calls = getattr(owner, name), []
+
+        def counted(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == nth:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    return arm
+
+
+RESUMABLE = ["--data", "digits", "--limit", "96", "--epochs", "3", "--loss", "zipf,ce"]
+RESUMABLE += ["--distribution", "uniform"]  # a random law, so that torch's generator counts
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    return out, example.main([*TINY, *RESUMABLE, "--out", str(out)])
+
+
+@pytest.mark.parametrize(
+    "owner, name, nth",
+    [
+        (zls, "dense_vote", 5),  # amid the second epoch of the first loss
+        (example, "write_log", 2),  # after a checkpoint, before its log
+        (example.Trainer, "evaluate", 5),  # in the second loss, the first being done
+    ],
+)
+def test_resume_is_exact(tmp_path, uninterrupted, interrupt, owner, name, nth):
+    out, runs = uninterrupted
+    interrupt(owner, name, nth)
+    with pytest.raises(KeyboardInterrupt):
+        example.main([*TINY, *RESUMABLE, "--out", str(tmp_path)])
+    assert (tmp_path / "zipf.pt").exists()  # there is something to resume from
+    torch.manual_seed(99)  # what came before must not matter
+    resumed = example.main([*TINY, *RESUMABLE, "--out", str(tmp_path), "--resume"])
+    for before, after in zip(runs, resumed, strict=True):
+        assert (before.alpha, before.spectrum) == (after.alpha, after.spectrum)
+        assert without_times(before.history) == without_times(after.history)
+        assert read_log(tmp_path / f"{after.loss}.jsonl") == after.history
+        states = [torch.load(folder / f"{after.loss}.pt")["trainer"] for folder in (out, tmp_path)]
+        assert_equal_states(*states)
+
+
+def test_resume_of_a_finished_run(tmp_path, uninterrupted, monkeypatch):
+    out = shutil.copytree(uninterrupted[0], tmp_path / "copy")
+    monkeypatch.setattr(example.Trainer, "train_epoch", lambda *_: pytest.fail("trained again"))
+    resumed = example.main([*TINY, *RESUMABLE, "--out", str(out), "--resume"])
+    assert [vars(run) for run in resumed] == [vars(run) for run in uninterrupted[1]]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--lr", "0.2"], "--lr (0.1 there, 0.2 here)"),
+        (["--epochs", "4"], "--epochs (3 there, 4 here)"),
+        (["--limit", "95"], "--limit (96 there, 95 here)"),
+        (["--data", "fractals:1"], "another --data"),
+    ],
+)
+def test_resume_refuses_other_settings(tmp_path, uninterrupted, capsys, change, message):
+    argv = [*TINY, *RESUMABLE, "--out", str(uninterrupted[0]), "--resume", "--cache", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        example.main([*argv, *change])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "argument --resume" in error
+    assert message in error
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({"settings": {}}, 2)])
+def test_resume_refuses_what_is_no_checkpoint(tmp_path, capsys, content):
+    (tmp_path / "zipf.pt").write_bytes(content)
+    with pytest.raises(SystemExit):
+        example.main([*TINY, *RESUMABLE, "--out", str(tmp_path), "--resume"])
+    assert "zipf.pt is not a checkpoint of this script" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- two processes
+
+DRIVER = """
+import os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+sys.path.insert(0, {folder!r})
+import train
+
+dist.init_process_group("gloo")  # once, for all the runs below
+train.dist.init_process_group = lambda backend: None
+destroy, train.dist.destroy_process_group = dist.destroy_process_group, lambda: None
+
+class Recorder(train.Trainer):
+    latest = None
+    def __init__(self, *args):
+        super().__init__(*args)
+        Recorder.latest = self
+train.Trainer = Recorder
+
+out, rank = Path({out!r}), int(os.environ["RANK"])
+argv = {argv!r}
+train.main([*argv, "--out", str(out / "whole")])
+torch.save(Recorder.latest.net.state_dict(), out / f"rank{{rank}}.pt")
+
+original, calls = train.zls.dense_vote, []
+def interrupted(*args):
+    calls.append(1)
+    if len(calls) == 4:  # amid the second epoch
+        raise KeyboardInterrupt
+    return original(*args)
+train.zls.dense_vote = interrupted
+try:
+    train.main([*argv, "--out", str(out / "resumed")])
+except KeyboardInterrupt:
+    train.zls.dense_vote = original
+    train.main([*argv, "--out", str(out / "resumed"), "--resume"])
+destroy()
+"""
+
+
+def test_two_processes(tmp_path):
+    argv = [*TINY, "--data", "digits", "--limit", "101", "--epochs", "2"]
+    argv += ["--distribution", "uniform"]
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(folder=str(SCRIPT.parent), out=str(tmp_path), argv=argv))
+    root = str(SCRIPT.parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(driver)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert_equal_states(*ranks)
+    assert all(weight.isfinite().all() for weight in ranks[0].values())
+    files = {"curves.png", "spectra.png", "summary.json", "zipf.jsonl", "zipf.pt"}
+    assert set(os.listdir(tmp_path / "whole")) == files  # written once, by the first process
+    assert done.stdout.count("epoch 1/2") == 2  # one line for each of the two runs
+    saved, resumed = (torch.load(tmp_path / run / "zipf.pt") for run in ("whole", "resumed"))
+    assert_equal_states(saved["trainer"]["net"], ranks[0])
+    assert_equal_states(saved["trainer"], resumed["trainer"])
+    random = saved["trainer"]["random"]
+    assert len(random) == 2
+    assert not torch.equal(random[0][0], random[1][0])
+    history = read_log(tmp_path / "whole" / "zipf.jsonl")
+    assert without_times(history) == without_times(read_log(tmp_path / "resumed" / "zipf.jsonl"))
+    # the figures are those of the whole test set, not of one process's share
+    args = arguments("--limit", "101")
+    data = small_data(101)
+    alone = example.Trainer("zipf", 0, data, args, CPU)
+    alone.net.load_state_dict(ranks[0])
+    expected = alone.evaluate(data.test)
+    for name, value in expected.items():
+        assert history[-1][name] == pytest.approx(value, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--loss", "ce,kl"], "argument --loss: 'kl' is not one of ce, ls, zipf"),
+        (["--loss", ""], "argument --loss: '' is not one of"),
+        (["--data", "mnist"], "argument --data: 'mnist' is not one of digits"),
+        (["--data", "digits:3"], "argument --data: 'digits:3' is not one of digits"),
+        (["--data", "folder:"], "argument --data: 'folder:' lacks its path"),
+        (["--data", "cifar100"], "argument --data: 'cifar100' lacks its path"),
+        (["--data", "fractals:0"], "argument --data: '0' is not a whole number of at least 1"),
+        (["--data", "folder:/no/such/place"], "argument --data: there is no folder /no/such/place"),
+        (["--data", "cifar100:/no/such"], "argument --data: there is no file /no/such/train"),
+        (["--alpha", "-1"], "argument --alpha: '-1' is not a number of at least 0"),
+        (["--alpha", "nan"], "argument --alpha: 'nan' is not"),
+        (["--zipf-weight", "inf"], "argument --zipf-weight: 'inf' is not"),
+        (["--label-smoothing", "2"], "argument --label-smoothing: '2' is not a number from 0 to 1"),
+        (["--distribution", "normal"], "argument --distribution: 'normal' is not one of constant"),
+        (["--distribution", "constant:1"], "argument --distribution: 'constant' takes no number"),
+        (["--distribution", "pareto:x"], "argument --distribution: 'pareto:x'"),
+        (["--distribution", "pareto:0"], "argument --distribution: 'pareto:0': a must be"),
+        (["--distribution", "linear:0.2"], "argument --distribution: distribution: LinearDecay's"),
+        (["--distribution", "constant", "--alpha", "1"], "argument --alpha: not allowed with"),
+        (["--epochs", "0"], "argument --epochs: '0' is not a whole number of at least 1"),
+        (["--epochs", "2.5"], "argument --epochs: '2.5' is not a whole number"),
+        (["--depth", "18"], "argument --depth: '18' is not 6n+2"),
+        (["--size", "8"], "argument --size: '8' is not a whole number of at least 16"),
+        (["--seed", "1,x"], "argument --seed: 'x' is not a whole number"),
+        (["--preset", "imagenet"], "argument --preset"),
+        (["--amp", "fp8"], "argument --amp"),
+        (["--los", "ce"], "unrecognized arguments: --los"),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        example.main(["--device", "cpu", "--limit", "8", "--out", str(tmp_path), *argv])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def message(tmp_path, capsys):
+    """Runs the example with bad arguments and returns what it says on stderr."""
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as stop:
+            example.main([*TINY, "--out", str(tmp_path / "out"), *map(str, argv)])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_bad_folders(tmp_path, message):
+    images = tmp_path / "images"
+    (images / "one").mkdir(parents=True)
+    source = f"folder:{images}"
+    assert f"argument --data: {images} needs at least 2 class" in message("--data", source)
+    write_folder(images, {"red": 2})
+    assert f"class folder {images / 'one'} holds no image" in message("--data", source)
+    Image.new("RGB", (9, 9)).save(images / "one" / "only.png")
+    assert f"{images / 'one'} has one image" in message("--data", source)
+    (images / "one" / "text.png").write_text("no image")
+    assert f"cannot read the image {images / 'one' / 'text.png'}" in message("--data", source)
+    write_folder(tmp_path / "split" / "train", {"red": 1, "blue": 1})
+    write_folder(tmp_path / "split" / "test", {"red": 1, "green": 1})
+    assert "lacks: green" in message("--data", f"folder:{tmp_path / 'split'}")
+
+
+def test_bad_surroundings(tmp_path, message, monkeypatch):
+    (tmp_path / "file").write_text("a file")
+    expected = f"argument --out: {tmp_path / 'file'} is not a folder"
+    assert expected in message("--out", tmp_path / "file")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "argument --batch-size: 32 does not divide by 3" in message()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "argument --device: cuda is not available here" in message("--device", "cuda")
+
+
+def test_a_loss_that_diverges_stops_the_run(tmp_path, monkeypatch):
+    broken = torch.nn.CrossEntropyLoss(weight=torch.full((10,), float("nan")))
+    monkeypatch.setattr(example, "make_loss", lambda *_: broken)
+    argv = ["--data", "digits", "--limit", "40", "--loss", "ce", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"the loss ce became nan.*--lr"):
+        example.main([*TINY, *argv])
+    assert not list(tmp_path.iterdir())  # neither a checkpoint nor a log of it
+
+
+def test_presets_give_way_to_the_command_line():
+    def parse(*argv):
+        return example.parse_arguments(example.make_parser(), argv)
+
+    args = parse("--preset", "demo")
+    assert (args.data, args.loss, args.out) == ("digits", ["ce", "ls", "zipf"], Path("runs/demo"))
+    args = parse("--preset", "demo", "--loss", "zipf", "--epochs", "7")
+    assert (args.data, args.loss, args.epochs) == ("digits", ["zipf"], 7)
+    for preset in example.PRESETS:
+        parse("--preset", preset)
+
+
+def test_help_names_every_option(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: train.py")
+    for option in vars(arguments()):
+        assert f"--{option.replace('_', '-')} " in printed
