@@ -1,18 +1,19 @@
 """Train a small ResNet with Zipf's Label Smoothing and compare it with the usual losses.
 
-    python examples/train.py --preset demo                         # ce, ls and zipf on handwritten digits
-    python examples/train.py --data fractals --loss ce,zipf        # 100 fine-grained classes, made on the spot
-    python examples/train.py --data folder:PATH --loss zipf        # your images: PATH/<class>/<image>
+    python examples/train.py --preset demo                      # ce, ls, zipf on handwritten digits
+    python examples/train.py --data fractals --loss ce,zipf     # 100 generated fine-grained classes
+    python examples/train.py --data folder:PATH --loss zipf      # your images, PATH/<class>/<image>
     python examples/train.py --data cifar100:PATH --preset cifar100
-    torchrun --nproc-per-node 2 examples/train.py --data fractals  # several processes
+    torchrun --nproc-per-node 2 examples/train.py --data fractals
 
-What a training loop of your own needs are the lines marked (1), (2) and (3): a network that also
-returns its dense feature map, one call that lets every position of the map vote, and the loss.
-Everything else here is an ordinary training script.
+A training loop of your own needs the lines marked (1), (2) and (3): a network that also returns its
+dense feature map, one call that lets every position of that map vote, and the loss. All the rest is
+an ordinary training script.
 
-Each run writes, under --out, a log with one JSON line per epoch (LOSS.jsonl), a checkpoint from which
---resume goes on as if nothing had happened (LOSS.pt), summary.json and two pictures: the curves of the
-losses compared, and Fig. 2 of the paper, the mean sorted softmax of each network with its Zipf law.
+Under --out, each loss gets a log with one JSON line per epoch (LOSS.jsonl) and a checkpoint
+(LOSS.pt) from which --resume goes on as if nothing had happened. At the end come summary.json and
+two pictures: curves.png, and spectra.png, the paper's Fig. 2: the mean sorted softmax probabilities
+with the Zipf law fitted to them.
 
 Shapes: N batch, C classes, D channels, H, W height and width of the last map, P = H*W positions.
 Source: Liang et al., "Efficient One Pass Self-distillation with Zipf's Label Smoothing", ECCV 2022.
@@ -42,15 +43,20 @@ from tqdm import tqdm
 
 import zipfls_cuda as zls
 
+
+class UsageError(Exception):
+    """What an option asks for cannot be done; the message says why."""
+
+    option = ""
+
+
 # ------------------------------------------------------------------------------------------- data
 
 
-class DataError(Exception):
-    """The data cannot be used; the message says what is wrong and where."""
+class DataError(UsageError):
+    """The data is missing or not what it should be."""
 
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be resumed from; the message says why."""
+    option = "--data"
 
 
 @dataclass
@@ -131,9 +137,9 @@ IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 
 
 def load_folder(root: Path, size: int) -> Data:
-    """Images of any size from ROOT/<class>/, or from ROOT/train/<class>/ and ROOT/test/<class>/ (or val).
+    """Images of any size from ROOT/<class>/, a quarter of each class being kept for testing.
 
-    Without a test folder a quarter of every class is kept for testing.
+    Where there are ROOT/train/<class>/ and ROOT/test/<class>/ (or val), they are used as they are.
     """
     parts = [root / name for name in ("test", "val") if (root / name).is_dir()]
     if (root / "train").is_dir() and parts:
@@ -146,9 +152,8 @@ def load_folder(root: Path, size: int) -> Data:
         classes, every_file, every_label = find_images(root)
         train, test = split_by_class(every_label)
         if alone := sorted(set(every_label) - {every_label[i] for i in train}):
-            raise DataError(
-                f"class {classes[alone[0]]} in {root} has one image; it needs one to train and one to test"
-            )
+            folder = root / classes[alone[0]]
+            raise DataError(f"{folder} has one image; it needs one to train and one to test")
         files, labels = [every_file[i] for i in train], [every_label[i] for i in train]
         test_files, test_labels = [every_file[i] for i in test], [every_label[i] for i in test]
     return Data(
@@ -227,18 +232,23 @@ def load_cifar100(root: Path, size: int) -> Data:
 
     def load(name: str) -> Split:
         content = unpickle(name)
-        pixels, labels = content.get("data"), np.asarray(content.get("fine_labels"))
-        shaped = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8
-        if not shaped or pixels.shape != (len(pixels), 3 * 32 * 32):
+        pixels, labels = content.get("data"), content.get("fine_labels")
+        if not (
+            isinstance(pixels, np.ndarray)
+            and pixels.dtype == np.uint8
+            and pixels.shape == (max(1, len(pixels)), 3 * 32 * 32)
+        ):
             raise DataError(f"{root / name}: 'data' is not an (N, 3072) array of bytes")
-        if labels.shape != (len(pixels),) or labels.dtype.kind != "i" or not len(labels):
-            raise DataError(f"{root / name}: 'fine_labels' does not hold a class for each image")
-        if labels.min() < 0 or labels.max() >= 100:
-            raise DataError(f"{root / name}: 'fine_labels' has a class outside 0 .. 99")
+        if not (
+            isinstance(labels, list)
+            and len(labels) == len(pixels)
+            and all(isinstance(label, int) and 0 <= label < 100 for label in labels)
+        ):
+            raise DataError(f"{root / name}: 'fine_labels' is not a class from 0 to 99 per image")
         images = torch.tensor(pixels).view(-1, 3, 32, 32)
         if size != 32:
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-        return Split(images, torch.tensor(labels).long())
+        return Split(images, torch.tensor(labels))
 
     names = unpickle("meta").get("fine_label_names") if (root / "meta").exists() else None
     return Data(load("train"), load("test"), names or [str(i) for i in range(100)], mirror=True)
@@ -246,14 +256,13 @@ def load_cifar100(root: Path, size: int) -> Data:
 
 # --------------------------------------------------------------------------------------- fractals
 #
-# A fine-grained set from nothing but seeds. A family is an iterated function system: four affine maps
-# of the plane, applied in random order to a wandering point, which traces the system's attractor. A
-# relative moves the family's maps a little; an image is one view of an attractor.
+# A fine-grained set from nothing but seeds. A family is an iterated function system: four affine
+# maps of the plane, applied in random order to a wandering point, which traces the attractor. A
+# relative moves the family's maps a little; an image is one view of one attractor.
 
 FAMILIES, RELATIVES, MAPS = 20, 5, 4
-FRACTALS_VERSION = (
-    1  # to be raised with every change of the pictures: it is in the cache's file name
-)
+KINSHIP = np.array([0.06, 0.06, 0.015, 0.015, 0.04, 0.04])  # how far relatives are from each other
+FRACTALS_VERSION = 1  # part of the cached file's name: raise it when the pictures change
 
 
 def load_fractals(per_class: int, size: int, cache: Path) -> Data:
@@ -301,11 +310,11 @@ def read_cached(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def make_fractals(per_class: int, size: int, seed: int = 0) -> np.ndarray:
-    """Generate the set: (100, per_class, 3, size, size) uint8, a function of its arguments alone."""
+    """Generate (100, per_class, 3, size, size) uint8, a function of the arguments alone."""
     rng = np.random.default_rng(seed)
     families = choose_families(rng)  # (20, 4, 6)
     relatives = np.repeat(families, RELATIVES, axis=0)  # (100, 4, 6)
-    relatives = relatives + rng.normal(size=relatives.shape) * [0.12, 0.12, 0.03, 0.03, 0.08, 0.08]
+    relatives = relatives + KINSHIP * rng.normal(size=relatives.shape)
     relatives[..., 2:4] = relatives[..., 2:4].clip(-0.85, 0.85)  # below 1: every map contracts
     points, maps = trace_attractors(relatives, 16384, rng)
     family = np.repeat(np.arange(FAMILIES), RELATIVES)
@@ -313,12 +322,8 @@ def make_fractals(per_class: int, size: int, seed: int = 0) -> np.ndarray:
     spread = points.reshape(FAMILIES, -1, 2).std((1, 2))[family, None, None]
     points = ((points - centre) / spread).astype(np.float32)
     palettes = rng.uniform(0.2, 1.0, (FAMILIES, MAPS, 3))[family]
-    return np.stack(
-        [
-            take_views(*attractor, per_class, size, rng)
-            for attractor in zip(points, maps, palettes, strict=True)
-        ]
-    )
+    attractors = zip(points, maps, palettes, strict=True)
+    return np.stack([take_views(*attractor, per_class, size, rng) for attractor in attractors])
 
 
 def rotation(angle: np.ndarray) -> np.ndarray:
@@ -363,9 +368,7 @@ def trace_attractors(
     """
     matrix = rotation(systems[..., 0]) * systems[..., None, 2:4] @ rotation(systems[..., 1])
     offset = systems[..., 4:6]
-    weight = (
-        np.abs(np.linalg.det(matrix)) + 0.05
-    )  # maps are chosen in proportion to the area they fill
+    weight = np.abs(np.linalg.det(matrix)) + 0.05  # a map is drawn as often as it fills area
     threshold = (weight / weight.sum(1, keepdims=True)).cumsum(1)[:, None, :-1]
     system = np.arange(len(systems))[:, None]
     point = np.zeros((len(systems), 512, 2))
@@ -402,11 +405,8 @@ def take_views(
     shift = rng.uniform(-0.4, 0.4, (count, 1, 2)).astype(np.float32)
     pixel = np.floor((points[pick] @ view + shift + 2.5) * (size / 5)).astype(np.int64)
     seen = ((pixel >= 0) & (pixel < size)).all(-1)
-    place = (
-        (np.arange(count)[:, None] * MAPS + maps[pick]) * size * size
-        + pixel[..., 1] * size
-        + pixel[..., 0]
-    )
+    layer = np.arange(count)[:, None] * MAPS + maps[pick]
+    place = (layer * size + pixel[..., 1]) * size + pixel[..., 0]
     hits = np.bincount(place[seen], minlength=count * MAPS * size * size)
     hits = hits.reshape(count, MAPS, size * size).astype(np.float32)
     ink = hits.sum(1, keepdims=True)  # (count, 1, size * size)
@@ -481,26 +481,50 @@ LOSSES = {
     "zipf": "Zipf's label smoothing",
 }
 
-DISTRIBUTIONS = {  # what --distribution may name: how to make it, and its default argument
-    "constant": (lambda _: zls.Constant(), None),
+LAWS = {  # what --distribution may name, with the default of its number where it takes one
+    "constant": (zls.Constant,),
     "linear": (zls.LinearDecay, 0.0),
     "exponential": (zls.ExponentialDecay, 1.0),
-    "uniform": (lambda _: zls.RandomUniform(), None),
+    "uniform": (zls.RandomUniform,),
     "pareto": (zls.RandomPareto, 1.0),
 }
 
 
-def make_loss(name: str, args: argparse.Namespace) -> nn.Module:
-    """The training criterion of --loss."""
+class LawError(UsageError):
+    """The distribution does not exist, or not for this number of classes."""
+
+    option = "--distribution"
+
+
+def make_law(text: str) -> zls.Distribution:
+    """The law that --distribution names: NAME or NAME:NUMBER."""
+    name, colon, number = text.partition(":")
+    if name not in LAWS:
+        raise LawError(f"{name!r} is not one of {', '.join(LAWS)}")
+    law, *default = LAWS[name]
+    if colon and not default:
+        raise LawError(f"{name!r} takes no number")
+    try:
+        return law(float(number)) if colon else law(*default)
+    except ValueError as error:
+        raise LawError(f"{text!r}: {error}") from error
+
+
+def make_loss(name: str, args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The training criterion that --loss names."""
     if name == "ce":
         return nn.CrossEntropyLoss()
     if name == "ls":
         return nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     if args.distribution is None:
         return zls.ZipfLoss(zipf_weight=args.zipf_weight, alpha=args.alpha)
-    kind, _, argument = args.distribution.partition(":")
-    make, default = DISTRIBUTIONS[kind]
-    law = make(float(argument) if argument else default)
+    law = make_law(args.distribution)
+    try:  # some laws exist for few classes only
+        zls.zipf_label(
+            torch.zeros(1).long(), torch.zeros(1, 1).int(), num_classes, distribution=law
+        )
+    except ValueError as error:
+        raise LawError(str(error)) from error
     return zls.ZipfLoss(zipf_weight=args.zipf_weight, distribution=law)
 
 
@@ -525,9 +549,9 @@ class Place:
 class Loader:
     """Shuffled, augmented and normalised batches of this process.
 
-    One generator draws order and augmentation for the whole batch on every process, and each process
-    takes every `processes`-th image of it: what is drawn does not depend on how many there are, and
-    the generator's state is all that a checkpoint has to hold. Incomplete last batches are left out.
+    One generator draws order and augmentation of whole batches in every process, and each takes
+    every `processes`-th image of them: what is drawn does not depend on how many there are, and the
+    generator's state is all a checkpoint must hold. An incomplete last batch is left out.
     """
 
     def __init__(self, data: Data, batch_size: int, seed: int, place: Place):
@@ -545,22 +569,21 @@ class Loader:
         return len(self.labels) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield images (n, channels, size, size) float and labels (n,)."""
+        """Yield images (n, channels, size, size) float32 and labels (n,) int64."""
         margin = self.images.shape[-1] // 8
         order = torch.randperm(len(self.labels), generator=self.generator)
-        for batch in range(len(self)):
-            index = order[batch * self.batch_size :][: self.batch_size]
+        mine = slice(self.place.rank, None, self.place.processes)
+        for index in order[: len(self) * self.batch_size].view(len(self), self.batch_size):
             corner = torch.randint(2 * margin + 1, (2, self.batch_size), generator=self.generator)
             mirror = torch.rand(self.batch_size, generator=self.generator) < 0.5
-            mine = slice(self.place.rank, None, self.place.processes)
-            index, corner, mirror = index[mine], corner[:, mine], mirror[mine] & self.mirror
-            index, corner, mirror = (x.to(self.place.device) for x in (index, corner, mirror))
+            drawn = index[mine], corner[:, mine], mirror[mine] & self.mirror
+            index, corner, mirror = (x.to(self.place.device) for x in drawn)
             images = crop(self.images[index], corner, mirror, margin)
             yield normalise(images, self.mean, self.std), self.labels[index]
 
 
 def mean_and_std(images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each channel, (channels, 1, 1), of (N, channels, H, W) uint8."""
+    """Mean and deviation of each channel, (channels, 1, 1), of (N, channels, size, size) uint8."""
     value = torch.arange(256, dtype=torch.float64)
     count = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)])
     share = count / count.sum(1, keepdim=True).double()  # (channels, 256): no float copy is made
@@ -593,75 +616,113 @@ def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def autocast(place: Place, amp: str) -> torch.autocast:
-    """The mixed precision of --amp: none, bf16 or fp16."""
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(place.device.type, dtype, enabled=amp != "none")
+class Trainer:
+    """A network, the loss it is trained with, and all that a checkpoint must hold of them."""
 
+    def __init__(self, loss: str, seed: int, data: Data, args: argparse.Namespace, place: Place):
+        self.place, self.amp = place, args.amp
+        self.loader = Loader(data, args.batch_size, seed, place)
+        self.criterion = make_loss(loss, args, len(data.classes)).to(place.device)
+        torch.manual_seed(seed)  # equal seeds, equal weights, whatever the loss
+        net = ResNet(args.depth, data.train.images.shape[1], len(data.classes), args.width)
+        self.net = net.to(place.device, memory_format=torch.channels_last)
+        self.model = nn.parallel.DistributedDataParallel(net) if place.processes > 1 else net
+        torch.manual_seed(seed + place.rank)  # the random laws draw from here
+        self.optimizer = torch.optim.SGD(
+            net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True
+        )
+        self.steps = args.epochs * len(self.loader)
+        warmup = min(1, args.epochs / 5) * len(self.loader)
 
-def train_epoch(
-    model, criterion, loader, optimizer, scheduler, scaler, amp, bar
-) -> dict[str, float]:
-    """One pass over the training set; returns the means of the objective, cross-entropy and accuracy."""
-    net = model.module if hasattr(model, "module") else model  # without DDP's wrapper
-    place = loader.place
-    sums = torch.zeros(4, dtype=torch.float64, device=place.device)
-    model.train()
-    for images, labels in loader:
-        with autocast(place, amp):
-            logits, features = model(images)
-            if isinstance(criterion, zls.ZipfLoss):
-                votes = zls.dense_vote(features, net.fc.weight, net.fc.bias)  # (2)  (n, P) int32
-                loss = criterion(logits, labels, votes)  # (3)
-            else:
-                loss = criterion(logits, labels)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-        with torch.no_grad():
-            cross_entropy = F.cross_entropy(logits.float(), labels, reduction="sum")
-            correct = (logits.argmax(1) == labels).sum()
-            sums += torch.stack(
-                [loss * len(labels), cross_entropy, correct, loss.new_tensor(len(labels))]
-            )
-        bar.update()
-    objective, cross_entropy, correct, count = place.sum(sums).tolist()
-    return {
-        "train_loss": objective / count,
-        "train_cross_entropy": cross_entropy / count,
-        "train_accuracy": correct / count,
-    }
+        def rate(step: int) -> float:
+            """Linear warm-up, then half a cosine down to zero."""
+            return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / self.steps))
 
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=args.amp == "fp16")
 
-@torch.no_grad()
-def predict(net: ResNet, images: torch.Tensor, loader: Loader, amp: str) -> torch.Tensor:
-    """Logits (N, C) float32 of a network in eval mode for images (N, channels, size, size) uint8."""
-    net.eval()
-    logits = []
-    for batch in images.split(500):
-        batch = normalise(batch.to(loader.place.device), loader.mean, loader.std)
-        with autocast(loader.place, amp):
-            logits.append(net(batch).float())
-    return torch.cat(logits) if logits else torch.empty(0, net.fc.out_features)
+    def autocast(self) -> torch.autocast:
+        """The mixed precision of --amp: none, bf16 or fp16."""
+        dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.place.device.type, dtype, enabled=self.amp != "none")
 
+    def train_epoch(self, bar: tqdm) -> dict[str, float]:
+        """Pass over the training set once; returns mean objective, cross-entropy and accuracy."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.place.device)
+        self.model.train()
+        for images, labels in self.loader:
+            with self.autocast():
+                logits, features = self.model(images)
+                if isinstance(self.criterion, zls.ZipfLoss):
+                    head = self.net.fc
+                    votes = zls.dense_vote(features, head.weight, head.bias)  # (2): (N, P) int32
+                    loss = self.criterion(logits, labels, votes)  # (3)
+                else:
+                    loss = self.criterion(logits, labels)
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.scheduler.step()
+            with torch.no_grad():
+                cross_entropy = F.cross_entropy(logits.float(), labels, reduction="sum")
+                correct = (logits.argmax(1) == labels).sum()
+                sums += torch.stack([loss * len(labels), cross_entropy, correct])
+            bar.update()
+        means = self.place.sum(sums) / (len(self.loader) * self.loader.batch_size)
+        names = "train_loss", "train_cross_entropy", "train_accuracy"
+        return dict(zip(names, means.tolist(), strict=True))
 
-def evaluate(net: ResNet, split: Split, loader: Loader, amp: str) -> dict[str, float]:
-    """Cross-entropy and accuracy on a test set, which the processes share out among themselves."""
-    place = loader.place
-    if (
-        place.processes > 1
-    ):  # every process has seen other batches: test with the first one's averages
-        for buffer in net.buffers():
-            dist.broadcast(buffer, 0)
-    mine = slice(place.rank, None, place.processes)
-    logits = predict(net, split.images[mine], loader, amp)
-    labels = split.labels[mine].to(logits.device)
-    cross_entropy = F.cross_entropy(logits, labels, reduction="sum").double()
-    correct = (logits.argmax(1) == labels).sum()
-    cross_entropy, correct = place.sum(torch.stack([cross_entropy, correct])).tolist()
-    return {"test_cross_entropy": cross_entropy / len(split), "test_accuracy": correct / len(split)}
+    @torch.no_grad()
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (N, C) float32 in eval mode of images (N, channels, size, size) uint8."""
+        self.net.eval()
+        logits = [torch.empty(0, self.net.fc.out_features, device=self.place.device)]
+        for batch in images.split(500):
+            batch = normalise(batch.to(self.place.device), self.loader.mean, self.loader.std)
+            with self.autocast():
+                logits.append(self.net(batch).float())
+        return torch.cat(logits)
+
+    def evaluate(self, test: Split) -> dict[str, float]:
+        """Cross-entropy and accuracy on a test set, which the processes share out."""
+        if self.place.processes > 1:  # each has seen other batches: the first one's averages count
+            for buffer in self.net.buffers():
+                dist.broadcast(buffer, 0)
+        mine = slice(self.place.rank, None, self.place.processes)
+        logits = self.predict(test.images[mine])
+        labels = test.labels[mine].to(logits.device)
+        cross_entropy = F.cross_entropy(logits, labels, reduction="sum").double()
+        correct = (logits.argmax(1) == labels).sum()
+        means = self.place.sum(torch.stack([cross_entropy, correct])) / len(test)
+        return dict(zip(("test_cross_entropy", "test_accuracy"), means.tolist(), strict=True))
+
+    def parts(self) -> dict:
+        """What has a state_dict of its own."""
+        names = "net", "optimizer", "scheduler", "scaler"
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self) -> dict:
+        """All that the rest of the run depends on; a call that all processes make together."""
+        random = [torch.get_rng_state()]
+        if self.place.device.type == "cuda":
+            random.append(torch.cuda.get_rng_state())
+        every_random = [random]
+        if self.place.processes > 1:
+            every_random = [None] * self.place.processes
+            dist.all_gather_object(every_random, random)
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        return state | {"random": every_random, "order": self.loader.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go back to where state_dict was called."""
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        self.loader.generator.set_state(state["order"])
+        random = state["random"][self.place.rank]
+        torch.set_rng_state(random[0])
+        if self.place.device.type == "cuda" and len(random) > 1:
+            torch.cuda.set_rng_state(random[1])
 
 
 @dataclass
@@ -676,78 +737,57 @@ class Run:
     intercept: float  # log probability of that law at rank 1
 
 
-def train_network(loss: str, seed: int, data: Data, args: argparse.Namespace, place: Place) -> Run:
-    """Train a network with one loss and one seed, or finish what a checkpoint began.
-
-    Equal seeds give equal initial weights, batches and augmentation, whatever the loss.
-    """
+def train(loss: str, seed: int, data: Data, args: argparse.Namespace, place: Place) -> Run:
+    """Train one network, or finish what a checkpoint began."""
     name = loss if len(args.seed) == 1 else f"{loss}-seed{seed}"
     checkpoint, log = args.out / f"{name}.pt", args.out / f"{name}.jsonl"
-    criterion = make_loss(loss, args).to(place.device)
-    loader = Loader(data, args.batch_size, seed, place)
-    torch.manual_seed(seed)
-    net = ResNet(args.depth, data.train.images.shape[1], len(data.classes), args.width)
-    net = net.to(place.device, memory_format=torch.channels_last)
-    model = nn.parallel.DistributedDataParallel(net) if place.processes > 1 else net
-    torch.manual_seed(seed + place.rank)  # the random laws draw from here
-    optimizer = torch.optim.SGD(
-        net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True
-    )
-    steps, warmup = args.epochs * len(loader), min(1, args.epochs / 5) * len(loader)
-
-    def rate(step: int) -> float:
-        """Linear warm-up, then half a cosine down to zero."""
-        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    scaler = torch.amp.GradScaler(place.device.type, enabled=args.amp == "fp16")
-    parts = {"model": net, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    trainer = Trainer(loss, seed, data, args, place)
     settings = describe(args, data, place)
     history = []
     if args.resume and checkpoint.exists():
-        history = load_checkpoint(checkpoint, parts, loader, settings)
-        if place.rank == 0:
-            write_log(log, history)
-
-    done = len(history)
-    hidden = None if place.rank == 0 else True  # None: tqdm hides itself where there is no terminal
-    with tqdm(
-        total=steps,
-        initial=done * len(loader),
+        history = load_checkpoint(checkpoint, trainer, settings)
+        write_log(log, history, place)
+    bar = tqdm(
         desc=name,
+        total=trainer.steps,
+        initial=len(history) * len(trainer.loader),
         unit="batch",
-        disable=hidden,
         leave=False,
-    ) as bar:
-        for epoch in range(done + 1, args.epochs + 1):
-            lr, start = scheduler.get_last_lr()[0], time.perf_counter()
-            record = {"loss": loss, "seed": seed, "epoch": epoch, "lr": lr}
-            record |= train_epoch(
-                model, criterion, loader, optimizer, scheduler, scaler, args.amp, bar
-            )
+        disable=True if place.rank else None,  # None: only where there is a terminal
+    )
+    with bar:
+        for epoch in range(len(history) + 1, args.epochs + 1):
+            record = {"loss": loss, "seed": seed, "epoch": epoch}
+            record["lr"] = trainer.scheduler.get_last_lr()[0]
+            start = time.perf_counter()
+            record |= trainer.train_epoch(bar)
             record["train_seconds"] = time.perf_counter() - start
-            record |= evaluate(net, data.test, loader, args.amp)
             if not math.isfinite(record["train_loss"]):
-                raise FloatingPointError(
-                    f"the {loss} loss is {record['train_loss']} in epoch {epoch}"
-                )
+                raise FloatingPointError(f"the loss {name} became {record['train_loss']}")
+            record |= trainer.evaluate(data.test)
             history.append(record)
-            save_checkpoint(checkpoint, parts, loader, settings, history)
+            save_checkpoint(checkpoint, trainer, settings, history)
+            write_log(log, history, place)
             if place.rank == 0:
-                write_log(log, history)
                 tqdm.write(
-                    f"{name:<8} epoch {epoch:>{len(str(args.epochs))}}/{args.epochs}"
+                    f"{name:<5} epoch {epoch:>{len(str(args.epochs))}}/{args.epochs}"
                     f"  train {record['train_loss']:.4f} ({record['train_accuracy']:7.2%})"
                     f"  test {record['test_cross_entropy']:.4f} ({record['test_accuracy']:7.2%})"
                     f"  {record['train_seconds']:.1f} s"
                 )
-    probabilities = predict(net, data.test.images, loader, args.amp).softmax(1)  # (M, C)
+    probabilities = trainer.predict(data.test.images).softmax(1)  # (M, C)
     alpha, intercept = zls.fit_zipf(probabilities)
     spectrum = probabilities.double().sort(1, descending=True).values.mean(0)
     return Run(loss, seed, history, spectrum.tolist(), float(alpha), float(intercept))
 
 
 # ------------------------------------------------------------------------------------ checkpoints
+
+
+class CheckpointError(UsageError):
+    """A checkpoint cannot be resumed from."""
+
+    option = "--resume"
 
 
 @contextmanager
@@ -765,7 +805,7 @@ def atomic_file(path: Path, mode: str = "wb"):
 
 
 def describe(args: argparse.Namespace, data: Data, place: Place) -> dict:
-    """All that decides the outcome of a run, apart from loss and seed: a checkpoint must agree on it."""
+    """All that decides the outcome of a run but loss and seed: checkpoints must agree on it."""
     free = {"cache", "data", "device", "loss", "out", "preset", "resume", "seed"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["data"] = zlib.crc32(data.train.labels.numpy(), zlib.crc32(data.train.images.numpy()))
@@ -773,76 +813,53 @@ def describe(args: argparse.Namespace, data: Data, place: Place) -> dict:
     return settings
 
 
-def save_checkpoint(
-    path: Path, parts: dict, loader: Loader, settings: dict, history: list[dict]
-) -> None:
-    """Write everything the rest of the run depends on, atomically, from the first process."""
-    place = loader.place
-    cuda = place.device.type == "cuda"
-    random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}
-    every_random = [random]
-    if place.processes > 1:
-        every_random = [None] * place.processes
-        dist.all_gather_object(every_random, random)
-    if place.rank == 0:
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"order": loader.generator.get_state(), "random": every_random}
-        state |= {"settings": settings, "history": history}
+def save_checkpoint(path: Path, trainer: Trainer, settings: dict, history: list[dict]) -> None:
+    """Write the trainer's state, its settings and the epochs so far; the first process writes."""
+    state = {"settings": settings, "history": history, "trainer": trainer.state_dict()}
+    if trainer.place.rank == 0:
         with atomic_file(path) as file:
             torch.save(state, file)
 
 
-def load_checkpoint(path: Path, parts: dict, loader: Loader, settings: dict) -> list[dict]:
-    """Bring every part back to where the checkpoint was written; returns the epochs behind it."""
-    place = loader.place
+def load_checkpoint(path: Path, trainer: Trainer, settings: dict) -> list[dict]:
+    """Bring the trainer back to where the checkpoint was written; returns the epochs so far."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["settings"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        saved, history = state["settings"], state["history"]
+    except Exception as error:  # a damaged file can raise anything
         raise CheckpointError(f"{path} is not a checkpoint of this script: {error}") from error
     for name in settings | saved:
         if settings.get(name) != saved.get(name):
-            values = (
-                "" if name == "data" else f" ({saved.get(name)} there, {settings.get(name)} here)"
+            values = f" ({saved.get(name)} there, {settings.get(name)} here)"
+            option = name if name == "processes" else "--" + name.replace("_", "-")
+            raise CheckpointError(
+                f"{path} was made with another {option}{'' if name == 'data' else values}"
             )
-            flag = name if name == "processes" else "--" + name.replace("_", "-")
-            raise CheckpointError(f"{path} was made with another {flag}{values}")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    loader.generator.set_state(state["order"])
-    random = state["random"][place.rank]
-    torch.set_rng_state(random["cpu"])
-    if place.device.type == "cuda" and random["cuda"] is not None:
-        torch.cuda.set_rng_state(random["cuda"])
-    return state["history"]
+    trainer.load_state_dict(state["trainer"])
+    return history
 
 
-def write_log(path: Path, history: list[dict]) -> None:
-    """Write one JSON line per epoch: always the epochs of the checkpoint, no more and no fewer."""
-    with atomic_file(path, "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in history)
+def write_log(path: Path, history: list[dict], place: Place) -> None:
+    """Write one JSON line per epoch: the epochs of the checkpoint, no more and no fewer."""
+    if place.rank == 0:
+        with atomic_file(path, "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in history)
 
 
 # ---------------------------------------------------------------------------------------- results
 
-COLOURS = {
-    "ce": "#0072B2",
-    "ls": "#E69F00",
-    "zipf": "#009E73",
-}  # Okabe and Ito's, safe for all eyes
+COLOURS = {"ce": "#0072B2", "ls": "#E69F00", "zipf": "#009E73"}  # Okabe and Ito: safe for all eyes
 MARKERS = {"ce": "o", "ls": "s", "zipf": "^"}
 
 
 def by_loss(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs of each loss, in the order in which the losses were named."""
-    return {
-        loss: [run for run in runs if run.loss == loss]
-        for loss in dict.fromkeys(r.loss for r in runs)
-    }
+    losses = dict.fromkeys(run.loss for run in runs)
+    return {loss: [run for run in runs if run.loss == loss] for loss in losses}
 
 
 def new_figure(columns: int, width: float):
-    """An empty figure, in inches, without a display."""
+    """A figure with its axes, `width` inches wide, that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -857,51 +874,58 @@ def new_figure(columns: int, width: float):
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
-    """Test and training accuracy and cross-entropy against epochs; several seeds as mean and range."""
+    """Accuracy and cross-entropy against epochs; several seeds as their mean and range."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = new_figure(2, 10)
-    for axis, name, title, scale in (
-        (axes[0], "accuracy", "accuracy (%)", 100),
-        (axes[1], "cross_entropy", "cross-entropy", 1),
-    ):
+    names = {"accuracy": "accuracy (%)", "cross_entropy": "cross-entropy"}
+    for axis, (name, title) in zip(axes, names.items(), strict=True):
+        late = []  # test values after the first third of the epochs: they set the axis' range
         for loss, group in by_loss(runs).items():
             epochs = [record["epoch"] for record in group[0].history]
-            for part, style in (("test", "-"), ("train", ":")):
-                values = scale * np.array(
-                    [[r[f"{part}_{name}"] for r in run.history] for run in group]
-                )
+            look = {"color": COLOURS[loss], "marker": "." if len(epochs) == 1 else None}
+            for part, line in (("train", ":"), ("test", "-")):
+                values = np.array([[r[f"{part}_{name}"] for r in run.history] for run in group])
+                values *= 100 if name == "accuracy" else 1
                 label = LOSSES[loss] if part == "test" else None
-                axis.plot(
-                    epochs, values.mean(0), style, color=COLOURS[loss], label=label, linewidth=1.8
-                )
-                if len(group) > 1 and part == "test":
-                    axis.fill_between(
-                        epochs,
-                        values.min(0),
-                        values.max(0),
-                        color=COLOURS[loss],
-                        alpha=0.2,
-                        linewidth=0,
-                    )
+                axis.plot(epochs, values.mean(0), line, linewidth=1.8, label=label, **look)
+                if part == "test" and len(group) > 1:
+                    low, high = values.min(0), values.max(0)
+                    axis.fill_between(epochs, low, high, color=COLOURS[loss], alpha=0.2, lw=0)
+            late += values[:, len(epochs) // 3 :].flatten().tolist()
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(title, loc="left")
-    axes[1].set_yscale("log")
-    axes[0].legend(frameon=False)
+        axis.margins(x=0.02)
+        if name == "accuracy":
+            spare = 0.05 * (100 - min(late)) + 0.1
+            axis.set_ylim(max(0, min(late) - spare), 100 + spare)
+            axis.plot([], [], "-", color="0.4", label="test")
+            axis.plot([], [], ":", color="0.4", label="training (augmented)")
+            figure.legend(loc="outside lower center", ncols=5, frameon=False)
+        else:
+            axis.set_yscale("log")
+            axis.set_ylim(top=1.5 * max(late))
     figure.savefig(path)
 
 
 def draw_spectra(runs: Sequence[Run], path: Path) -> None:
-    """The paper's Fig. 2: mean sorted softmax probability against rank, with the fitted Zipf law."""
+    """The paper's Fig. 2: mean sorted softmax probability against rank, and the fitted law."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     figure, (axis,) = new_figure(1, 6.4)
     for loss, group in by_loss(runs).items():
         spectrum = np.mean([run.spectrum for run in group], axis=0)
+        alpha = np.mean([run.alpha for run in group])
+        intercept = np.mean([run.intercept for run in group])
         rank = np.arange(1, len(spectrum) + 1)
-        alpha, intercept = (
-            np.mean([getattr(run, x) for run in group]) for x in ("alpha", "intercept")
-        )
-        law = np.exp(intercept) * rank**-alpha
         label = rf"{LOSSES[loss]}, $\alpha$ = {alpha:.2f}"
-        axis.loglog(rank, spectrum, MARKERS[loss], color=COLOURS[loss], markersize=5, label=label)
-        axis.loglog(rank, law, "--", color=COLOURS[loss], linewidth=1.2)
+        size = 6 if len(rank) <= 20 else 3.5
+        axis.loglog(rank, spectrum, MARKERS[loss], color=COLOURS[loss], ms=size, label=label)
+        axis.loglog(rank, np.exp(intercept) * rank**-alpha, "--", color=COLOURS[loss], lw=1.2)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("rank")
     axis.set_title("mean sorted softmax probability, and the fitted Zipf law (dashed)", loc="left")
     axis.legend(frameon=False)
@@ -909,17 +933,16 @@ def draw_spectra(runs: Sequence[Run], path: Path) -> None:
 
 
 def print_table(runs: Sequence[Run]) -> None:
-    """Print one row per loss: mean over the seeds, with the standard deviation where there are several."""
+    """Print one row per loss, with mean and standard deviation where there are several seeds."""
 
     def cell(values: list[float], form: str) -> str:
         spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
         return f"{np.mean(values):{form}}{spread}"
 
-    rows = [
-        ("loss", "best test %", "last test %", "test cross-entropy", "Zipf exponent", "s per epoch")
-    ]
+    rows = [("loss", "best test %", "last test %", "test CE", "Zipf alpha", "s/epoch")]
     for loss, group in by_loss(runs).items():
         accuracy = [[100 * record["test_accuracy"] for record in run.history] for run in group]
+        seconds = [np.median([record["train_seconds"] for record in run.history]) for run in group]
         rows.append(
             (
                 loss,
@@ -927,7 +950,7 @@ def print_table(runs: Sequence[Run]) -> None:
                 cell([a[-1] for a in accuracy], ".2f"),
                 cell([run.history[-1]["test_cross_entropy"] for run in group], ".4f"),
                 cell([run.alpha for run in group], ".2f"),
-                cell([np.mean([r["train_seconds"] for r in run.history]) for run in group], ".2f"),
+                cell(seconds, ".2f"),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -936,7 +959,7 @@ def print_table(runs: Sequence[Run]) -> None:
 
 
 def report(runs: Sequence[Run], out: Path) -> None:
-    """Write summary.json and the pictures, print the table and the names of the files."""
+    """Write summary.json and the pictures; print the table and the names of the pictures."""
     draw_curves(runs, out / "curves.png")
     draw_spectra(runs, out / "spectra.png")
     with atomic_file(out / "summary.json", "w") as file:
@@ -947,198 +970,142 @@ def report(runs: Sequence[Run], out: Path) -> None:
 
 # ----------------------------------------------------------------------------------- command line
 
-PRESETS = {  # values for the options below; what the command line says goes first
-    "demo": {"data": "digits", "loss": "ce,ls,zipf", "epochs": 20, "depth": 14, "out": "runs/demo"},
+PRESETS = {  # values of the options below; what the command line says overrides them
+    "demo": {"data": "digits", "loss": "ce,ls,zipf", "epochs": 15, "depth": 14, "out": "runs/demo"},
     "cifar100": {"loss": "ce,ls,zipf", "epochs": 200, "depth": 56, "batch_size": 128},
 }
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options. What is wrong with one ends the program with a message that names it."""
-
-    def number(convert: type, low: float, high: float = math.inf):
-        def parse(text: str):
-            try:
-                value = convert(text)
-            except ValueError:
-                value = math.nan
-            if not low <= value <= high or math.isinf(value):
-                kind = "a whole number" if convert is int else "a number"
-                span = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-                raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {span}")
-            return value
-
-        return parse
-
-    def losses(text: str) -> list[str]:
-        for name in text.split(","):
-            if name not in LOSSES:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(LOSSES)}")
-        return list(dict.fromkeys(text.split(",")))
-
-    def seeds(text: str) -> list[int]:
-        return list(dict.fromkeys(number(int, 0)(seed) for seed in text.split(",")))
-
-    def data(text: str) -> str:
-        kind, _, argument = text.partition(":")
-        if kind in ("folder", "cifar100") and not argument:
-            raise argparse.ArgumentTypeError(f"{text!r} lacks its path: {kind}:PATH")
-        if kind == "fractals" and argument:
-            number(int, 1)(argument)
-        elif kind not in ("digits", "fractals", "folder", "cifar100") or (
-            kind == "digits" and argument
-        ):
-            known = "digits, fractals, fractals:PER_CLASS, folder:PATH, cifar100:PATH"
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}")
-        return text
-
-    def distribution(text: str) -> str:
-        kind, colon, argument = text.partition(":")
-        if kind not in DISTRIBUTIONS:
-            raise argparse.ArgumentTypeError(f"{kind!r} is not one of {', '.join(DISTRIBUTIONS)}")
-        if colon:
-            if DISTRIBUTIONS[kind][1] is None:
-                raise argparse.ArgumentTypeError(f"{kind!r} takes no number")
-            number(float, 0)(argument)
-        return text
-
-    def depth(text: str) -> int:
-        value = number(int, 8)(text)
-        if value % 6 != 2:
-            raise argparse.ArgumentTypeError(f"{text!r} is not 6n+2, as 8, 14, 20, 32 or 56")
-        return value
-
+    """The options; what is wrong with one ends the program with a message that names it."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--preset", choices=PRESETS, help="a set of options; others given beside it go first")
-    add(
-        "--data",
-        type=data,
-        default="digits",
-        metavar="SOURCE",
-        help="digits, fractals[:PER_CLASS], folder:PATH or cifar100:PATH (default: digits)",
-    )
-    add(
-        "--loss",
-        type=losses,
-        default="zipf",
-        metavar="LIST",
-        help="of ce, ls and zipf, with commas: they are compared (default: zipf)",
-    )
-    add(
-        "--zipf-weight",
-        type=number(float, 0),
-        default=0.1,
-        metavar="X",
-        help="weight of the Zipf term (default: 0.1)",
-    )
+    # fmt: off
+    add("--preset", choices=PRESETS, help="a set of options; others beside it override its values")
+    add("--data", type=data_source, default="digits", metavar="SOURCE",
+        help="digits, fractals[:PER_CLASS], folder:PATH or cifar100:PATH (default: digits)")
+    add("--loss", type=loss_list, default="zipf", metavar="LIST",
+        help="of ce, ls and zipf, with commas: they are compared (default: zipf)")
+    add("--zipf-weight", type=number(float, 0), default=0.1, metavar="X",
+        help="weight of the Zipf term (default: 0.1)")
     add("--alpha", type=number(float, 0), metavar="X", help="exponent of the Zipf law (default: 1)")
-    add(
-        "--distribution",
-        type=distribution,
-        metavar="NAME[:X]",
-        help="another law: constant, linear[:SMALLEST], exponential[:RATE], uniform or pareto[:A]",
-    )
-    add(
-        "--label-smoothing",
-        type=number(float, 0, 1),
-        default=0.1,
-        metavar="X",
-        help="smoothing of the loss ls (default: 0.1)",
-    )
-    add("--epochs", type=number(int, 1), default=30, metavar="N")
-    add(
-        "--batch-size",
-        type=number(int, 2),
-        default=64,
-        metavar="N",
-        help="over all processes together",
-    )
-    add(
-        "--lr",
-        type=number(float, 0),
-        default=0.1,
-        metavar="X",
-        help="highest learning rate (default: 0.1)",
-    )
-    add("--weight-decay", type=number(float, 0), default=5e-4, metavar="X")
-    add(
-        "--depth", type=depth, default=20, metavar="6n+2", help="layers of the ResNet (default: 20)"
-    )
-    add("--width", type=number(int, 1), default=16, metavar="N", help="channels of its first stage")
-    add(
-        "--size",
-        type=number(int, 16),
-        default=32,
-        metavar="PIXELS",
-        help="image size (default: 32)",
-    )
-    add(
-        "--limit", type=number(int, 2), metavar="N", help="use at most N training and N test images"
-    )
-    add(
-        "--seed",
-        type=seeds,
-        default="0",
-        metavar="LIST",
-        help="one or several, with commas (default: 0)",
-    )
+    add("--distribution", metavar="NAME[:X]",
+        help="another law: constant, linear[:SMALLEST], exponential[:RATE], uniform, pareto[:A]")
+    add("--label-smoothing", type=number(float, 0, 1), default=0.1, metavar="X",
+        help="smoothing of the loss ls (default: 0.1)")
+    add("--epochs", type=number(int, 1), default=30, metavar="N", help="(default: 30)")
+    add("--batch-size", type=number(int, 2), default=64, metavar="N",
+        help="of all processes together (default: 64)")
+    add("--lr", type=number(float, 0), default=0.1, metavar="X",
+        help="highest learning rate (default: 0.1)")
+    add("--weight-decay", type=number(float, 0), default=5e-4, metavar="X",
+        help="(default: 0.0005)")
+    add("--depth", type=depth, default=20, metavar="6n+2", help="of the ResNet (default: 20)")
+    add("--width", type=number(int, 1), default=16, metavar="N",
+        help="channels of the first stage (default: 16)")
+    add("--size", type=number(int, 16), default=32, metavar="PIXELS",
+        help="height and width of the images (default: 32)")
+    add("--limit", type=number(int, 2), metavar="N", help="use N images of each set at most")
+    add("--seed", type=seed_list, default="0", metavar="LIST",
+        help="one, or several with commas (default: 0)")
     add("--amp", choices=("none", "bf16", "fp16"), default="none", help="mixed precision")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", type=Path, default="runs/train", metavar="FOLDER", help="(default: runs/train)")
-    add(
-        "--cache",
-        type=Path,
-        default=".data",
-        metavar="FOLDER",
-        help="generated data (default: .data)",
-    )
+    add("--cache", type=Path, default=".data", metavar="FOLDER",
+        help="keeps generated data (default: .data)")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
-
+    # fmt: on
     return parser
 
 
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> argparse.Namespace:
-    """Read the command line, after its preset, and check what concerns several options."""
+    """Read the command line over its preset, and check what concerns several options."""
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args(argv)
     if args.distribution and args.alpha is not None:
-        parser.error(
-            "argument --alpha: not allowed with --distribution, which replaces the Zipf law"
-        )
-    if args.alpha is None:
-        args.alpha = 1.0
+        parser.error("argument --alpha: not allowed with --distribution, which replaces the law")
+    if args.distribution:
+        make_law(args.distribution)
+    args.alpha = 1.0 if args.alpha is None else args.alpha
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda is not available here")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % processes:
-        parser.error(
-            f"argument --batch-size: {args.batch_size} is no multiple of {processes} processes"
-        )
+        parser.error(f"argument --batch-size: {args.batch_size} does not divide by {processes}")
     return args
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """The type of an option that is a finite number from `low` to `high`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            name = "a whole number" if kind is int else "a number"
+            span = f"of at least {low}" if math.isinf(high) else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {span}")
+        return value
+
+    return parse
+
+
+def loss_list(text: str) -> list[str]:
+    """The type of --loss: ce,ls,zipf."""
+    for name in text.split(","):
+        if name not in LOSSES:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(LOSSES)}")
+    return list(dict.fromkeys(text.split(",")))
+
+
+def seed_list(text: str) -> list[int]:
+    """The type of --seed: 0,1,2."""
+    return list(dict.fromkeys(number(int, 0)(seed) for seed in text.split(",")))
+
+
+def data_source(text: str) -> str:
+    """The type of --data: digits, fractals[:PER_CLASS], folder:PATH or cifar100:PATH."""
+    kind, colon, argument = text.partition(":")
+    if kind in ("folder", "cifar100") and not argument:
+        raise argparse.ArgumentTypeError(f"{text!r} lacks its path: {kind}:PATH")
+    if kind == "fractals" and colon:
+        number(int, 1)(argument)
+    elif kind not in ("fractals", "folder", "cifar100") and text != "digits":
+        known = "digits, fractals, fractals:PER_CLASS, folder:PATH, cifar100:PATH"
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}")
+    return text
+
+
+def depth(text: str) -> int:
+    """The type of --depth: 6n+2."""
+    value = number(int, 8)(text)
+    if value % 6 != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 6n+2, such as 8, 14, 20, 32 or 56")
+    return value
 
 
 @contextmanager
 def join_processes(device: str) -> Iterator[Place]:
     """Join the processes that torchrun started, or run alone."""
     cuda = device != "cpu" and torch.cuda.is_available()
-    place = Place(torch.device("cuda" if cuda else "cpu"))
     if "RANK" not in os.environ:
-        yield place
+        yield Place(torch.device("cuda" if cuda else "cpu"))
         return
+    place = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
-        place.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place.device)
+        torch.cuda.set_device(place)
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield Place(place.device, dist.get_rank(), dist.get_world_size())
+        yield Place(place, dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
 
@@ -1146,9 +1113,9 @@ def join_processes(device: str) -> Iterator[Place]:
 def main(argv: Sequence[str] | None = None) -> list[Run]:
     """Train what the command line asks for, then write and print the comparison."""
     parser = make_parser()
-    args = parse_arguments(parser, argv)
-    with join_processes(args.device) as place:
-        try:
+    try:
+        args = parse_arguments(parser, argv)
+        with join_processes(args.device) as place:
             args.out.mkdir(parents=True, exist_ok=True)
             if place.rank > 0:
                 dist.barrier()  # the first process makes what the others then find in the cache
@@ -1157,20 +1124,17 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
                 dist.barrier()
             if args.limit:
                 data.train, data.test = data.train.head(args.limit), data.test.head(args.limit)
-            runs = [
-                train_network(loss, seed, data, args, place)
-                for loss in args.loss
-                for seed in args.seed
-            ]
-        except DataError as error:
-            parser.error(f"argument --data: {error}")
-        except CheckpointError as error:
-            parser.error(f"argument --resume: {error}")
-        except FloatingPointError as error:
-            sys.exit(f"{error}: try a lower --lr")
-        if place.rank == 0:
-            report(runs, args.out)
-    return runs
+            todo = [(loss, seed) for loss in args.loss for seed in args.seed]
+            runs = [train(loss, seed, data, args, place) for loss, seed in todo]
+            if place.rank == 0:
+                report(runs, args.out)
+            return runs
+    except UsageError as error:
+        parser.error(f"argument {error.option}: {error}")
+    except FileExistsError:
+        parser.error(f"argument --out: {args.out} is not a folder")
+    except FloatingPointError as error:
+        sys.exit(f"{error}: a lower --lr may help")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_error_budget(backend, device, dtype, C, P):
     plain = run(case.logits, case.target, case.votes, backend="reference", **options)
     if dtype == torch.float64:  # no wider type to compare with: the two must agree
         for a, b in zip(got, plain, strict=True):
-            assert rms(a, b) <= 1e-14 * (1 + b.abs().max().item())
+            assert rms(a, b) <= 1e-13 * (1 + b.abs().max().item())
         return
     exact = run(case.logits.double(), case.target, case.votes, backend="reference", **options)
     for name, a, b, c in zip(("loss", "ce", "zipf", "gradient"), got, exact, plain, strict=True):

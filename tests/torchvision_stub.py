@@ -1,19 +1,30 @@
-"""Import torchvision beside a PyTorch whose build lacks torchvision's own operators.
+"""Import torchvision, and timm which needs it, where torchvision's compiled operators do not load.
 
-torchvision registers fake kernels for two operators when it is imported and fails if they do not exist. Its
-models do not call them, so defining their schemas is enough.
+On import torchvision adds fake kernels to two of its operators and fails where they do not exist. The models
+never call them, so their schemas are enough.
 """
+
+import sys
 
 import torch
 
+SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
 
-def define_missing_operators() -> torch.library.Library | None:
-    """Define the operators, unless torchvision's own library did. Keep the result: they vanish with it."""
+
+def import_torchvision():
+    """The module torchvision; raises ImportError if it is not installed."""
     try:
-        import torchvision  # noqa: F401
+        import torchvision
+    except RuntimeError:  # operator torchvision::nms does not exist
+        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in SCHEMAS:
+            library.define(schema)
+        import torchvision
 
-        return None
-    except ImportError:
-        raise
-    except RuntimeError:
-        pass
+        torchvision._schemas = library  # they vanish with the library object
+    return torchvision

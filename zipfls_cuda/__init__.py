@@ -1,5 +1,6 @@
 """Zipf's Label Smoothing (ECCV 2022) for PyTorch, fused: ``import zipfls_cuda as zls``."""
 
+from .attach import attach
 from .checks import check_inputs
 from .distributions import (
     Constant,
@@ -36,6 +37,7 @@ __all__ = [
     "Zipf",
     "ZipfLoss",
     "__version__",
+    "attach",
     "backends",
     "check_inputs",
     "dense_vote",
