@@ -1,0 +1,47 @@
+// The Python module zipfls_cuda._C: importing it registers the operators; it tells what was built.
+#include <string>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include "cpu/isa.h"
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+/// What csrc was built with: see zipfls_cuda.ops.build_info.
+pybind11::dict build_info() {
+  namespace py = pybind11;
+  std::vector<std::string> sets;
+  for (const auto* set : zipfls::cpu::compiled_kernels()) sets.emplace_back(set->name);
+  py::dict info;
+  info["compiler"] = compiler();
+  info["torch"] = TORCH_VERSION;
+#ifdef ZIPFLS_CUDA
+  info["cuda"] = ZIPFLS_CUDA_VERSION;
+  info["cuda_arch"] = std::string(ZIPFLS_CUDA_ARCH);
+#else
+  info["cuda"] = false;
+  info["cuda_arch"] = std::vector<std::string>();
+#endif
+  info["isa"] = sets;
+  info["isa_used"] = zipfls::cpu::kernels().name;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ operators of zipfls_cuda, registered as torch.ops.zipfls.* when this module is loaded.";
+  m.def("build_info", &build_info, "What the extension was built with, and the CPU instruction set it uses.");
+}

@@ -1,0 +1,28 @@
+// The table of kernels of one instruction set, from the sources that kernels_<set>.cpp compile for it.
+#pragma once
+
+#include "label_kernel.h"
+#include "loss_kernel.h"
+#include "vote_kernel.h"
+
+namespace zipfls::ZIPFLS_ISA {
+
+#define ZIPFLS_EVERY_TYPE(f) {f<float>, f<double>, f<bfloat16>, f<float16>}
+#define ZIPFLS_BOTH_SUMS(f) {f<float>, f<double>}
+
+/// A constant expression, so that nothing of a wide set runs before the machine was asked for it.
+constexpr Kernels table(const char* name) {
+  return {
+      name,
+      ZIPFLS_EVERY_TYPE(loss_fwd_kernel),
+      ZIPFLS_EVERY_TYPE(is_correct),
+      ZIPFLS_EVERY_TYPE(scale_kernel),
+      rank_row,
+      ZIPFLS_BOTH_SUMS(label_row),
+      ZIPFLS_BOTH_SUMS(label_row_given),
+      ZIPFLS_BOTH_SUMS(argmax_kernel),
+      ZIPFLS_BOTH_SUMS(argmax_upsampled_kernel),
+  };
+}
+
+}  // namespace zipfls::ZIPFLS_ISA

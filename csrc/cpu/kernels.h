@@ -1,0 +1,103 @@
+// What a kernel is called with, and the table of kernels of one instruction set. No torch here.
+#pragma once
+
+#include <cstdint>
+
+namespace zipfls::cpu {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+/// Element types, in the order of the tables below. Arithmetic ("A" in the shapes) runs in float, for
+/// float64 in double.
+enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
+
+/// (N, P) votes: rows of int32 or int64, each contiguous.
+struct Votes {
+  const void* data = nullptr;  // null: none were given
+  int64_t stride = 0;          // elements from row to row
+  int64_t P = 0;
+  bool wide = false;  // int64
+};
+
+/// Where a class's log mass comes from.
+enum class Mass {
+  kByVotes,   // a table by rank, ranks by votes
+  kByLogits,  // a table by rank, ranks by logits
+  kPerClass,  // (N, C), given
+};
+
+/// Buffers of one thread, reused from row to row; sizes: scratch.h.
+struct Scratch {
+  int32_t* counts;       // (C,) int32, votes per class; all zero between rows
+  int32_t* classes;      // (P + 2, 4) int32, classes by number of votes; all zero between rows
+  int32_t* voted;        // (min(P, C) + 1,) int32, the classes with a vote
+  int32_t* votes;        // (min(P, C),) int32, their numbers of votes
+  int32_t* members;      // (P + 2,) int32, classes with the same number of votes: how many
+  int32_t* group_count;  // (P + 2,) int32, and with how many votes
+  void* relative;        // (P + 2 + W,) A, their relative log mass
+  void* mass;            // (P + 2 + W,) A, their mass
+  void* label;           // (P + 2,) A, label by number of votes
+  void* patch;        // (min(P, C) + 1 + W,) A, gradient at the voted classes
+  void* patch_out;    // the same in the type of the logits
+  void* row[4];       // (C + W,) A each: exponentials; dense label; dense log mass; padded class weights
+  void* narrow[2];    // (W,) of the logits' type: a padded row where C < W, and its gradient
+  void* sort[2];      // (C,) of 16 bytes each, for ranking by logits
+};
+
+/// loss_fwd: one call serves rows [begin, end).
+struct LossFwd {
+  int64_t C;
+  const void* logits;     // (N, C) T
+  int64_t logits_stride;  // elements from row to row
+  const int64_t* target;  // (N,) int64, in [0, C) or ignore_index
+  Votes votes;
+  const void* log_mass;    // (R,) or (N, C) A
+  const void* weight;      // (C,) A, or null
+  double weight_sum;       // sum of weight, or C
+  const uint8_t* correct;  // (N,) bool, or null: only_correct without it looks at the row itself
+  int64_t ignore_index;
+  Mass mass;
+  bool ce, zipf;           // which parts are wanted
+  bool only_correct;       // the Zipf part counts only where the target has the largest logit
+  double label_smoothing;  // e
+  double ce_factor;        // what the gradient of a row's CE is multiplied with
+  double zipf_factor;      // and that of its Zipf part
+  void* grad;              // (N, C) T, contiguous; null: not wanted
+  double* ce_rows;         // (N,) float64, unscaled
+  double* zipf_rows;       // (N,) float64, unscaled
+};
+
+/// One table for each instruction set. A function that returns bool tells whether all votes were below C.
+struct Kernels {
+  const char* name;
+  /// loss and gradient of rows [begin, end).
+  bool (*loss_fwd[kDtypes])(const LossFwd&, const Scratch&, int64_t begin, int64_t end);
+  /// Whether the target has the largest logit of its row (lowest index on ties).
+  bool (*is_correct[kDtypes])(const void* row, int64_t C, int64_t y);
+  /// out = in * scale, n elements, the product in A; in == out is allowed.
+  void (*scale[kDtypes])(const void* in, void* out, int64_t n, double scale);
+  /// Ranks (C,) int32 of one row of votes.
+  bool (*rank_row)(const Votes&, int64_t i, int64_t C, const Scratch&, int32_t* rank);
+  /// Label (C,) A of one row, from a table by rank or from the row's own log masses (C,): float, double.
+  bool (*label_row[2])(const Votes&, int64_t i, int64_t C, int64_t y, const void* log_mass, const Scratch&,
+                       void* label);
+  bool (*label_row_given[2])(const Votes&, int64_t i, int64_t C, int64_t y, const void* log_mass,
+                             const Scratch&, void* label);
+  /// argmax of rows of scores, folded into (best, index): float, double. See vote_kernel.h.
+  void (*argmax[2])(const void* scores, int64_t rows, int64_t Q, int64_t first_class, const void* bias,
+                    void* best, int32_t* index);
+  /// The same over one image's scores (H * W, Q), bilinearly doubled: (2H * 2W) pairs.
+  void (*argmax_upsampled[2])(const void* scores, int64_t H, int64_t W, int64_t Q, int64_t first_class,
+                              const void* bias, void* lines, void* best, int32_t* index);
+};
+
+extern const Kernels kBaseline;
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+
+}  // namespace zipfls::cpu
