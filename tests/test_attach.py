@@ -1,6 +1,6 @@
 """attach: the votes are what the model says of each position, and nothing else about the model changes.
 
-``python tests/test_attach.py`` prints the support table: what the probe decides for each architecture.
+``PYTHONPATH=. python tests/test_attach.py`` prints the support table: what the probe decides.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import zipfls_cuda as zls
 from zipfls_cuda.attach import CLASS_TOKEN, GLOBAL_POOLING, PER_POSITION
@@ -36,6 +37,9 @@ def _one_thread():
 
 
 # Architectures, each against an oracle that asks the model's own head about one position at a time ---------
+
+
+SHOWN_OPTIONS = ("global_pool", "reg_tokens")  # the others only make the model small
 
 
 def fc(model, rows):
@@ -58,7 +62,7 @@ class Arch:
     head: Callable | None = None
 
     def __str__(self):
-        options = [str(v) for k, v in self.options.items() if k in ("global_pool", "reg_tokens")]
+        options = [str(v) for k, v in self.options.items() if k in SHOWN_OPTIONS]
         return "-".join([self.library, self.name, *options])
 
     def make(self):
@@ -404,7 +408,7 @@ def test_attach_dropout_does_not_touch_votes():
 
 def test_attach_fresh_batch_norm_in_the_head_is_no_identity():
     """Before training, batch norm in eval mode changes nothing; the votes must follow it once it does."""
-    model = Tiny(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(16))
+    model = Tiny(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(16, eps=1e-12))
     handle = zls.attach(model, **NAMES, example=X)
     assert handle.plan.kind == PER_POSITION
     norm = model.head[2]
@@ -416,6 +420,18 @@ def test_attach_fresh_batch_norm_in_the_head_is_no_identity():
     rows = seen["stage2"].flatten(2).transpose(1, 2).reshape(-1, 16)
     assert_best(votes, model.fc(copy.deepcopy(norm).eval()(rows)).unflatten(0, (4, 12)))
     assert stats == 1
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_attach_clamp_in_the_head_is_no_identity(inplace):
+    """The probe's values are within its range; trained ones need not be."""
+    model, _ = tiny(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Sequential(nn.ReLU6(inplace=inplace)))
+    with torch.no_grad():
+        model.stage2[1].weight.mul_(20)
+    seen = maps_of(model, "stage2")
+    votes = model(X)[1]
+    assert seen["stage2"].max() > 6
+    assert_best(votes, dense_scores(seen["stage2"].clamp(max=6), model.fc))
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -433,17 +449,23 @@ def test_attach_activation_after_the_map(act, inplace):
 
 
 def test_attach_vote_leaves_the_map_alone():
-    """An in-place head on positions must not write into what backward needs."""
-    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.SiLU(inplace=True))
-    model, handle = tiny(*head)
-    assert handle.plan.head
+    """An in-place head on positions must not write into the map, which backward needs."""
+
+    class MeanFirst(Tiny):
+        def forward(self, x):
+            return self.fc(self.head(self.stage2(self.stage1(self.stem(x))).mean((2, 3))))
+
     x = X.to(memory_format=torch.channels_last)  # positions are then a view of the map
-    zls.ZipfLoss()(model.to(memory_format=torch.channels_last)(x), torch.arange(4)).backward()
+    model = MeanFirst(nn.SiLU(inplace=True)).to(memory_format=torch.channels_last)
+    shake(model)
+    handle = zls.attach(model, **NAMES, example=x)
+    assert handle.plan.head
+    F.cross_entropy(model(x)[0], torch.arange(4)).backward()
     grads = [p.grad.clone() for p in model.parameters()]
     handle.remove()
     model.zero_grad()
     F.cross_entropy(model(x), torch.arange(4)).backward()
-    assert all(torch.isfinite(g).all() for g in grads)
+    assert all(torch.equal(g, p.grad) for g, p in zip(grads, model.parameters(), strict=True))
 
 
 def test_attach_votes_carry_no_gradient():
@@ -502,19 +524,25 @@ def test_attach_example_as_tuple_or_dict():
         assert model(x, scale=1.0)[1].shape == (4, 9)
 
 
-def test_attach_channels_last_layout():
+@pytest.mark.parametrize("upsample", [1, 2])
+@pytest.mark.parametrize("out", [nn.Identity(), nn.LayerNorm(16)])
+def test_attach_channels_last_layout(out, upsample):
     class Last(Tiny):
         def forward(self, x):
             x = self.tail(self.stage2(self.stage1(self.stem(x))).permute(0, 2, 3, 1))
-            return self.fc(x.mean((1, 2)))
+            return self.fc(self.head(x.mean((1, 2))))
 
-    model = Last()
+    model = Last(out)
     model.tail = nn.LayerNorm(16)
-    handle = zls.attach(model, feature="tail", classifier="fc", example=X)
+    shake(model)
+    handle = zls.attach(model, feature="tail", classifier="fc", example=X, upsample=upsample)
     seen = maps_of(model, "tail")
     votes = model(X)[1]
     assert handle.plan.layout == "NHWD"
-    assert_best(votes, model.fc(seen["tail"]).flatten(1, 2))
+    rows = seen["tail"].permute(0, 3, 1, 2)
+    if upsample == 2:
+        rows = F.interpolate(rows, scale_factor=2, mode="bilinear", align_corners=False)
+    assert_best(votes, model.fc(out(rows.flatten(2).transpose(1, 2))))
 
 
 def test_attach_sequential():
@@ -524,6 +552,39 @@ def test_attach_sequential():
     seen = maps_of(model, "1")
     assert handle.plan.kind == GLOBAL_POOLING
     assert_best(model(X)[1], dense_scores(seen["1"], model[4]))
+
+
+def test_attach_timm_protocol_with_dropout_on_the_map():
+    class Protocol(Tiny):
+        def forward_features(self, x):
+            return self.drop(self.stage2(self.stage1(self.stem(x))))
+
+        def get_classifier(self):
+            return self.fc
+
+        def forward(self, x):
+            return self.fc(self.head(self.forward_features(x)))
+
+    model = Protocol()
+    model.drop = nn.Dropout(0.9)
+    handle = zls.attach(model, example=X)
+    assert handle.plan.feature == "stage2"
+    seen = maps_of(model, "stage2")
+    assert_best(model(X)[1], dense_scores(seen["stage2"], model.fc))
+
+
+def test_attach_classifier_of_another_dtype():
+    class Mixed(Tiny):
+        def forward(self, x):
+            return self.fc(self.head(self.stage2(self.stage1(self.stem(x)))).float())
+
+    model = Mixed().bfloat16()
+    model.fc.float()
+    zls.attach(model, **NAMES, deep=("stage1",), example=X.bfloat16())
+    seen = maps_of(model, "stage2")
+    _, votes, deep_logits = model(X.bfloat16())
+    assert_best(votes[:, :12], dense_scores(seen["stage2"].float(), model.fc))
+    assert deep_logits[0].dtype == torch.float32
 
 
 # Copies and undoing ---------------------------------------------------------------------------------------
@@ -645,6 +706,8 @@ def test_attach_deep_votes():
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.zipf_heads.parameters())
+    stem, weight = model.stem[0].weight, model.zipf_heads[1].weight
+    assert all(g.any() for g in torch.autograd.grad(model(X)[2][1].square().sum(), (stem, weight)))
     model.eval()
     assert isinstance(model(X), torch.Tensor)
 
@@ -703,8 +766,9 @@ def test_attach_probe_runs_uncompiled():
     torch._dynamo.reset()
     model, plain = Tiny(), Tiny()
     model.compile(backend="aot_eager", fullgraph=True)
-    model.eval()(X)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     handle = zls.attach(model, **NAMES, example=X)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert handle.plan == zls.attach(plain, **NAMES, example=X).plan
     model.train()
     seen = maps_of(model, "stage2")
@@ -790,30 +854,32 @@ def test_attach_trains_under_ddp():
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("when", ["before", "after", "unprobed"])
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_attach_trains_under_fsdp2(when):
-    """Head and classifier are shards (DTensor) outside of the model's forward, whichever came first."""
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model, handle = tiny(*NORM_HEAD)
+def fsdp2_process(rank, processes, file):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=processes)
+    for when in ("before", "after", "unprobed"):
+        torch.manual_seed(0)
+        model, handle = tiny(*NORM_HEAD, deep=("stage1",) if when == "before" else ())
         twin = copy.deepcopy(model)
         if when != "before":
             handle.remove()
-        fsdp.fully_shard(model.fc)
-        fsdp.fully_shard(model)
+        fully_shard(model.fc)
+        fully_shard(model)
         if when != "before":
             zls.attach(model, **NAMES, example=X if when == "after" else None)
         out, expected = model(X), twin(X)
-        assert torch.equal(out[1], expected[1])
+        assert torch.equal(out[1], expected[1]), when
         zls.ZipfLoss()(out, torch.arange(4)).backward()
         zls.ZipfLoss()(expected, torch.arange(4)).backward()
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p.grad.full_tensor(), q.grad)
         assert isinstance(model.eval()(X), torch.Tensor)
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
+
+
+def test_attach_trains_under_fsdp2(tmp_path):
+    """Head and classifier are shards (DTensor) outside of the model's forward, whichever came first."""
+    torch.multiprocessing.spawn(fsdp2_process, (2, tmp_path / "store"), 2)
 
 
 # What is refused ------------------------------------------------------------------------------------------
@@ -925,7 +991,7 @@ def test_attach_tells_a_module_that_was_replaced():
     model, handle = tiny(deep=("stage1",))
     model.stage1 = nn.Conv2d(8, 8, 1)
     assert isinstance(model.eval()(X), torch.Tensor)
-    with pytest.raises(RuntimeError, match="'stage1' has no map to vote.*attach again"):
+    with pytest.raises(RuntimeError, match=r"'stage1' has no map to vote.*attach again"):
         model.train()(X)
     handle.remove()
     zls.attach(model, **NAMES, deep=("stage1",), example=X)
@@ -986,13 +1052,18 @@ def test_attach_refuses_other_classifiers(name, reason):
 
 
 def support_table() -> str:
-    lines = ["| model | map | head of a position | how it votes |", "| --- | --- | --- | --- |"]
+    """Markdown: for each architecture, what the probe decides."""
+    shapes = {"NDHW": "(N, D, H, W)", "NHWD": "(N, H, W, D)", "NTD": "(N, T, D)"}
+    lines = ["| model | map | a position goes through | how it votes |", "| --- | --- | --- | --- |"]
     for arch in ARCHS:
         plan = zls.attach(arch.make(), example=torch.randn(2, 3, *arch.size)).plan
-        head = ", ".join(name for name, _ in plan.head) or "-"
-        shape = {"NDHW": "(N, D, H, W)", "NHWD": "(N, H, W, D)", "NTD": "(N, T, D)"}[plan.layout]
+        through = ", ".join(f"`{name}`" for name in (*(name for name, _ in plan.head), plan.classifier))
         prefix = f", {plan.prefix} prefix token{'s' * (plan.prefix > 1)} left out" if plan.prefix else ""
-        lines.append(f"| {arch} | `{plan.feature}` {shape} | {head} | {plan.kind}{prefix} |")
+        options = "".join(f", {k}={v!r}" for k, v in arch.options.items() if k in SHOWN_OPTIONS)
+        model = f"{arch.library} {arch.name}{options}"
+        lines.append(
+            f"| {model} | `{plan.feature}` {shapes[plan.layout]} | {through} | {plan.kind}{prefix} |"
+        )
     return "\n".join(lines)
 
 

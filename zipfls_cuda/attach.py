@@ -225,9 +225,7 @@ class _Voting:
             kept[name] = getattr(module, "_zipf_kept", None)
             if kept[name] is None:  # eval mode
                 return None
-            module._zipf_kept = (
-                None  # from here on nothing is kept: not in checkpointing's second forward either
-            )
+            module._zipf_kept = None  # nothing is kept in the second forward of activation checkpointing
         if output is None:  # the forward raised an error
             return None
         if not isinstance(output, Tensor):
@@ -322,8 +320,8 @@ def _seats(plan: Plan) -> list[str]:
 def _kept(kept: dict[str, dict[str, Tensor]], name: str, side: str) -> Tensor:
     if side not in kept[name]:
         raise RuntimeError(
-            f"attach: the module {name!r} has no map to vote: it did not run in this forward, or it was replaced "
-            "since (then remove() the handle and attach again)"
+            f"attach: the module {name!r} has no map to vote: it did not run in this forward, or another "
+            "took its place (then remove() the handle and attach again)"
         )
     return kept[name][side]
 
