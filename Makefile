@@ -10,11 +10,11 @@ JOBS ?= 2
 
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test lint format mutants kernel-report bench clean
+.PHONY: help build demo test lint format mutants kernel-report bench gpu-check clean
 
 help:
 	@sed -n 's/^# //p' Makefile
-	@echo "also: build lint format mutants kernel-report bench clean"
+	@echo "also: build lint format mutants kernel-report bench gpu-check clean"
 
 # The environment: torch first, so that nothing else pulls another one; torchvision without its own idea of torch.
 $(VENV)/.deps: requirements-dev.txt
@@ -58,7 +58,12 @@ kernel-report: build
 	@$(PY) benchmarks/kernel_report.py
 
 bench: build
-	@$(PYTEST) benchmarks --benchmark-only
+	@$(PYTEST) benchmarks
+	@$(PY) benchmarks/report.py
+
+# On a machine with a GPU: uses that machine's own Python, builds, tests, sanitizes, measures. DRY=1 walks through it.
+gpu-check: $(if $(DRY),build)
+	@$(if $(DRY),$(PY),$(PYTHON)) benchmarks/gpu_check.py $(if $(DRY),--dry) $(if $(OUT),--out "$(OUT)") --parts "$(PART)"
 
 clean:
 	rm -rf $(VENV) build *.egg-info zipfls_cuda/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,236 @@
+"""What the package is measured against, in one place; tests/test_benchmarks.py shows that each is right.
+
+Losses take (logits, target, votes) and return the mean; a peer that has no Zipf term ignores the votes. Votes
+take (features, weight) and return (N, P) indices; ``matmul_alone`` stops at the scores. Peers from other
+packages are used through their public functions, where they are installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import zipfls_cuda as zls
+from zipfls_cuda import ops, reference
+
+COPY = "copy of the logits"
+CROSS_ENTROPY = "F.cross_entropy"
+COMPILED_CROSS_ENTROPY = "torch.compile(F.cross_entropy)"
+SMOOTHING = "F.cross_entropy, label smoothing"
+REFERENCE = "plain PyTorch, whole loss"
+COMPILED_REFERENCE = "torch.compile(plain PyTorch, whole loss)"
+PUBLISHED = "published algorithm (SciPy ranks)"
+LIGER = "Liger-Kernel"
+QUACK = "QuACK"
+QUACK_IN_FORWARD = "QuACK, gradient in forward"
+MATMUL = "torch.matmul alone"
+MATMUL_ARGMAX = "torch.matmul + torch.argmax"
+LINEAR_CROSS_ENTROPY = "F.linear_cross_entropy"
+LINEAR_THEN_CROSS_ENTROPY = "F.linear + F.cross_entropy"
+CUT = "cut-cross-entropy"
+
+
+def ours(backend: str) -> str:
+    """The name of one of our backends among the contestants."""
+    return f"zipfls_cuda, {backend}"
+
+
+def our_backends(device: str) -> list[str]:
+    """Backends that serve a device type, best first; Triton's interpreter is not worth timing."""
+    return [
+        b
+        for b in zls.backends()
+        if not ops.refusal(b, "loss_fwd", device, torch.float32)
+        and not (b == "triton" and ops.triton_interpreted())
+    ]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A way to compute a loss of the logits.
+
+    ``whole``: it has the Zipf term. ``in_place``: it destroys the logits. ``backward`` false: the call
+    already computes the gradient. ``sync``: it cannot be captured in a CUDA graph.
+    """
+
+    call: Callable[[Tensor, Tensor, Tensor], Tensor]
+    whole: bool = False
+    in_place: bool = False
+    backward: bool = True
+    sync: bool = False
+
+
+# Losses --------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, target: Tensor, votes: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target)
+
+
+def label_smoothing(logits: Tensor, target: Tensor, votes: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target, label_smoothing=0.1)
+
+
+def plain_zipf(
+    logits: Tensor, target: Tensor, votes: Tensor, zipf_weight: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """The whole loss as one would write it in PyTorch, differentiated by autograd."""
+    z = logits.to(reference.accumulation_dtype(logits.dtype))
+    with torch.no_grad():
+        rank = reference.competition_rank(reference.count_votes(votes, logits.shape[1]))
+        label, log_label = reference.label_from_mass(-alpha * rank.to(z.dtype).log(), target)
+    return F.cross_entropy(z, target) + zipf_weight * reference.zipf_term(z, target, label, log_label).mean()
+
+
+def published_zipf(
+    logits: Tensor, target: Tensor, votes: Tensor, zipf_weight: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """The algorithm the way the paper's authors run it: votes to the CPU, SciPy ranks, a dense label back.
+
+    Written from Sec. 3.2 and 3.3: count the votes, rank all classes by count with ties sharing the smallest
+    rank, rank^-alpha over the non-target classes as label, KL divergence to the non-target softmax.
+    """
+    from scipy.stats import rankdata
+
+    N, C = logits.shape
+    counts = torch.stack([torch.bincount(v, minlength=C) for v in votes.cpu().long()])
+    rank = torch.from_numpy(rankdata(-counts.numpy(), method="min", axis=1)).to(logits.device)
+    mass = rank.float().pow(-alpha)
+    others = torch.ones_like(mass, dtype=torch.bool).scatter_(1, target[:, None], False)
+    label = mass[others].view(N, C - 1)
+    label = label / label.sum(1, keepdim=True)
+    log_p = logits.float()[others].view(N, C - 1).log_softmax(1)
+    return F.cross_entropy(logits.float(), target) + zipf_weight * F.kl_div(
+        log_p, label, reduction="batchmean"
+    )
+
+
+def fused(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Our public function on one backend."""
+    return functools.partial(zls.zipf_cross_entropy, backend=backend)
+
+
+def compiled(function: Callable, tiny: bool = False) -> Callable:
+    """torch.compile at fixed shapes, the fastest it gives; ``tiny`` stops after tracing."""
+    return torch.compile(function, dynamic=False, backend="eager" if tiny else "inductor")
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def losses(device: str, tiny: bool = False) -> dict[str, Loss]:
+    """All losses that run on a device type here, ours first, by name."""
+    found = {ours(b): Loss(fused(b), whole=True) for b in our_backends(device)}
+    found[CROSS_ENTROPY] = Loss(cross_entropy)
+    found[COMPILED_CROSS_ENTROPY] = Loss(compiled(cross_entropy, tiny))
+    found[SMOOTHING] = Loss(label_smoothing)
+    found[REFERENCE] = Loss(plain_zipf, whole=True)
+    found[COMPILED_REFERENCE] = Loss(compiled(plain_zipf, tiny), whole=True)
+    if installed("scipy"):
+        found[PUBLISHED] = Loss(published_zipf, whole=True, sync=True)
+    if device == "cuda":
+        found |= _packaged_losses()
+    return found
+
+
+def _packaged_losses() -> dict[str, Loss]:
+    """Cross-entropies of other packages, as far as they are installed and import."""
+    found = {}
+    try:
+        from liger_kernel.transformers import LigerCrossEntropyLoss
+
+        liger = LigerCrossEntropyLoss()
+        found[LIGER] = Loss(lambda logits, target, votes: liger(logits, target), in_place=True, sync=True)
+    except Exception:
+        pass
+    try:
+        from quack import cross_entropy as quack
+
+        module = importlib.import_module("quack.cross_entropy")
+        found[QUACK] = Loss(lambda logits, target, votes: quack(logits, target).mean())
+        forward = module.cross_entropy_fwd
+        if "return_dx" in inspect.signature(forward).parameters:
+            found[QUACK_IN_FORWARD] = Loss(
+                lambda logits, target, votes: forward(logits.detach(), target, return_dx=True), backward=False
+            )
+    except Exception:
+        pass
+    return found
+
+
+# Votes ---------------------------------------------------------------------------------------------
+
+
+def _rows(features: Tensor) -> Tensor:
+    """Features as (N*P, D); a copy unless they are channels_last or tokens."""
+    if features.dim() == 4:
+        features = features.permute(0, 2, 3, 1)
+    return features.reshape(-1, features.shape[-1])
+
+
+def matmul_alone(features: Tensor, weight: Tensor) -> Tensor:
+    """The dense scores (N*P, C) and nothing else: the yardstick of dense_vote."""
+    return torch.matmul(_rows(features), weight.t())
+
+
+def matmul_argmax(features: Tensor, weight: Tensor, upsample: int = 1) -> Tensor:
+    """Dense scores, doubled bilinearly where asked, then torch.argmax: (N, P)."""
+    scores = matmul_alone(features, weight)
+    N = features.shape[0]
+    if upsample == 2:
+        scores = scores.view(N, *features.shape[2:], -1).permute(0, 3, 1, 2)
+        scores = F.interpolate(scores, scale_factor=2, mode="bilinear", align_corners=False)
+        return scores.argmax(1).view(N, -1)
+    return scores.argmax(1).view(N, -1)
+
+
+def votes(device: str, upsample: int = 1) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """All ways to vote, ours first, by name."""
+    found: dict[str, Callable] = {
+        ours(b): functools.partial(zls.dense_vote, upsample=upsample, backend=b) for b in our_backends(device)
+    }
+    found[MATMUL] = matmul_alone
+    found[MATMUL_ARGMAX] = functools.partial(matmul_argmax, upsample=upsample)
+    return found
+
+
+# The whole head: pooled features to loss and to the gradients of features and weight ---------------------
+
+
+def head_fused(backend: str) -> Callable:
+    """Votes, logits and the whole loss from the feature map."""
+    return lambda features, weight, target: zls.zipf_head_loss(
+        features, weight, None, target, backend=backend
+    )
+
+
+def head_cross_entropy(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(features.mean((2, 3)), weight), target)
+
+
+def heads(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """All heads, (features (N, D, H, W), weight, target) -> mean loss; only ours have the Zipf term."""
+    found: dict[str, Callable] = {ours(b): head_fused(b) for b in our_backends(device)}
+    found[LINEAR_THEN_CROSS_ENTROPY] = head_cross_entropy
+    if hasattr(F, "linear_cross_entropy"):
+        found[LINEAR_CROSS_ENTROPY] = lambda features, weight, target: F.linear_cross_entropy(
+            features.mean((2, 3)), weight, target
+        )
+    if device == "cuda" and installed("cut_cross_entropy"):
+        try:
+            from cut_cross_entropy import linear_cross_entropy
+
+            found[CUT] = lambda features, weight, target: linear_cross_entropy(
+                features.mean((2, 3)), weight, target
+            )
+        except Exception:
+            pass
+    return found

@@ -1,0 +1,228 @@
+"""A whole training step with different losses, and the classifier head alone.
+
+On a GPU: ResNet-50 on synthetic 224x224 images, batch 256, bfloat16 autocast, channels_last, C = 1000 and
+10000, eager and with the network compiled. On a CPU: the same network, narrow and shallow, on 32x32 images.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import baselines
+import harness
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import TINY, Entry
+from torch import Tensor, nn
+
+import zipfls_cuda as zls
+
+ON_GPU = harness.device().type == "cuda"
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions around a shortcut; ``width`` channels inside, four times as many out."""
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.path = nn.Sequential(
+            *_conv(channels, width, 1), nn.ReLU(True),
+            *_conv(width, width, 3, stride), nn.ReLU(True),
+            *_conv(width, 4 * width, 1),
+        )  # fmt: skip
+        same = stride == 1 and channels == 4 * width
+        self.shortcut = nn.Identity() if same else nn.Sequential(*_conv(channels, 4 * width, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.path(x) + self.shortcut(x))
+
+
+def _conv(channels: int, out: int, size: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(channels, out, size, stride, size // 2, bias=False), nn.BatchNorm2d(out)
+
+
+class ResNet(nn.Module):
+    """A bottleneck ResNet that returns its last map (N, D, H, W); (3, 4, 6, 3) and width 64: ResNet-50."""
+
+    def __init__(self, blocks: tuple[int, ...], width: int, small_images: bool = False):
+        super().__init__()
+        stem = _conv(3, width, 3) if small_images else _conv(3, width, 7, 2)
+        layers = [*stem, nn.ReLU(True), *([] if small_images else [nn.MaxPool2d(3, 2, 1)])]
+        channels = width
+        for stage, count in enumerate(blocks):
+            for i in range(count):
+                inner = width << stage
+                layers.append(Bottleneck(channels, inner, 2 if i == 0 and stage > 0 else 1))
+                channels = 4 * inner
+        self.layers = nn.Sequential(*layers)
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+# What follows the network, (map, classifier) -> loss ------------------------------------------------------
+
+
+def _logits(features: Tensor, fc: nn.Linear) -> Tensor:
+    return fc(features.mean((2, 3)))
+
+
+def with_cross_entropy(features: Tensor, fc: nn.Linear, target: Tensor, smoothing: float = 0.0) -> Tensor:
+    return F.cross_entropy(_logits(features, fc), target, label_smoothing=smoothing)
+
+
+def with_zipf(features: Tensor, fc: nn.Linear, target: Tensor, backend: str) -> Tensor:
+    """Our loss, as a training script calls it."""
+    votes = zls.dense_vote(features.detach(), fc.weight, fc.bias, backend=backend)
+    return zls.zipf_cross_entropy(_logits(features, fc), target, votes, backend=backend)
+
+
+def with_published(features: Tensor, fc: nn.Linear, target: Tensor) -> Tensor:
+    """Dense scores, argmax, SciPy ranks and a dense label."""
+    with torch.no_grad():
+        votes = fc(features.permute(0, 2, 3, 1)).argmax(-1).flatten(1)
+    return baselines.published_zipf(_logits(features, fc), target, votes)
+
+
+def criteria() -> dict[str, Callable]:
+    device = harness.device().type
+    found: dict[str, Callable] = {
+        baselines.ours(b): functools.partial(with_zipf, backend=b) for b in baselines.our_backends(device)
+    }
+    found[baselines.CROSS_ENTROPY] = with_cross_entropy
+    found[baselines.SMOOTHING] = functools.partial(with_cross_entropy, smoothing=0.1)
+    if baselines.installed("scipy"):
+        found[baselines.PUBLISHED] = with_published
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its images and its classes."""
+
+    N: int
+    C: int
+    size: int
+    blocks: tuple[int, ...]
+    width: int
+    dtype: str
+    compiled: bool = False
+    what: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.N}x{self.size}x{self.size} C{self.C}{' compiled' if self.compiled else ''}"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A feature map and its classes."""
+
+    N: int
+    H: int
+    D: int
+    C: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.N}x{self.H}x{self.H} D{self.D} C{self.C} {self.dtype}"
+
+
+if TINY:
+    CASES = [Case(2, 5, 16, (1, 1), 4, "float32", what="tiny")]
+    HEADS = [Head(2, 2, 8, 10, "float32")]
+elif ON_GPU:
+    resnet50 = functools.partial(Case, 256, size=224, blocks=(3, 4, 6, 3), width=64, dtype="bfloat16")
+    CASES = [resnet50(C=C, compiled=c, what="ResNet-50") for c in (False, True) for C in (1000, 10000)]
+    HEADS = [Head(256, 7, 2048, C, "bfloat16") for C in (1000, 10000)]
+else:
+    CASES = [Case(32, 100, 32, (1, 1, 1), 16, "float32", what="small ResNet")]
+    HEADS = [Head(64, 7, 512, 1000, "float32")]
+NAMES = list(criteria())
+
+
+@functools.lru_cache(maxsize=1)
+def network(blocks: tuple[int, ...], width: int, small: bool, compiled: bool) -> nn.Module:
+    """Kept from one case to the next, so that the classes can change without compiling again."""
+    torch.manual_seed(0)
+    model = ResNet(blocks, width, small).to(harness.device(), memory_format=torch.channels_last)
+    if compiled:
+        model.forward = baselines.compiled(model.forward, TINY)
+    return model
+
+
+def run(case: Case, book: harness.Book) -> harness.Result:
+    device, dtype = harness.device(), getattr(torch, case.dtype)
+    torch.backends.cudnn.benchmark = True
+    model = network(case.blocks, case.width, case.size <= 64, case.compiled)
+    fc = nn.Linear(model.channels, case.C).to(device)
+    parameters = [*model.parameters(), *fc.parameters()]
+    optimizer = torch.optim.SGD(parameters, 1e-3, momentum=0.9, foreach=True)
+    g = harness.seeded(0)
+    images = torch.randn(case.N, 3, case.size, case.size, generator=g).to(device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    target = torch.randint(case.C, (case.N,), generator=g).to(device)
+
+    def step(criterion: Callable) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = criterion(model(images), fc, target)
+        loss.backward()
+        optimizer.step()
+
+    entries = [
+        Entry(name, [functools.partial(step, f)], capture=False, clear=optimizer.zero_grad)
+        for name, f in criteria().items()
+    ]
+    clock = harness.DeviceClock() if ON_GPU else harness.HostClock()
+    result = harness.race(entries, clock, seconds=30.0 if ON_GPU else 10.0, memory=True)
+    ours = [name for name in result.samples if name.startswith("zipfls_cuda")]
+    peers = [baselines.PUBLISHED, baselines.SMOOTHING]
+    book.add("step", asdict(case), "step", clock.name, result, 0, 0, ours=[*ours, *peers])
+    return result
+
+
+def run_head(case: Head, book: harness.Book) -> harness.Result:
+    dtype = getattr(torch, case.dtype)
+    features, weight = harness.vote_inputs(case.N, case.H, case.H, case.D, case.C, dtype, "channels_last")
+    features, weight = features.requires_grad_(), weight.requires_grad_()
+    target = torch.randint(case.C, (case.N,), generator=harness.seeded(1)).to(features.device)
+
+    def clear() -> None:
+        features.grad = weight.grad = None
+
+    def both(head: Callable) -> None:
+        clear()
+        head(features, weight, target).backward()
+
+    entries = [
+        Entry(name, [functools.partial(both, f)], clear=clear)
+        for name, f in baselines.heads(harness.device().type).items()
+    ]
+    clock = harness.DeviceClock() if ON_GPU else harness.HostClock()
+    result = harness.race(entries, clock, seconds=2.0, memory=True)
+    ours = [name for name in result.samples if name.startswith("zipfls_cuda")]
+    book.add("head", asdict(case), "both", clock.name, result, 0, 0, ours=ours)
+    return result
+
+
+@pytest.mark.parametrize(
+    "case,name", [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in NAMES]
+)
+def bench_step(case: Case, name: str, report) -> None:
+    report(f"step {case}", name, functools.partial(run, case))
+
+
+@pytest.mark.parametrize(
+    "case,name",
+    [
+        pytest.param(case, name, id=f"{case}-{name}")
+        for case in HEADS
+        for name in baselines.heads(harness.device().type)
+    ],
+)
+def bench_head(case: Head, name: str, report) -> None:
+    report(f"head {case}", name, functools.partial(run_head, case))
