@@ -1,4 +1,88 @@
+"""Builds zipfls_cuda._C: C++ for the CPU, and CUDA kernels where nvcc and a CUDA build of torch are there.
+
+ZIPFLS_BUILD=cuda|cpu|none forces one of the three, and failing then is an error; unset, the best that this
+machine can build is built, down to pure Python where there is no C++ compiler. Whether a GPU is visible plays
+no part. TORCH_CUDA_ARCH_LIST sets the GPU architectures (default: 8.0 9.0a 10.0a+PTX).
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CppExtension, BuildExtension, include_paths
-import glob
-setup(ext_modules=[CppExtension("zipfls_cuda._C", ["csrc/bindings.cpp"]+sorted(glob.glob("csrc/cpu/*.cpp")), extra_compile_args=["-isystem"+d for d in include_paths()]+["-O3","-Wall","-Wextra","-ffp-contract=fast"])], cmdclass={"build_ext":BuildExtension})
+
+ROOT = Path(__file__).parent
+DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0a+PTX"
+
+
+def toolkit() -> str | None:
+    """Folder of the CUDA toolkit: CUDA_HOME, or where nvcc is, or /usr/local/cuda; None without one."""
+    nvcc = shutil.which("nvcc")
+    beside = nvcc and str(Path(nvcc).resolve().parent.parent)
+    guesses = [os.environ.get("CUDA_HOME"), beside, "/usr/local/cuda"]
+    # nvcc on the PATH may be a script that calls the real one: a toolkit has headers beside it.
+    return next((g for g in guesses if g and (Path(g) / "include" / "cuda_runtime.h").exists()), None)
+
+
+def why_not(build: str) -> str:
+    """What is missing for a build, cuda or cpu; empty if nothing is."""
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler} is not on the PATH)"
+    if build == "cuda":
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is not a CUDA build"
+        if toolkit() is None:
+            return "there is no CUDA toolkit (nvcc)"
+    return ""
+
+
+def choose() -> str:
+    """cuda, cpu or none."""
+    asked = os.environ.get("ZIPFLS_BUILD", "")
+    if asked not in ("", "cuda", "cpu", "none"):
+        sys.exit(f"ZIPFLS_BUILD must be cuda, cpu or none, got {asked!r}")
+    if asked:
+        if asked != "none" and why_not(asked):
+            sys.exit(f"ZIPFLS_BUILD={asked}: {why_not(asked)}")
+        return asked
+    for build in ("cuda", "cpu"):
+        if not why_not(build):
+            return build
+    print(
+        f"zipfls_cuda: {why_not('cpu')}, so the package is installed as pure Python. It works, by its "
+        "reference in plain PyTorch (and by Triton on a GPU); install a compiler and install again for the "
+        "fast CPU backend.",
+        file=sys.stderr,
+    )
+    return "none"
+
+
+def extension(build: str):
+    """The extension module, and the command that builds it."""
+    cuda = build == "cuda"
+    if cuda:
+        os.environ["CUDA_HOME"] = toolkit()  # before cpp_extension is imported, which looks once
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, include_paths
+
+    sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+    # A chosen -std turns the contraction of a * b + c into one instruction off; it is what the exp counts on.
+    flags = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=fast", "-Wall", "-Wextra"]}
+    flags["cxx"] += [f"-isystem{folder}" for folder in include_paths()]  # torch's own warnings are not ours
+    if cuda:
+        sources += sorted([*ROOT.glob("csrc/cuda/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")])
+        architectures = ",".join(os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split())
+        facts = {"ZIPFLS_CUDA_VERSION": torch.version.cuda, "ZIPFLS_CUDA_ARCH": architectures}
+        flags["cxx"] += ["-DZIPFLS_CUDA", *(f'-D{name}=\\"{fact}\\"' for name, fact in facts.items())]
+        flags["nvcc"] = ["-O3", "-std=c++20"]
+    kind = CUDAExtension if cuda else CppExtension
+    names = [str(s.relative_to(ROOT)) for s in sources]
+    return [kind("zipfls_cuda._C", names, extra_compile_args=flags)], {"build_ext": BuildExtension}
+
+
+build = choose()
+modules, commands = extension(build) if build != "none" else ([], {})
+setup(ext_modules=modules, cmdclass=commands)

@@ -3,7 +3,7 @@
     python examples/train.py --preset demo                      # ce, ls, zipf on handwritten digits
     python examples/train.py --data fractals --loss ce,zipf     # 100 generated fine-grained classes
     python examples/train.py --data folder:PATH --loss zipf      # your images, PATH/<class>/<image>
-    python examples/train.py --data cifar100:PATH --preset cifar100
+    python examples/train.py --data cifar100:PATH --loss ce,ls,zipf --epochs 100
     torchrun --nproc-per-node 2 examples/train.py --data fractals
 
 A training loop of your own needs the lines marked (1), (2) and (3): a network that also returns its
@@ -520,9 +520,7 @@ def make_loss(name: str, args: argparse.Namespace, num_classes: int) -> nn.Modul
         return zls.ZipfLoss(zipf_weight=args.zipf_weight, alpha=args.alpha)
     law = make_law(args.distribution)
     try:  # some laws exist for few classes only
-        zls.zipf_label(
-            torch.zeros(1).long(), torch.zeros(1, 1).int(), num_classes, distribution=law
-        )
+        zls.zipf_label(torch.zeros(1).long(), torch.zeros(1, 1).int(), num_classes, distribution=law)
     except ValueError as error:
         raise LawError(str(error)) from error
     return zls.ZipfLoss(zipf_weight=args.zipf_weight, distribution=law)
@@ -592,9 +590,7 @@ def mean_and_std(images: torch.Tensor, device: torch.device) -> tuple[torch.Tens
     return tuple(x.float().view(-1, 1, 1).to(device) for x in (mean, std))
 
 
-def crop(
-    images: torch.Tensor, corner: torch.Tensor, mirror: torch.Tensor, margin: int
-) -> torch.Tensor:
+def crop(images: torch.Tensor, corner: torch.Tensor, mirror: torch.Tensor, margin: int) -> torch.Tensor:
     """Pad images by `margin`, cut each at its own corner, and flip those marked.
 
     Args:
@@ -654,8 +650,8 @@ class Trainer:
             with self.autocast():
                 logits, features = self.model(images)
                 if isinstance(self.criterion, zls.ZipfLoss):
-                    head = self.net.fc
-                    votes = zls.dense_vote(features, head.weight, head.bias)  # (2): (N, P) int32
+                    fc = self.net.fc
+                    votes = zls.dense_vote(features, fc.weight, fc.bias)  # (2)  (N, P) int32
                     loss = self.criterion(logits, labels, votes)  # (3)
                 else:
                     loss = self.criterion(logits, labels)
@@ -832,9 +828,7 @@ def load_checkpoint(path: Path, trainer: Trainer, settings: dict) -> list[dict]:
         if settings.get(name) != saved.get(name):
             values = f" ({saved.get(name)} there, {settings.get(name)} here)"
             option = name if name == "processes" else "--" + name.replace("_", "-")
-            raise CheckpointError(
-                f"{path} was made with another {option}{'' if name == 'data' else values}"
-            )
+            raise CheckpointError(f"{path} was made with another {option}{'' if name == 'data' else values}")
     trainer.load_state_dict(state["trainer"])
     return history
 
@@ -875,37 +869,42 @@ def new_figure(columns: int, width: float):
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
     """Accuracy and cross-entropy against epochs; several seeds as their mean and range."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     figure, axes = new_figure(2, 10)
-    names = {"accuracy": "accuracy (%)", "cross_entropy": "cross-entropy"}
-    for axis, (name, title) in zip(axes, names.items(), strict=True):
-        late = []  # test values after the first third of the epochs: they set the axis' range
+    columns = ("accuracy", "accuracy (%)", 100), ("cross_entropy", "cross-entropy", 1)
+    for axis, (name, title, scale) in zip(axes, columns, strict=True):
+        late = []  # the values after the first third of the epochs, which set the axis' range
         for loss, group in by_loss(runs).items():
             epochs = [record["epoch"] for record in group[0].history]
-            look = {"color": COLOURS[loss], "marker": "." if len(epochs) == 1 else None}
-            for part, line in (("train", ":"), ("test", "-")):
-                values = np.array([[r[f"{part}_{name}"] for r in run.history] for run in group])
-                values *= 100 if name == "accuracy" else 1
-                label = LOSSES[loss] if part == "test" else None
-                axis.plot(epochs, values.mean(0), line, linewidth=1.8, label=label, **look)
-                if part == "test" and len(group) > 1:
-                    low, high = values.min(0), values.max(0)
-                    axis.fill_between(epochs, low, high, color=COLOURS[loss], alpha=0.2, lw=0)
-            late += values[:, len(epochs) // 3 :].flatten().tolist()
+            look = {"color": COLOURS[loss], "lw": 1.8, "marker": None if epochs[1:] else "."}
+            train, test = (
+                scale * np.array([[record[f"{part}_{name}"] for record in r.history] for r in group])
+                for part in ("train", "test")
+            )
+            axis.plot(epochs, train.mean(0), ":", **look)
+            axis.plot(epochs, test.mean(0), "-", label=LOSSES[loss], **look)
+            if len(group) > 1:
+                low, high = test.min(0), test.max(0)
+                axis.fill_between(epochs, low, high, color=COLOURS[loss], alpha=0.2, lw=0)
+            late += [values[:, len(epochs) // 3 :] for values in (train, test)]
+        low, high = (f([f(values) for values in late]) for f in (np.min, np.max))
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(title, loc="left")
         axis.margins(x=0.02)
         if name == "accuracy":
-            spare = 0.05 * (100 - min(late)) + 0.1
-            axis.set_ylim(max(0, min(late) - spare), 100 + spare)
-            axis.plot([], [], "-", color="0.4", label="test")
-            axis.plot([], [], ":", color="0.4", label="training (augmented)")
-            figure.legend(loc="outside lower center", ncols=5, frameon=False)
+            spare = 0.05 * (high - low) + 0.1
+            axis.set_ylim(low - spare, high + spare)
         else:
             axis.set_yscale("log")
-            axis.set_ylim(top=1.5 * max(late))
+            axis.set_ylim(low / 1.2, high * 1.2)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+    axes[0].plot([], [], "-", color="0.4", label="test")
+    axes[0].plot([], [], ":", color="0.4", label="training (augmented)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path)
 
 
@@ -972,7 +971,6 @@ def report(runs: Sequence[Run], out: Path) -> None:
 
 PRESETS = {  # values of the options below; what the command line says overrides them
     "demo": {"data": "digits", "loss": "ce,ls,zipf", "epochs": 15, "depth": 14, "out": "runs/demo"},
-    "cifar100": {"loss": "ce,ls,zipf", "epochs": 200, "depth": 56, "batch_size": 128},
 }
 
 
@@ -1022,9 +1020,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> argparse.Namespace:
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line over its preset, and check what concerns several options."""
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))

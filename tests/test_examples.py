@@ -245,10 +245,12 @@ def test_fractal_families_are_closer_than_strangers():
     assert distance[related].mean() < 0.6 * distance[stranger].mean()
     np.fill_diagonal(distance, np.inf)
     assert (family[distance.argmin(1)] == family).mean() > 0.95
-    # relatives do differ: a class is nearer to its own other half than to any relative, mostly
-    one, other = (half.mean(1).reshape(100, -1) for half in (images[:, :12], images[:, 12:]))
+    # yet relatives differ: half of a class is closest to its other half, more often than the 1 in 5
+    # that chance within the family gives (0.55 here), and not always: the set is fine-grained
+    ink = np.abs(images - np.median(images, axis=(-2, -1), keepdims=True)).mean(2)
+    one, other = (half.mean(1).reshape(100, -1) for half in (ink[:, ::2], ink[:, 1::2]))
     nearest = np.linalg.norm(one[:, None] - other[None], axis=-1).argmin(1)
-    assert 0.2 < (nearest == np.arange(100)).mean() < 0.95  # neither hopeless nor trivial
+    assert 0.4 < (nearest == np.arange(100)).mean() < 0.9
 
 
 def test_fractals_come_from_the_cache(tmp_path, monkeypatch, capsys):
@@ -262,7 +264,7 @@ def test_fractals_come_from_the_cache(tmp_path, monkeypatch, capsys):
     whole = file.read_bytes()
     broken = bytearray(whole)
     broken[len(whole) // 2] ^= 1
-    for content in (whole[: len(whole) // 2], b"", b"junk" * 100, bytes(broken)):
+    for content in (whole[: len(whole) // 2], b"", bytes(broken)):
         file.write_bytes(content)
         again = example.load_data("fractals:5", 16, cache)
         assert "damaged" in capsys.readouterr().err
@@ -375,9 +377,7 @@ def test_losses():
     loss = example.make_loss("ce", arguments(), 10)
     torch.testing.assert_close(loss(logits, target), F.cross_entropy(logits, target))
     loss = example.make_loss("ls", arguments("--label-smoothing", "0.3"), 10)
-    torch.testing.assert_close(
-        loss(logits, target), F.cross_entropy(logits, target, label_smoothing=0.3)
-    )
+    torch.testing.assert_close(loss(logits, target), F.cross_entropy(logits, target, label_smoothing=0.3))
     for argv, law in (
         (["--alpha", "2"], zls.Zipf(2.0)),
         (["--distribution", "constant"], zls.Constant()),
@@ -521,7 +521,7 @@ def uninterrupted(tmp_path_factory):
     "owner, name, nth",
     [
         (zls, "dense_vote", 5),  # amid the second epoch of the first loss
-        (example, "write_log", 2),  # after a checkpoint, before its log
+        (example, "write_log", 3),  # after the last checkpoint of the first loss, before its log
         (example.Trainer, "evaluate", 5),  # in the second loss, the first being done
     ],
 )

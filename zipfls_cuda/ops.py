@@ -160,13 +160,17 @@ for _stage, _schema in SCHEMAS.items():
         for _backend in _names:
             OPERATORS[_stage, _backend] = _op
 
+# The loss with its gradient attached by C++ (csrc/autograd.cpp), for eager calls that NATIVE_LOSS_FWD serves.
+native_loss = getattr(_C, "loss", None)
+NATIVE_LOSS_FWD = None if native_loss is None else torch.ops.zipfls.loss_fwd.default
+
 
 # Backends ------------------------------------------------------------------------------------------
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first
 
 # What a backend has no kernel for, by design: (backend, stage) -> dtypes.
-UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...]] = {}
+UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...]] = {("cuda", "vote_fwd"): (torch.float64,)}
 
 
 def build_info() -> dict[str, object]:
@@ -230,6 +234,14 @@ def refusal(backend: str, stage: str, device: str, dtype: torch.dtype) -> str:
         return f"it serves {' and '.join(_devices(backend))} tensors, and these are on {device}"
     if dtype in UNSERVED.get((backend, stage), ()):
         return f"it has no kernel for {dtype} in {stage}"
+    if (backend, stage, dtype) == (
+        "cuda",
+        "vote_fwd",
+        torch.float32,
+    ) and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return (
+            "it multiplies float32 as TF32 only, and torch.backends.cuda.matmul.fp32_precision is not 'tf32'"
+        )
     return ""
 
 
@@ -270,7 +282,8 @@ def select(stage: str, backend: str | None, x: Tensor) -> torch._ops.OpOverload:
     op = _resolved.get(key)
     if op is None:
         op = OPERATORS[stage, _resolve(*key)]
-        if not torch.compiler.is_compiling():
+        depends_on_precision = (stage, x.device.type, x.dtype) == ("vote_fwd", "cuda", torch.float32)
+        if not depends_on_precision and not torch.compiler.is_compiling():
             _resolved[key] = op
     return op
 

@@ -34,16 +34,16 @@ enum class Mass {
 /// Buffers of one thread, reused from row to row; sizes: scratch.h.
 struct Scratch {
   int32_t* counts;       // (C,) int32, votes per class; all zero between rows
-  int32_t* classes;      // (P + 2, 4) int32, classes by number of votes; all zero between rows
   int32_t* voted;        // (min(P, C) + 1,) int32, the classes with a vote
-  int32_t* votes;        // (min(P, C),) int32, their numbers of votes
-  int32_t* members;      // (P + 2,) int32, classes with the same number of votes: how many
-  int32_t* group_count;  // (P + 2,) int32, and with how many votes
-  void* relative;        // (P + 2 + W,) A, their relative log mass
-  void* mass;            // (P + 2 + W,) A, their mass
+  int32_t* votes;        // (min(P, C) + W,) int32, their numbers of votes
+  int32_t* members;      // (P + 2,) int32, groups of classes with the same number of votes: how many they are
+  int32_t* group_count;  // (P + 2,) int32, their number of votes
+  int32_t* group_rank;   // (P + 2,) int32, their rank
+  void* mass;            // (P + 1,) A, mass by rank
   void* label;           // (P + 2,) A, label by number of votes
+  void* excess;          // (min(P, C) + 1 + W,) A, at the voted classes: label
+  void* distance;        // (min(P, C) + 1 + W,) A, logit
   void* patch;        // (min(P, C) + 1 + W,) A, gradient at the voted classes
-  void* patch_out;    // the same in the type of the logits
   void* row[4];       // (C + W,) A each: exponentials; dense label; dense log mass; padded class weights
   void* narrow[2];    // (W,) of the logits' type: a padded row where C < W, and its gradient
   void* sort[2];      // (C,) of 16 bytes each, for ranking by logits

@@ -31,21 +31,13 @@ ZIPFLS_INLINE bool votes_inside(const V* votes, int64_t P, int64_t C, bool& nega
   return inside;
 }
 
-/// Votes of one row, counted. What is in Scratch: the voted classes and how many votes each has, voted and
-/// votes (K,); how many of them have n votes, classes_with(n).
+/// Votes of one row, counted. What is in Scratch: the voted classes, voted (K,), and how many votes each has,
+/// votes (K,), followed by a vector of zeros.
 struct Counted {
-  int32_t K;         // classes with a vote; -1: a vote was out of range and nothing was counted
-  int32_t n_target;  // votes for the target
+  int32_t K;          // classes with a vote; -1: a vote was out of range and nothing was counted
+  int32_t n_target;   // votes for the target
+  uint64_t occupied;  // bit n: some class has n votes; bit 63: some have 63 or more
 };
-
-/// Classes with n >= 1 votes: the sum of four columns, each of which counts every fourth class.
-///
-/// Four, because most classes have few votes, and incrementing one counter again and again would wait each time
-/// for the increment before.
-ZIPFLS_INLINE int32_t classes_with(int32_t n, const Scratch& scratch) {
-  const int32_t* column = scratch.classes + 4 * int64_t{n};
-  return (column[0] + column[1]) + (column[2] + column[3]);
-}
 
 /// Counts votes (P,), which are below C. y: the target, or any class.
 template <class V>
@@ -66,13 +58,15 @@ ZIPFLS_INLINE Counted count_votes(const V* votes, int64_t P, bool negative, int6
     for (int64_t p = 0; p < P; p++) count(votes[p]);
   }
   const int32_t n_target = counts[y];
+  uint64_t occupied = 0;
   for (int64_t k = 0; k < K; k++) {
     int32_t& n = counts[voted[k]];
     scratch.votes[k] = n;
-    scratch.classes[4 * int64_t{n} + (k & 3)]++;
+    occupied |= uint64_t{1} << (n < 63 ? n : 63);
     n = 0;
   }
-  return {static_cast<int32_t>(K), n_target};
+  store_integers<float>(scratch.votes + K, Mask<float>{});
+  return {static_cast<int32_t>(K), n_target, occupied};
 }
 
 /// Counts one row of votes, unless one is not below C.
@@ -85,7 +79,7 @@ ZIPFLS_INLINE Counted count_row(const Votes& votes, int64_t i, int64_t C, int64_
     const int32_t* data = static_cast<const int32_t*>(votes.data) + i * votes.stride;  // (P,)
     if (votes_inside(data, votes.P, C, negative)) return count_votes(data, votes.P, negative, y, scratch);
   }
-  return {-1, 0};
+  return {-1, 0, 0};
 }
 
 /// Whether all votes of a row are below C.
@@ -95,54 +89,108 @@ ZIPFLS_INLINE bool check_row(const Votes& votes, int64_t i, int64_t C) {
   return votes_inside(static_cast<const int32_t*>(votes.data) + i * votes.stride, votes.P, C, negative);
 }
 
-/// Calls visit(n, classes, above) for n = 1, 2, ... up to the largest number of votes of a class: how many
-/// classes have n votes, and how many have more. Zeroes those counters as it goes.
+/// Calls visit(n, classes, above) for each number of votes n that some class has, ascending: how many classes
+/// have n votes, and how many have more.
 template <class Visit>
-ZIPFLS_INLINE void drain_counts(int32_t K, const Scratch& scratch, Visit visit) {
-  for (int32_t n = 1, above = K; above > 0; n++) {
-    const int32_t classes = classes_with(n, scratch);
-    __builtin_memset(scratch.classes + 4 * int64_t{n}, 0, 4 * sizeof(int32_t));
+ZIPFLS_INLINE void for_each_count(const Counted& row, const Scratch& scratch, Visit visit) {
+  constexpr int W = Lanes<float>::W;
+  constexpr uint64_t kMany = uint64_t{1} << 63;
+  const int32_t* const votes = scratch.votes;  // (K + W,) int32
+  uint64_t left = row.occupied;
+  for (int32_t n = 0, above = row.K; above > 0;) {
+    if (left & ~kMany) {
+      n = __builtin_ctzll(left);
+      left &= left - 1;
+    } else {  // 63 votes or more, for which there is no bit: the next larger number in the list
+      int32_t next = INT32_MAX;
+      for (int32_t k = 0; k < row.K; k++) next = votes[k] > n && votes[k] >= 63 && votes[k] < next ? votes[k] : next;
+      n = next;
+    }
+    int32_t classes = 0;
+    for (int32_t k = 0; k < row.K; k += W) classes += count_equal(load_integers<float>(votes + k), n);
     above -= classes;
     visit(n, classes, above);
   }
 }
 
-/// Labels by number of votes, label[n] = p~ of a non-target class with n votes, for the n that occur; label[0]
-/// is 0 if every non-target class has a vote. Drains the counts of counts.
+/// Masses by rank relative to a common shift, kept from row to row.
+///
+/// Masses of a row must be taken relative to its own largest, or they may all underflow (alpha = 150). But a
+/// shift within reach of it serves as well, and the table's largest entry is within reach of most rows.
 template <class A>
-ZIPFLS_INLINE MassSums<double> label_counts(const Counted& row, int64_t C, const A* log_mass, const Scratch& scratch) {
-  constexpr int W = Lanes<A>::W;
-  A* const label = static_cast<A*>(scratch.label);        // (P + 1,) A, by number of votes
-  A* const relative = static_cast<A*>(scratch.relative);  // (groups + W,) A: log mass, relative to the largest
-  A* const mass = static_cast<A*>(scratch.mass);          // (groups + W,) A
-  int32_t* const members = scratch.members;               // (groups,) int32
-  int32_t* const count = scratch.group_count;             // (groups,) int32
+class MassTable {
+ public:
+  /// log_mass (R,) by rank from 1; mass: room for (R + W,) A.
+  MassTable(const A* log_mass, int64_t R, A* mass) : log_mass_(log_mass), mass_(mass), R_(R) {
+    A largest = log_mass[0];
+    for (int64_t r = 1; r < R; r++) largest = log_mass[r] > largest ? log_mass[r] : largest;
+    if (largest > -static_cast<A>(INFINITY)) rebuild(largest);
+  }
 
-  // Groups of non-target classes with the same number of votes. Written without a branch, whose outcome would be
-  // as random as the votes: a group of nobody is overwritten by the next.
-  label[0] = label[row.n_target] = 0;  // in case nobody else is in these groups
+  /// Makes `largest`, which is finite, a mass that the shift suits: 1 when exact, else within [e^-40, 1].
+  ZIPFLS_INLINE void reach(A largest, bool exact) {
+    if (largest > shift_ || largest < shift_ - 40 || (exact && largest != shift_)) rebuild(largest);
+  }
+
+  ZIPFLS_INLINE A mass(int32_t rank) const { return mass_[rank - 1]; }
+  ZIPFLS_INLINE A relative(int32_t rank) const { return log_mass_of_rank(log_mass_, rank) - shift_; }
+  ZIPFLS_INLINE A log_mass(int32_t rank) const { return log_mass_of_rank(log_mass_, rank); }
+
+ private:
+  void rebuild(A shift) {
+    constexpr int W = Lanes<A>::W;
+    shift_ = shift;
+    int64_t r = 0;
+    for (; r + W <= R_; r += W) store(mass_ + r, exp_lanes<true>(load(log_mass_ + r) - shift));
+    for (; r < R_; r++) mass_[r] = exp_lanes<true>(splat<A>(log_mass_[r] - shift))[0];
+  }
+
+  const A* log_mass_;
+  A* mass_;
+  int64_t R_;
+  A shift_ = 0;
+};
+
+/// Labels by number of votes, label[n] = p~ of a non-target class with n votes, for the n that occur; label[0]
+/// is 0 if every non-target class has a vote.
+template <class A>
+ZIPFLS_INLINE MassSums<double> label_counts(const Counted& row, int64_t C, MassTable<A>& table,
+                                            const Scratch& scratch) {
+  A* const label = static_cast<A*>(scratch.label);  // (P + 1,) A, by number of votes
+  // The groups of non-target classes with the same number of votes. Made without a branch, whose outcome would
+  // be as random as the votes: a group of nobody is overwritten by the next.
+  int32_t* const members = scratch.members;    // (groups,) int32, how many they are
+  int32_t* const count = scratch.group_count;  // (groups,) int32, their number of votes
+  int32_t* const rank = scratch.group_rank;    // (groups,) int32
   int32_t groups = 0;
   A largest = -static_cast<A>(INFINITY);
   if (const int32_t unvoted = members_unvoted(static_cast<int32_t>(C), row.K, row.n_target); unvoted > 0) {
     members[0] = unvoted;
     count[0] = 0;
-    relative[0] = largest = log_mass_of_rank(log_mass, rank_below(row.K));
+    rank[0] = rank_below(row.K);
+    largest = table.log_mass(rank[0]);
     groups = 1;
   }
-  drain_counts(row.K, scratch, [&](int32_t n, int32_t classes, int32_t above) __attribute__((always_inline)) {
-    members[groups] = members_of_count(n, classes, row.n_target);
+  for_each_count(row, scratch, [&](int32_t n, int32_t classes, int32_t above) __attribute__((always_inline)) {
+    const int32_t size = members_of_count(n, classes, row.n_target);
+    members[groups] = size;
     count[groups] = n;
-    const A entry = log_mass_of_rank(log_mass, rank_below(above));
-    relative[groups] = entry;
-    largest = members[groups] > 0 && entry > largest ? entry : largest;
-    groups += members[groups] > 0;
+    rank[groups] = rank_below(above);
+    const A entry = table.log_mass(rank[groups]);
+    largest = size > 0 && entry > largest ? entry : largest;
+    groups += size > 0;
   });
+  label[0] = label[row.n_target] = 0;  // in case nobody else is in these groups
   MassSums<double> sums;
-  for (int32_t g = 0; g < groups; g++) relative[g] = relative_log_mass(relative[g], largest);
-  for (int32_t g = 0; g < groups; g += W) store(mass + g, exp_lanes(load(relative + g)));
-  for (int32_t g = 0; g < groups; g++) sums.add(members[g], mass[g], relative[g]);
-  const A normaliser = static_cast<A>(sums.normaliser());
-  for (int32_t g = 0; g < groups; g++) label[count[g]] = mass[g] * normaliser;
+  if (largest == -static_cast<A>(INFINITY)) {  // no mass anywhere: uniform
+    for (int32_t g = 0; g < groups; g++) sums.add(members[g], A(1), A(0));
+    for (int32_t g = 0; g < groups; g++) label[count[g]] = static_cast<A>(sums.normaliser());
+  } else {
+    table.reach(largest, C == 2);  // of two classes one is the target: the other's label is 1, exactly
+    for (int32_t g = 0; g < groups; g++) sums.add(members[g], table.mass(rank[g]), table.relative(rank[g]));
+    const double normaliser = sums.normaliser();
+    for (int32_t g = 0; g < groups; g++) label[count[g]] = static_cast<A>(table.mass(rank[g]) * normaliser);
+  }
   return sums;
 }
 
@@ -161,7 +209,7 @@ ZIPFLS_INLINE DenseLabel<A> label_row_dense(const A* log_mass, int64_t C, int64_
   const bool massless = largest == -static_cast<A>(INFINITY);
   double sum[1];
   sum_nontarget<A, 1>(C, y, sum, [&](int64_t c, Vec<A>(&x)[1]) __attribute__((always_inline)) {
-    x[0] = exp_lanes(massless ? Vec<A>{} : load(log_mass + c) - largest);
+    x[0] = exp_lanes<true>(massless ? Vec<A>{} : load(log_mass + c) - largest);
     store(label + c, x[0]);
   });
   const A normaliser = static_cast<A>(1 / sum[0]);
@@ -175,7 +223,7 @@ bool rank_row(const Votes& votes, int64_t i, int64_t C, const Scratch& scratch, 
   const Counted row = count_row(votes, i, C, 0, scratch);
   if (row.K < 0) return false;
   int32_t* const rank_of_count = scratch.members;  // (highest count + 1,) int32
-  drain_counts(row.K, scratch, [&](int32_t n, int32_t, int32_t above) { rank_of_count[n] = rank_below(above); });
+  for_each_count(row, scratch, [&](int32_t n, int32_t, int32_t above) { rank_of_count[n] = rank_below(above); });
   for (int64_t c = 0; c < C; c++) rank[c] = rank_below(row.K);
   for (int32_t k = 0; k < row.K; k++) rank[scratch.voted[k]] = rank_of_count[scratch.votes[k]];
   return true;
@@ -187,7 +235,8 @@ bool label_row(const Votes& votes, int64_t i, int64_t C, int64_t y, const void* 
                void* out) {
   const Counted row = count_row(votes, i, C, y, scratch);
   if (row.K < 0) return false;
-  label_counts(row, C, static_cast<const A*>(log_mass), scratch);
+  MassTable<A> table(static_cast<const A*>(log_mass), votes.P < C ? votes.P + 1 : C, static_cast<A*>(scratch.mass));
+  label_counts(row, C, table, scratch);
   const A* const by_count = static_cast<const A*>(scratch.label);
   A* const label = static_cast<A*>(out);
   for (int64_t c = 0; c < C; c++) label[c] = by_count[0];

@@ -106,11 +106,11 @@ void log_mass_by_logits(const T* z, int64_t C, const A* log_mass, const Scratch&
   }
 }
 
-/// Log masses (C,) by rank of votes, counted before. Drains the counts of counts.
+/// Log masses (C,) by rank of votes, counted before. 
 template <class A>
 void log_mass_by_votes(const Counted& row, int64_t C, const A* log_mass, const Scratch& scratch, A* out) {
   A* const by_count = static_cast<A*>(scratch.label);  // (highest count + 1,) A
-  drain_counts(row.K, scratch, [&](int32_t n, int32_t, int32_t above) {
+  for_each_count(row, scratch, [&](int32_t n, int32_t, int32_t above) {
     by_count[n] = log_mass_of_rank(log_mass, rank_below(above));
   });
   if (row.K < C) {  // with all classes voted there is no rank K + 1, nor need the table have it
@@ -124,7 +124,7 @@ void log_mass_by_votes(const Counted& row, int64_t C, const A* log_mass, const S
 
 /// Row i of the operator; false if a vote is out of range.
 template <class T, class A>
-ZIPFLS_INLINE bool loss_row(const LossFwd& a, const Scratch& scratch, int64_t i) {
+ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratch& scratch, int64_t i) {
   using V = Vec<A>;
   constexpr int W = Lanes<A>::W;
   const int64_t C = a.C, y = a.target[i];
@@ -149,7 +149,7 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, const Scratch& scratch, int64_t i)
   bool zipf = a.zipf;
   if (zipf && a.only_correct) zipf = a.correct != nullptr ? a.correct[i] : is_correct_row(z, C, y);
   const bool by_votes = zipf && a.mass == Mass::kByVotes;
-  const Counted votes = by_votes ? count_row(a.votes, i, C, y, scratch) : Counted{0, 0};
+  const Counted votes = by_votes ? count_row(a.votes, i, C, y, scratch) : Counted{0, 0, 0};
   if (votes.K < 0 || (!by_votes && a.votes.data != nullptr && !check_row(a.votes, i, C))) return false;
 
   // Pass 1: the largest non-target logit. Where all are -inf, exponentials are taken of z - 0.
@@ -213,22 +213,32 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, const Scratch& scratch, int64_t i)
   if (zipf) scale += a.zipf_factor / sum_exp;
 
   if (zipf && sparse) {
-    const MassSums<double> masses = label_counts(votes, C, table, scratch);
+    const MassSums<double> sums = label_counts(votes, C, masses, scratch);
     const A* const label = static_cast<const A*>(scratch.label);
     const A unvoted = label[0], row_scale = static_cast<A>(scale), row_constant = static_cast<A>(constant);
-    const A z_skip = shift;  // stands for the target's logit, so that it adds 0
-    double cross[2] = {0, 0};  // sum over the voted of (p~_c - p~_unvoted) (z_c - shift), by parity
+    // Gather what the voted classes need, then work on it by vectors; the last one's tail is of no account.
+    A* const excess = static_cast<A*>(scratch.excess);      // (K + W,) A: p~_c - p~_unvoted
+    A* const distance = static_cast<A*>(scratch.distance);  // (K + W,) A: z_c
+    const double unvoted_label = unvoted;
     for (int32_t k = 0; k < votes.K; k++) {
       const int32_t c = scratch.voted[k];
-      const A p = label[scratch.votes[k]];
-      cross[k & 1] += (p - unvoted) * ((c == y ? z_skip : value(z[c])) - shift);
-      if (keep) patch[k] = exps[c] * row_scale - (row_constant + factor * p);
+      excess[k] = label[scratch.votes[k]];
+      distance[k] = c == y ? shift : value(z[c]);  // the target adds 0
+      if (keep) patch[k] = exps[c];
     }
+    store(excess + votes.K, splat<A>(unvoted));
+    store(distance + votes.K, splat<A>(shift));
+    V products = {};
+    for (int32_t k = 0; k < votes.K; k += W) {
+      const V p = load(excess + k);
+      products += (p - unvoted) * (load(distance + k) - shift);
+      if (keep) store(patch + k, load(patch + k) * row_scale - (row_constant + factor * p));
+    }
+    const double cross = reduce_add<A>(products);  // sum over the voted of (p~_c - p~_unvoted) (z_c - shift)
     if (keep && smoothing != 0)
       for (int32_t k = 0; k < votes.K; k++) patch[k] -= static_cast<A>(smoothing) * weight[scratch.voted[k]];
-    zipf_loss = masses.entropy * masses.normaliser() - (unvoted * sum_linear + (cross[0] + cross[1])) +
-                ::log(sum_exp / masses.mass);
-    constant += a.zipf_factor * static_cast<double>(unvoted);
+    zipf_loss = sums.entropy * sums.normaliser() - (unvoted_label * sum_linear + cross) + ::log(sum_exp / sums.mass);
+    constant += a.zipf_factor * unvoted_label;
   } else if (zipf) {
     const A* log_mass = table + (a.mass == Mass::kPerClass ? i * C : 0);
     A* const gathered = static_cast<A*>(scratch.row[2]);  // (C,) A
@@ -281,8 +291,11 @@ template <class T>
 bool loss_fwd_kernel(const LossFwd& a, const Scratch& scratch, int64_t begin, int64_t end) {
   using A = decltype(value(T{}));
   if (a.C < Lanes<A>::W && a.weight != nullptr) __builtin_memcpy(scratch.row[3], a.weight, a.C * sizeof(A));
+  const bool by_votes = a.zipf && a.mass == Mass::kByVotes;
+  MassTable<A> masses(static_cast<const A*>(a.log_mass), !by_votes ? 1 : a.votes.P < a.C ? a.votes.P + 1 : a.C,
+                      static_cast<A*>(scratch.mass));
   bool inside = true;
-  for (int64_t i = begin; i < end; i++) inside &= loss_row<T, A>(a, scratch, i);
+  for (int64_t i = begin; i < end; i++) inside &= loss_row<T, A>(a, masses, scratch, i);
   return inside;
 }
 

@@ -8,12 +8,17 @@ namespace zipfls::ZIPFLS_ISA {
 /// Calls span(first, last) for the runs of whole vectors without the target, elements [first, last), and
 /// block(offset, keep) for the vectors that need a mask: the target's, and the last W elements when C is no
 /// multiple of W, where keep marks what no other call has seen. A row shorter than a vector is one masked
-/// block at 0: its buffers have room for W elements.
+/// block at 0: its buffers have room for W elements. A short row is masked blocks throughout: where its target
+/// splits it is as good as random, and each mispredicted end of a loop costs as much as several masks.
 template <class A, class Span, class Block>
 ZIPFLS_INLINE void for_nontarget(int64_t C, int64_t y, Span span, Block block) {
   constexpr int W = Lanes<A>::W;
+  constexpr int64_t kShort = 8 * W;
   const int64_t whole = C / W * W, around = y / W * W;
-  if (around < whole) {
+  if (C <= kShort) {
+    const Mask<A> distance = iota<A>(0) - static_cast<int32_t>(y);  // 0 at the target once c is added
+    for (int64_t c = 0; c < whole; c += W) block(c, distance + static_cast<int32_t>(c) != 0);
+  } else if (around < whole) {
     span(int64_t{0}, around);
     span(around + W, whole);
     block(around, iota<A>(around) != static_cast<int32_t>(y));

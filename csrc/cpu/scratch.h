@@ -18,16 +18,16 @@ class ThreadScratch {
   /// those for ranking by logits. Shapes: kernels.h.
   Scratch get(int64_t C, int64_t P, int64_t size, bool sort) {
     grow_zeroed(counts_, counts_size_, C);
-    grow_zeroed(classes_, classes_size_, 4 * (P + 2));
     const int64_t room = 64;  // bytes of the widest vector: kernels read and write whole vectors
     const int64_t voted = std::min(P, C) + 1;
     const int64_t bytes[] = {4 * voted,
-                             4 * voted,
+                             4 * voted + room,
                              4 * (P + 2),
                              4 * (P + 2),
-                             size * (P + 2) + room,
-                             size * (P + 2) + room,
+                             4 * (P + 2),
+                             size * (P + 1),
                              size * (P + 2),
+                             size * voted + room,
                              size * voted + room,
                              size * voted + room,
                              size * C + room,
@@ -52,20 +52,9 @@ class ThreadScratch {
       part[k] = next;
       next += padded(bytes[k]);
     }
-    return {counts_.get(),
-            classes_.get(),
-            reinterpret_cast<int32_t*>(part[0]),
-            reinterpret_cast<int32_t*>(part[1]),
-            reinterpret_cast<int32_t*>(part[2]),
-            reinterpret_cast<int32_t*>(part[3]),
-            part[4],
-            part[5],
-            part[6],
-            part[7],
-            part[8],
-            {part[9], part[10], part[11], part[12]},
-            {part[13], part[14]},
-            {part[15], part[16]}};
+    auto integers = [&](int k) { return reinterpret_cast<int32_t*>(part[k]); };
+    return {counts_.get(), integers(0), integers(1), integers(2), integers(3), integers(4), part[5], part[6], part[7],
+            part[8], part[9], {part[10], part[11], part[12], part[13]}, {part[14], part[15]}, {part[16], part[17]}};
   }
 
  private:
@@ -83,8 +72,8 @@ class ThreadScratch {
     size = wanted;
   }
 
-  std::unique_ptr<int32_t[]> counts_, classes_;
-  int64_t counts_size_ = 0, classes_size_ = 0;
+  std::unique_ptr<int32_t[]> counts_;
+  int64_t counts_size_ = 0;
   std::unique_ptr<std::byte[], Free> bytes_;
   int64_t bytes_size_ = 0;
 };

@@ -90,6 +90,20 @@ ZIPFLS_INLINE bool any(Mask<A> mask) {
 #endif
 }
 
+/// How many lanes of x equal n.
+ZIPFLS_INLINE int32_t count_equal(Mask<float> x, int32_t n) {
+#if defined(ZIPFLS_AVX512)
+  return __builtin_popcount(_mm512_cmpeq_epi32_mask(bit_cast<__m512i>(x), _mm512_set1_epi32(n)));
+#elif defined(ZIPFLS_AVX2)
+  return __builtin_popcount(_mm256_movemask_ps(bit_cast<__m256>(x == n)));
+#else
+  const Mask<float> equal = x == n;
+  int32_t lanes = 0;
+  for (int w = 0; w < Lanes<float>::W; w++) lanes -= equal[w];
+  return lanes;
+#endif
+}
+
 /// The larger of each lane; a NaN in x is ignored.
 template <class V>
 ZIPFLS_INLINE V max_ignoring_nan(V best, V x) {
@@ -205,6 +219,12 @@ ZIPFLS_INLINE Mask<A> load_integers(const V* p) {
   return x;
 }
 
+template <class A, class V>
+ZIPFLS_INLINE void store_integers(V* p, Mask<A> x) {
+  static_assert(sizeof(V) == sizeof(A));
+  __builtin_memcpy(p, &x, sizeof x);
+}
+
 ZIPFLS_INLINE void store(float* p, Vec<float> x) { __builtin_memcpy(p, &x, sizeof x); }
 ZIPFLS_INLINE void store(double* p, Vec<double> x) { __builtin_memcpy(p, &x, sizeof x); }
 ZIPFLS_INLINE void store(bfloat16* p, F::V x) {
@@ -230,19 +250,22 @@ ZIPFLS_INLINE void put(float16* p, float x) { p->bits = f16_from_float(splat<flo
 
 // exp -------------------------------------------------------------------------------------------------
 
-/// e^x for x up to about 80, within 1 ulp; e^0 = 1, NaN stays NaN, 0 below the smallest normal number.
+/// e^x for x up to about 80, within 1 ulp; e^0 = 1, NaN stays NaN.
 ///
 /// x = n log 2 + r with |r| <= log(2) / 2, e^x = 2^n e^r, and e^r is a polynomial with the least largest
 /// relative error (0.05 x 2^-24; in double 0.03 x 2^-53), its first two coefficients held at 1. log 2 is
-/// split in a head, whose product with n is exact, and a tail. Subnormal results are not worth making: each
-/// vector of them costs a processor about 190 cycles instead of 5, and masked classes, at -inf, are common.
+/// split in a head, whose product with n is exact, and a tail.
+///
+/// Below the smallest normal number the result is 0, unless kGradual asks for subnormals: a vector with one of
+/// them costs a processor about 190 cycles instead of 5. -inf is fast either way: masked classes are common.
+template <bool kGradual = false>
 ZIPFLS_INLINE Vec<float> exp_lanes(Vec<float> x) {
   using V = Vec<float>;
   using U = Lanes<float>::U;
-  constexpr float kLowest = -87.33f;   // log 2^-126 and a little
-  constexpr float kShift = 0x1.8p23f;  // adding it rounds to an integer, in the low bits
+  constexpr float kLowest = kGradual ? -103.98f : -87.33f;  // log 2^-150, log 2^-126 and a little
+  constexpr float kShift = 0x1.8p23f;                       // adding it rounds to an integer, in the low bits
   const auto underflows = x < kLowest;
-  x = underflows ? splat<float>(kLowest) : x;
+  x = underflows ? V{} : x;
   const V shifted = x * 1.44269504f + kShift, n = shifted - kShift;
   const V r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
   V y = r * 0.00138145402f + 0.00836874511f;
@@ -251,17 +274,22 @@ ZIPFLS_INLINE Vec<float> exp_lanes(Vec<float> x) {
   y = y * r + 0.499999934f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
-  const V power = bit_cast<V>((bit_cast<U>(shifted) << 23) + (127u << 23));  // 2^n
-  return underflows ? V{} : y * power;
+  const U bits = bit_cast<U>(shifted);  // n in the low bits, which the shift to the exponent keeps
+  if constexpr (kGradual) {             // 2^n is no normal number: two factors
+    y *= bit_cast<V>((bits << 23) + ((127u + 60u) << 23));
+    return underflows ? V{} : y * 0x1p-60f;
+  }
+  return underflows ? V{} : y * bit_cast<V>((bits << 23) + (127u << 23));
 }
 
+template <bool kGradual = false>
 ZIPFLS_INLINE Vec<double> exp_lanes(Vec<double> x) {
   using V = Vec<double>;
   using U = Lanes<double>::U;
-  constexpr double kLowest = -708.39;  // log 2^-1022 and a little
+  constexpr double kLowest = kGradual ? -745.14 : -708.39;  // log 2^-1075, log 2^-1022 and a little
   constexpr double kShift = 0x1.8p52;
   const auto underflows = x < kLowest;
-  x = underflows ? splat<double>(kLowest) : x;
+  x = underflows ? V{} : x;
   const V shifted = x * 1.4426950408889634 + kShift, n = shifted - kShift;
   const V r = (x - n * 0x1.62e42fefa3p-1) - n * 0x1.3de6af278ece6p-42;
   V y = r * 2.5000018853083341953e-8 + 2.7630306255647857359e-7;
@@ -275,8 +303,12 @@ ZIPFLS_INLINE Vec<double> exp_lanes(Vec<double> x) {
   y = y * r + 0.50000000000000106688;
   y = y * r + 1.0;
   y = y * r + 1.0;
-  const V power = bit_cast<V>((bit_cast<U>(shifted) << 52) + (uint64_t{1023} << 52));  // 2^n
-  return underflows ? V{} : y * power;
+  const U bits = bit_cast<U>(shifted);
+  if constexpr (kGradual) {
+    y *= bit_cast<V>((bits << 52) + ((uint64_t{1023} + 60) << 52));
+    return underflows ? V{} : y * 0x1p-60;
+  }
+  return underflows ? V{} : y * bit_cast<V>((bits << 52) + (uint64_t{1023} << 52));
 }
 
 }  // namespace zipfls::ZIPFLS_ISA

@@ -1,0 +1,117 @@
+// What functional._Loss does, without the interpreter: at 128 x 100 the loss itself takes less time than a
+// torch.autograd.Function written in Python, forward and backward. Any device: the operators are dispatched.
+#include "autograd.h"
+
+#include <memory>
+#include <mutex>
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+namespace zipfls {
+namespace {
+
+namespace autograd = torch::autograd;
+using at::Tensor;
+using autograd::variable_list;
+using Optional = std::optional<Tensor>;
+
+using LossFwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Optional&,
+                                                                   const Tensor&, const Optional&, double, double,
+                                                                   double, bool, int64_t, std::string_view, bool);
+using LossBwd = Tensor(const Tensor&, const Tensor&, const Tensor&);
+using LossBwdInPlace = void(Tensor&, const Tensor&, const Tensor&);
+
+/// The operator of a name, looked up once; Python (ops.py) defines it.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+/// A node of the autograd graph, held by the pointer that this version of torch holds nodes by.
+template <class Node>
+auto make_node() {
+  using Pointer = std::decay_t<decltype(autograd::Edge::function)>;
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<autograd::Node>>)
+    return std::make_shared<Node>();
+  else
+    return c10::make_intrusive<Node>();
+}
+
+/// The identity on a gradient; what comes next in the graph is the logits. Its own differentiation raises.
+struct RefuseSecond : autograd::Node {
+  std::string name() const override { return "ZipfLossRefusesSecondDerivative"; }
+
+  variable_list apply(variable_list&&) override {
+    throw std::runtime_error(  // the words of functional._NO_SECOND
+        "zipfls_cuda: the gradient of the Zipf loss cannot be differentiated again (gradient penalty, Hessian, "
+        "grad of grad, create_graph=True followed by a backward pass through the gradient)");
+  }
+};
+
+/// d loss / d logits, computed in forward, times the upstream gradient.
+struct LossBackward : autograd::Node {
+  autograd::SavedVariable grad_;        // (N, C) T
+  autograd::SavedVariable grad_scale_;  // () or (0,) A
+
+  std::string name() const override { return "ZipfLossBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    grad_.reset_data();
+    grad_scale_.reset_data();
+  }
+
+  variable_list apply(variable_list&& upstream) override {
+    static const auto loss_bwd = find<LossBwd>("zipfls::loss_bwd");
+    static const auto loss_bwd_ = find<LossBwdInPlace>("zipfls::loss_bwd_");
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!upstream[0].defined() || !task_should_compute_output(0)) return {Tensor()};
+    const bool differentiable = c10::GradMode::is_enabled();
+    Tensor grad = grad_.unpack();
+    const Tensor scale = grad_scale_.unpack();
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      if (autograd::get_current_graph_task_keep_graph())
+        grad = loss_bwd.call(grad, upstream[0], scale);
+      else  // what is saved will not be needed again: scaled where it is, at once if by one
+        loss_bwd_.call(grad, upstream[0], scale);
+      if (differentiable) grad = grad.detach();
+    }
+    if (differentiable) {
+      const auto refuse = make_node<RefuseSecond>();
+      refuse->add_next_edge(next_edge(0));
+      autograd::set_history(grad, refuse);
+    }
+    return {std::move(grad)};
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& logits, const Tensor& target, const Optional& votes,
+                                        const Tensor& log_mass, const Optional& weight, double ce_weight,
+                                        double zipf_weight, double label_smoothing, bool only_correct,
+                                        int64_t ignore_index, std::string_view reduction) {
+  static const auto loss_fwd = find<LossFwd>("zipfls::loss_fwd");
+  const bool wanted = c10::GradMode::is_enabled() && logits.requires_grad();
+  auto [loss, ce, zipf, grad, grad_scale] = [&] {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return loss_fwd.call(logits, target, votes, log_mass, weight, ce_weight, zipf_weight, label_smoothing,
+                         only_correct, ignore_index, reduction, wanted);
+  }();
+  if (wanted) {
+    const auto node = make_node<LossBackward>();
+    node->set_next_edges(autograd::collect_next_edges(logits));
+    autograd::set_history(loss, node);
+    node->grad_ = autograd::SavedVariable(std::move(grad), false);
+    node->grad_scale_ = autograd::SavedVariable(std::move(grad_scale), false);
+  }
+  return {std::move(loss), std::move(ce), std::move(zipf)};
+}
+
+}  // namespace zipfls

@@ -1,0 +1,132 @@
+"""The build: what setup.py decides, what the extension says of itself, every instruction set's results."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import zipfls_cuda as zls
+from zipfls_cuda import ops
+
+ROOT = Path(__file__).parent.parent
+needs_extension = pytest.mark.skipif("cpu" not in zls.backends(), reason="the C++ extension is not built")
+
+
+def python(*args, cwd=ROOT, **env):
+    """Run Python in a folder, with changes to the environment (None removes a variable)."""
+    full = {k: v for k, v in {**os.environ, **env}.items() if v is not None}
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=full, capture_output=True, text=True, timeout=300
+    )
+
+
+@needs_extension
+def test_build_info():
+    info = ops.build_info()
+    assert info["isa_used"] in info["isa"]
+    assert info["isa"][0] == "baseline"
+    assert info["compiler"]
+    assert info["torch"] == torch.__version__.split("+")[0]
+
+
+RESULTS = """
+import torch, zipfls_cuda as zls
+torch.manual_seed(0)
+x, y = torch.randn(17, 1003) * 3, torch.randint(1003, (17,))
+v = torch.randint(1003, (17, 49), dtype=torch.int32)
+out = []
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    z = x.detach().clone().to(dtype).requires_grad_()
+    loss = zls.zipf_cross_entropy(z, y, v, label_smoothing=0.1, backend="BACKEND")
+    loss.backward()
+    out += [loss.detach(), z.grad]
+    out.append(zls.zipf_loss(z.detach(), y, reduction="none", backend="BACKEND"))
+    f, w = torch.randn(2, 24, 3, 3).to(dtype), torch.randn(300, 24).to(dtype)
+    out += [zls.dense_vote(f, w, backend="BACKEND"), zls.dense_vote(f, w, upsample=2, backend="BACKEND")]
+torch.save(out, "PATH")
+"""
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", ops.build_info().get("isa", []))
+def test_every_instruction_set(isa, tmp_path):
+    """Each variant, forced, gives the reference's results."""
+    results = []
+    for backend in ("cpu", "reference"):
+        path = tmp_path / backend
+        code = RESULTS.replace("BACKEND", backend).replace("PATH", str(path))
+        done = python("-c", code, ZIPFLS_CPU_ISA=isa)
+        if "ZIPFLS_CPU_ISA must be" in done.stderr:
+            pytest.skip(f"this processor does not have {isa}")
+        assert done.returncode == 0, done.stderr
+        results.append(torch.load(path))
+    for a, b in zip(*results, strict=True):
+        if a.dtype == torch.int32:
+            assert (a == b).float().mean() > 0.99  # near ties may go either way
+        else:
+            tolerance = 4 * torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    used = python("-m", "zipfls_cuda", ZIPFLS_CPU_ISA=isa).stdout
+    assert f"isa_used  {isa}" in used
+
+
+@needs_extension
+def test_unknown_instruction_set_is_named():
+    done = python("-m", "zipfls_cuda", ZIPFLS_CPU_ISA="sse9")
+    assert done.returncode != 0
+    assert "ZIPFLS_CPU_ISA must be unset or one of" in done.stderr
+    assert "got 'sse9'" in done.stderr
+
+
+def setup(*args, **env):
+    return python("setup.py", "-q", *args, **env)
+
+
+def test_setup_refuses_what_it_cannot_build(tmp_path):
+    done = setup("--name", ZIPFLS_BUILD="gpu")
+    assert done.returncode != 0
+    assert "ZIPFLS_BUILD must be cuda, cpu or none, got 'gpu'" in done.stderr
+    if torch.version.cuda is None:
+        done = setup("--name", ZIPFLS_BUILD="cuda")
+        assert done.returncode != 0
+        assert "is not a CUDA build" in done.stderr
+    done = setup("--name", ZIPFLS_BUILD="cpu", CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert "there is no C++ compiler (no-such-compiler" in done.stderr
+
+
+def test_without_a_compiler_it_installs_as_pure_python(tmp_path):
+    """The compiler hidden: a plain notice, a wheel without the extension, which works and says so."""
+    build = f"import sys; sys.argv = ['setup.py', '-q', 'bdist_wheel', '-d', {str(tmp_path)!r}]; "
+    build += f"import os; os.chdir({str(ROOT)!r}); "
+    # A build folder of its own: that of the project holds the extension.
+    build += (
+        f"sys.argv[2:2] = ['egg_info', '-e', {str(tmp_path)!r}, 'build', '-b', {str(tmp_path / 'b')!r}]; "
+    )
+    build += "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    done = python("-c", build, CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert "installed as pure Python" in done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [n for n in archive.namelist() if n.endswith(".so")]
+        archive.extractall(tmp_path / "site")
+    # Without the finder of an editable install, which would lend the project's own extension to the wheel.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]; "
+    code += "import torch, runpy, zipfls_cuda as z; print(z.__file__); print(z.backends()); "
+    code += "print(z.zipf_loss(torch.zeros(2, 3), torch.tensor([0, 1])).item()); "
+    code += "runpy.run_module('zipfls_cuda', run_name='__main__')"
+    done = python("-c", code, PYTHONPATH=str(tmp_path / "site"), TRITON_INTERPRET=None, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    where, backends, loss, *report = done.stdout.splitlines()
+    assert where.startswith(str(tmp_path))
+    assert "'cpu'" not in backends
+    assert "'reference'" in backends
+    assert float(loss) == 0.0
+    assert any("the C++ extension is not built" in line for line in report)
