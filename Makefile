@@ -42,7 +42,7 @@ demo: build
 	@$(PY) examples/train.py --preset demo --out runs/demo
 
 test: build
-	@$(PYTEST) -n $(JOBS)
+	@$(PYTEST) -n $(JOBS) --dist loadgroup
 
 lint: build
 	@$(PY) -m ruff check .
@@ -58,7 +58,7 @@ mutants: build
 	@$(PY) tests/mutants.py
 
 kernel-report: build
-	@$(PY) benchmarks/kernel_report.py
+	@$(PY) benchmarks/nvcc_report.py || test $$? -eq 2
 
 bench: build
 	@$(PYTEST) benchmarks

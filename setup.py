@@ -77,7 +77,7 @@ def extension(build: str):
         architectures = ",".join(os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split())
         facts = {"ZIPFLS_CUDA_VERSION": torch.version.cuda, "ZIPFLS_CUDA_ARCH": architectures}
         flags["cxx"] += ["-DZIPFLS_CUDA", *(f'-D{name}=\\"{fact}\\"' for name, fact in facts.items())]
-        flags["nvcc"] = ["-O3", "-std=c++20"]
+        flags["nvcc"] = ["-O3", "-std=c++17"]
     kind = CUDAExtension if cuda else CppExtension
     names = [str(s.relative_to(ROOT)) for s in sources]
     return [kind("zipfls_cuda._C", names, extra_compile_args=flags)], {"build_ext": BuildExtension}

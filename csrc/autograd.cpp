@@ -1,5 +1,6 @@
-// What functional._Loss does, without the interpreter: at 128 x 100 the loss itself takes less time than a
-// torch.autograd.Function written in Python, forward and backward. Any device: the operators are dispatched.
+// What functional._Loss does, without the interpreter: at 128 x 100 the loss itself takes less time
+// than a torch.autograd.Function written in Python, forward and backward. Any device: the operators
+// are dispatched.
 #include "autograd.h"
 
 #include <memory>
@@ -20,9 +21,11 @@ using at::Tensor;
 using autograd::variable_list;
 using Optional = std::optional<Tensor>;
 
-using LossFwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Optional&,
-                                                                   const Tensor&, const Optional&, double, double,
-                                                                   double, bool, int64_t, std::string_view, bool);
+using LossFwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
+                                                                   const Optional&, const Tensor&,
+                                                                   const Optional&, double, double,
+                                                                   double, bool, int64_t,
+                                                                   std::string_view, bool);
 using LossBwd = Tensor(const Tensor&, const Tensor&, const Tensor&);
 using LossBwdInPlace = void(Tensor&, const Tensor&, const Tensor&);
 
@@ -42,13 +45,15 @@ auto make_node() {
     return c10::make_intrusive<Node>();
 }
 
-/// The identity on a gradient; what comes next in the graph is the logits. Its own differentiation raises.
+/// The identity on a gradient; what comes next in the graph is the logits. Its own differentiation
+/// raises.
 struct RefuseSecond : autograd::Node {
   std::string name() const override { return "ZipfLossRefusesSecondDerivative"; }
 
   variable_list apply(variable_list&&) override {
     throw std::runtime_error(  // the words of functional._NO_SECOND
-        "zipfls_cuda: the gradient of the Zipf loss cannot be differentiated again (gradient penalty, Hessian, "
+        "zipfls_cuda: the gradient of the Zipf loss cannot be differentiated again (gradient "
+        "penalty, Hessian, "
         "grad of grad, create_graph=True followed by a backward pass through the gradient)");
   }
 };
@@ -93,16 +98,18 @@ struct LossBackward : autograd::Node {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& logits, const Tensor& target, const Optional& votes,
-                                        const Tensor& log_mass, const Optional& weight, double ce_weight,
-                                        double zipf_weight, double label_smoothing, bool only_correct,
-                                        int64_t ignore_index, std::string_view reduction) {
+std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& logits, const Tensor& target,
+                                        const Optional& votes, const Tensor& log_mass,
+                                        const Optional& weight, double ce_weight,
+                                        double zipf_weight, double label_smoothing,
+                                        bool only_correct, int64_t ignore_index,
+                                        std::string_view reduction) {
   static const auto loss_fwd = find<LossFwd>("zipfls::loss_fwd");
   const bool wanted = c10::GradMode::is_enabled() && logits.requires_grad();
   auto [loss, ce, zipf, grad, grad_scale] = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
-    return loss_fwd.call(logits, target, votes, log_mass, weight, ce_weight, zipf_weight, label_smoothing,
-                         only_correct, ignore_index, reduction, wanted);
+    return loss_fwd.call(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
+                         label_smoothing, only_correct, ignore_index, reduction, wanted);
   }();
   if (wanted) {
     const auto node = make_node<LossBackward>();

@@ -9,7 +9,8 @@
 
 namespace zipfls {
 
-/// (loss, ce, zipf) of torch.ops.zipfls.loss_fwd, the loss differentiable in the logits; see autograd.cpp.
+/// (loss, ce, zipf) of torch.ops.zipfls.loss_fwd, the loss differentiable in the logits; see
+/// autograd.cpp.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> loss(
     const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& votes,
     const at::Tensor& log_mass, const std::optional<at::Tensor>& weight, double ce_weight,

@@ -44,8 +44,11 @@ pybind11::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "C++ operators of zipfls_cuda, registered as torch.ops.zipfls.* when this module is loaded.";
-  m.def("build_info", &build_info, "What the extension was built with, and the CPU instruction set it uses.");
+  m.doc() =
+      "C++ operators of zipfls_cuda, registered as torch.ops.zipfls.* when this module is loaded.";
+  m.def("build_info", &build_info,
+        "What the extension was built with, and the CPU instruction set it uses.");
   m.def("loss", &zipfls::loss, pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "(loss, ce, zipf) of torch.ops.zipfls.loss_fwd with the gradient attached: functional._Loss, in C++.");
+        "(loss, ce, zipf) of torch.ops.zipfls.loss_fwd with the gradient attached: "
+        "functional._Loss, in C++.");
 }

@@ -1,7 +1,8 @@
 // What must hold before a kernel may touch memory: every launcher calls these, whoever called it.
 //
-// Messages for people are zipfls_cuda/checks.py's. Here only what pointers depend on is looked at: shapes,
-// types, devices; and, on the CPU, where looking costs no synchronisation, the range of class indices.
+// Messages for people are zipfls_cuda/checks.py's. Here only what pointers depend on is looked at:
+// shapes, types, devices; and, on the CPU, where looking costs no synchronisation, the range of
+// class indices.
 #pragma once
 
 #include <limits>
@@ -18,43 +19,51 @@ inline at::ScalarType accumulation_type(at::ScalarType type) {
 
 inline void check_float(const at::Tensor& x, const char* name) {
   const auto type = x.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, name,
-                   " must be float32, bfloat16, float16 or float64, got ", type);
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, name,
+      " must be float32, bfloat16, float16 or float64, got ", type);
 }
 
 inline void check_same_device(const at::Tensor& x, const char* name, const at::Tensor& like) {
-  TORCH_CHECK(x.device() == like.device(), name, " must be on ", like.device(), ", got ", x.device());
+  TORCH_CHECK(x.device() == like.device(), name, " must be on ", like.device(), ", got ",
+              x.device());
 }
 
 /// C classes: indices and ranks are int32.
 inline void check_num_classes(int64_t C) {
-  TORCH_CHECK_VALUE(C >= 2 && C < std::numeric_limits<int32_t>::max(), "classes must number at least 2, got ", C);
+  TORCH_CHECK_VALUE(C >= 2 && C < std::numeric_limits<int32_t>::max(),
+                    "classes must number at least 2, got ", C);
 }
 
 /// votes (N, P) int32 or int64.
 inline void check_votes(const at::Tensor& votes, int64_t N) {
-  TORCH_CHECK_VALUE(votes.dim() == 2 && votes.size(0) == N, "votes must have shape (", N, ", P), got ", votes.sizes());
+  TORCH_CHECK_VALUE(votes.dim() == 2 && votes.size(0) == N, "votes must have shape (", N,
+                    ", P), got ", votes.sizes());
   TORCH_CHECK_TYPE(votes.scalar_type() == at::kInt || votes.scalar_type() == at::kLong,
                    "votes must be int32 or int64, got ", votes.scalar_type());
-  TORCH_CHECK_VALUE(votes.size(1) < std::numeric_limits<int32_t>::max() / 8, "votes must be fewer a sample, got ",
-                    votes.sizes());
+  TORCH_CHECK_VALUE(votes.size(1) < std::numeric_limits<int32_t>::max() / 8,
+                    "votes must be fewer a sample, got ", votes.sizes());
 }
 
 /// target (N,) int64.
 inline void check_target(const at::Tensor& target, int64_t N) {
-  TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == N, "target must have shape (", N, ",), got ", target.sizes());
-  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "target must be int64, got ", target.scalar_type());
+  TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == N, "target must have shape (", N,
+                    ",), got ", target.sizes());
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "target must be int64, got ",
+                   target.scalar_type());
 }
 
-/// log_mass: (N, C), or (R,) with an entry for every rank that can occur; P = -1 for ranks by logits.
+/// log_mass: (N, C), or (R,) with an entry for every rank that can occur; P = -1 for ranks by
+/// logits.
 inline void check_log_mass(const at::Tensor& log_mass, int64_t N, int64_t C, int64_t P) {
   if (log_mass.dim() == 2) {
-    TORCH_CHECK_VALUE(log_mass.size(0) == N && log_mass.size(1) == C, "log_mass must have shape (", N, ", ", C,
-                      "), got ", log_mass.sizes());
+    TORCH_CHECK_VALUE(log_mass.size(0) == N && log_mass.size(1) == C, "log_mass must have shape (",
+                      N, ", ", C, "), got ", log_mass.sizes());
   } else {
     const int64_t ranks = P < 0 || P >= C ? C : P + 1;
-    TORCH_CHECK_VALUE(log_mass.dim() == 1 && log_mass.size(0) >= ranks, "log_mass must have an entry for each of ",
-                      ranks, " ranks, got ", log_mass.sizes());
+    TORCH_CHECK_VALUE(log_mass.dim() == 1 && log_mass.size(0) >= ranks,
+                      "log_mass must have an entry for each of ", ranks, " ranks, got ",
+                      log_mass.sizes());
   }
 }
 

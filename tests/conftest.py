@@ -26,9 +26,17 @@ def pytest_report_header(config):
     return "zipfls_cuda backends: " + "; ".join(reasons)
 
 
+# Triton's interpreter is slow: unless asked for with --backend triton, it runs these files only.
+INTERPRETED = ("test_golden", "test_label", "test_api")
+
+
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        names = metafunc.config.getoption("--backend") or zls.backends()
+        names = metafunc.config.getoption("--backend")
+        if not names:
+            names = list(zls.backends())
+            if ops.triton_interpreted() and metafunc.module.__name__ not in INTERPRETED and "triton" in names:
+                names.remove("triton")
         metafunc.parametrize("backend", names)
 
 

@@ -322,7 +322,7 @@ def test_module_is_a_module():
         assert torch.equal(same(*case), criterion(*case))
 
 
-# Fitting the law ---------------------------------------------------------------------------------------------
+# Fitting the law ----------------------------------------------------------------------------------------
 
 
 def test_fit_recovers_the_law():

@@ -1,4 +1,4 @@
-"""Gradients as PyTorch's machinery sees them: gradcheck, upstream gradients, graphs kept, second derivatives."""
+"""Gradients as PyTorch sees them: gradcheck, upstream gradients, kept graphs, second derivatives."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_checkpointing_gives_the_same_gradient(backend, device):
 
 
 def test_float16_mean_does_not_underflow(backend, device):
-    """A mean gradient stored in float16 before GradScaler's 65536 reaches it would lose 36 % of its entries (19)."""
+    """Divided by N and stored in float16 before GradScaler scales it, much would be zero (19)."""
     N, C = 64, 2000
     case = make(N, C, 20, device=device, scale=1.0)
     half = case.logits.half()

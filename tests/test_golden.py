@@ -1,4 +1,4 @@
-"""Outputs of the method's authors' own code (golden/zipf_official.npz), float32, reproduced by every backend."""
+"""Outputs of the authors' own code (golden/zipf_official.npz), float32, reproduced by every backend."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ def test_masked_nontarget_class(backend, device, dtype):
 def test_masked_class_without_mass_is_skipped(backend, device):
     """Zero mass times -inf: the term is left out, so the loss stays finite. Every class has its own rank."""
     C = 6
-    votes = torch.tensor([sum(([c] * (C - c) for c in range(C)), [])], dtype=torch.int32, device=device)
+    votes = torch.tensor([[c for c in range(C) for _ in range(C - c)]], dtype=torch.int32, device=device)
     x = torch.tensor([[1.0, 0.5, -0.5, 2.0, 0.0, -torch.inf]], device=device)
     target = torch.tensor([0], device=device)
     loss, grad = zipf_of(x, target, votes, backend, distribution=zls.LinearDecay(0.0))  # rank C has mass 0

@@ -1,6 +1,6 @@
 """Bugs that published fused losses shipped and that no other file tests. The numbers are the catalogue's.
 
-1 and 2 (upstream gradients), 3 and 21 (saved gradients), 16 (second derivatives), 19 (float16): test_autograd.
+1, 2 (upstream gradients), 3, 21 (saved gradients), 16 (second derivatives), 19 (float16): test_autograd.
 5 (all ignored): test_api. 6, 13, 14 (infinities, cancellation, underflow), 11 (out of range): test_loss.
 15 (ties): test_vote. 12 (vacuous tests): mutants.py. 17, 18, 20 (attached models): test_attach.
 """

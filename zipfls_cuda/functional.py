@@ -307,15 +307,18 @@ def _loss(
     log_mass = _log_mass(law, N, C, P, dtype, logits.device)
     if weight is not None:
         weight = weight.detach().to(dtype)
-    forward, backward = ops.select("loss_fwd", backend, logits), ops.select("loss_bwd", backend, logits)
+    forward = ops.select("loss_fwd", backend, logits)
     tensors = (target, votes, log_mass, weight)
     if torch._C._are_functorch_transforms_active():
         function = _LossInTransforms if torch.compiler.is_compiling() else _LossRefusingForwardMode
+        backward = ops.select("loss_bwd", backend, logits)
         return function.apply(logits, *tensors, options, forward, backward)[:3]
     _refuse_tangents(logits)
+    if forward is ops.NATIVE_LOSS_FWD and not torch.compiler.is_compiling():
+        return ops.native_loss(logits, *tensors, *options)  # the rest of this function, in C++
     # Inside the Function this would be wrong under no_grad: there, grad mode is always off.
     if torch.is_grad_enabled() and logits.requires_grad:
-        scale_ = ops.select("loss_bwd_", backend, logits)
+        backward, scale_ = ops.select("loss_bwd", backend, logits), ops.select("loss_bwd_", backend, logits)
         anchor = logits.narrow_copy(0, 0, 0)
         return _Loss.apply(logits, anchor, tensors, options, forward, backward, scale_)
     return forward(logits, *tensors, *options, False)[:3]

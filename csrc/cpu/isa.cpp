@@ -20,7 +20,8 @@ namespace {
 
 bool runs_here(const Kernels& set) {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   if (&set == &kAvx2) return avx2;
   if (&set == &kAvx512)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -39,12 +40,21 @@ const Kernels& choose() {
     names += (names.empty() ? "" : ", ") + std::string(set->name);
     if (wanted.empty() || wanted == set->name) best = set;
   }
-  TORCH_CHECK(best != nullptr, "ZIPFLS_CPU_ISA must be unset or one of those this build and machine have, ", names,
+  TORCH_CHECK(best != nullptr,
+              "ZIPFLS_CPU_ISA must be unset or one of those this build and machine have, ", names,
               "; got '", wanted, "'");
   return *best;
 }
 
 }  // namespace
+
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();

@@ -10,8 +10,12 @@ namespace zipfls::cpu {
 /// The tables of all sets this build has, narrowest first.
 std::vector<const Kernels*> compiled_kernels();
 
-/// The kernels for this machine: the widest set it has, or the one the variable ZIPFLS_CPU_ISA names. Looks
-/// once; a name that is unknown, not compiled or not supported here is an error, at every call.
+/// The kernels for this machine: the widest set it has, or the one the variable ZIPFLS_CPU_ISA
+/// names. Looks once; a name that is unknown, not compiled or not supported here is an error, at
+/// every call.
 const Kernels& kernels();
+
+/// Whether the processor multiplies bfloat16 by itself, with sums in float32.
+bool multiplies_bfloat16();
 
 }  // namespace zipfls::cpu

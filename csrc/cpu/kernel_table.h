@@ -1,4 +1,5 @@
-// The table of kernels of one instruction set, from the sources that kernels_<set>.cpp compile for it.
+// The table of kernels of one instruction set, from the sources that kernels_<set>.cpp compile for
+// it.
 #pragma once
 
 #include "label_kernel.h"
@@ -20,8 +21,13 @@ constexpr Kernels table(const char* name) {
       rank_row,
       ZIPFLS_BOTH_SUMS(label_row),
       ZIPFLS_BOTH_SUMS(label_row_given),
+      {pack_kernel<float, float>, pack_kernel<double, double>, pack_kernel<bfloat16, bfloat16>,
+       pack_kernel<float16, float16>},
+      {pack_kernel<float, float>, pack_kernel<double, double>, pack_kernel<bfloat16, float>,
+       pack_kernel<float16, float>},
       ZIPFLS_BOTH_SUMS(argmax_kernel),
       ZIPFLS_BOTH_SUMS(argmax_upsampled_kernel),
+      argmax_rounded_kernel,
   };
 }
 

@@ -12,8 +12,8 @@ struct float16 {
   uint16_t bits;
 };
 
-/// Element types, in the order of the tables below. Arithmetic ("A" in the shapes) runs in float, for
-/// float64 in double.
+/// Element types, in the order of the tables below. Arithmetic ("A" in the shapes) runs in float,
+/// for float64 in double.
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
 
 /// (N, P) votes: rows of int32 or int64, each contiguous.
@@ -33,20 +33,21 @@ enum class Mass {
 
 /// Buffers of one thread, reused from row to row; sizes: scratch.h.
 struct Scratch {
-  int32_t* counts;       // (C,) int32, votes per class; all zero between rows
-  int32_t* voted;        // (min(P, C) + 1,) int32, the classes with a vote
-  int32_t* votes;        // (min(P, C) + W,) int32, their numbers of votes
-  int32_t* members;      // (P + 2,) int32, groups of classes with the same number of votes: how many they are
+  int32_t* counts;   // (C,) int32, votes per class; all zero between rows
+  int32_t* voted;    // (min(P, C) + 1,) int32, the classes with a vote
+  int32_t* votes;    // (min(P, C) + W,) int32, their numbers of votes
+  int32_t* members;  // (P + 2,) int32, groups of classes with the same number of votes: how many
+                     // they are
   int32_t* group_count;  // (P + 2,) int32, their number of votes
   int32_t* group_rank;   // (P + 2,) int32, their rank
   void* mass;            // (P + 1,) A, mass by rank
   void* label;           // (P + 2,) A, label by number of votes
   void* excess;          // (min(P, C) + 1 + W,) A, at the voted classes: label
   void* distance;        // (min(P, C) + 1 + W,) A, logit
-  void* patch;        // (min(P, C) + 1 + W,) A, gradient at the voted classes
-  void* row[4];       // (C + W,) A each: exponentials; dense label; dense log mass; padded class weights
-  void* narrow[2];    // (W,) of the logits' type: a padded row where C < W, and its gradient
-  void* sort[2];      // (C,) of 16 bytes each, for ranking by logits
+  void* patch;           // (min(P, C) + 1 + W,) A, gradient at the voted classes
+  void* row[4];  // (C + W,) A each: exponentials; dense label; dense log mass; padded class weights
+  void* narrow[2];  // (W,) of the logits' type: a padded row where C < W, and its gradient
+  void* sort[2];    // (C,) of 16 bytes each, for ranking by logits
 };
 
 /// loss_fwd: one call serves rows [begin, end).
@@ -72,7 +73,8 @@ struct LossFwd {
   double* zipf_rows;       // (N,) float64, unscaled
 };
 
-/// One table for each instruction set. A function that returns bool tells whether all votes were below C.
+/// One table for each instruction set. A function that returns bool tells whether all votes were
+/// below C.
 struct Kernels {
   const char* name;
   /// loss and gradient of rows [begin, end).
@@ -83,17 +85,29 @@ struct Kernels {
   void (*scale[kDtypes])(const void* in, void* out, int64_t n, double scale);
   /// Ranks (C,) int32 of one row of votes.
   bool (*rank_row)(const Votes&, int64_t i, int64_t C, const Scratch&, int32_t* rank);
-  /// Label (C,) A of one row, from a table by rank or from the row's own log masses (C,): float, double.
-  bool (*label_row[2])(const Votes&, int64_t i, int64_t C, int64_t y, const void* log_mass, const Scratch&,
-                       void* label);
+  /// Label (C,) A of one row, from a table by rank or from the row's own log masses (C,): float,
+  /// double.
+  bool (*label_row[2])(const Votes&, int64_t i, int64_t C, int64_t y, const void* log_mass,
+                       const Scratch&, void* label);
   bool (*label_row_given[2])(const Votes&, int64_t i, int64_t C, int64_t y, const void* log_mass,
                              const Scratch&, void* label);
-  /// argmax of rows of scores, folded into (best, index): float, double. See vote_kernel.h.
-  void (*argmax[2])(const void* scores, int64_t rows, int64_t Q, int64_t first_class, const void* bias,
-                    void* best, int32_t* index);
+  /// Positions as rows (count, D) of their own type, or widened to the type of sums. See
+  /// vote_kernel.h for this and the rest.
+  void (*pack[kDtypes])(const void* from, int64_t along_p, int64_t along_d, int64_t count,
+                        int64_t D, void* to);
+  void (*pack_wide[kDtypes])(const void* from, int64_t along_p, int64_t along_d, int64_t count,
+                             int64_t D, void* to);
+  /// argmax of rows of scores, folded into (best, index): float, double.
+  void (*argmax[2])(const void* scores, int64_t rows, int64_t Q, int64_t first_class,
+                    const void* bias, void* best, int32_t* index);
   /// The same over one image's scores (H * W, Q), bilinearly doubled: (2H * 2W) pairs.
-  void (*argmax_upsampled[2])(const void* scores, int64_t H, int64_t W, int64_t Q, int64_t first_class,
-                              const void* bias, void* lines, void* best, int32_t* index);
+  void (*argmax_upsampled[2])(const void* scores, int64_t H, int64_t W, int64_t Q,
+                              int64_t first_class, const void* bias, void* line, void* best,
+                              int32_t* index);
+  /// Votes from products rounded to bfloat16.
+  void (*argmax_rounded)(const void* scores, int64_t rows, int64_t C, const void* features,
+                         int64_t stride, const void* weight, int64_t D, const float* bias,
+                         int32_t* index);
 };
 
 extern const Kernels kBaseline;

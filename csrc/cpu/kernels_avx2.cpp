@@ -1,8 +1,8 @@
 // The kernels for x86-64 with AVX2, FMA and F16C (Haswell, Zen and later).
 //
-// The set is switched on inside this file, after the standard headers: no flag of the build may do it, for then
-// the compiler could also use it in inline functions of the standard library, of which the linker keeps one
-// copy for the whole program, whatever machine that runs on.
+// The set is switched on inside this file, after the standard headers: no flag of the build may do
+// it, for then the compiler could also use it in inline functions of the standard library, of which
+// the linker keeps one copy for the whole program, whatever machine that runs on.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstddef>

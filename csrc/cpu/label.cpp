@@ -8,7 +8,8 @@
 
 namespace zipfls::cpu {
 
-void raise_outside(const at::Tensor* target, const at::Tensor* votes, int64_t C, const int64_t* ignore_index) {
+void raise_outside(const at::Tensor* target, const at::Tensor* votes, int64_t C,
+                   const int64_t* ignore_index) {
   const int64_t N = target != nullptr ? target->size(0) : votes->size(0);
   const at::Tensor y = target == nullptr ? at::Tensor() : target->contiguous();
   const at::Tensor v = votes == nullptr ? at::Tensor() : votes->to(at::kLong).contiguous();
@@ -16,8 +17,8 @@ void raise_outside(const at::Tensor* target, const at::Tensor* votes, int64_t C,
     if (target != nullptr) {
       const int64_t class_ = y.const_data_ptr<int64_t>()[i];
       if (ignore_index != nullptr && class_ == *ignore_index) continue;
-      TORCH_CHECK_INDEX(class_ >= 0 && class_ < C, "target[", i, "] = ", class_, " is outside [0, ", C,
-                        ") and is not ignore_index");
+      TORCH_CHECK_INDEX(class_ >= 0 && class_ < C, "target[", i, "] = ", class_, " is outside [0, ",
+                        C, ") and is not ignore_index");
     }
     if (votes == nullptr) continue;
     const int64_t P = v.size(1);
@@ -38,26 +39,29 @@ at::Tensor rank_fwd_cpu(const at::Tensor& votes, int64_t C) {
   const int64_t N = votes.size(0), P = votes.size(1);
   check_votes(votes, N);
   const Kernels& k = kernels();
-  const at::Tensor v = with_contiguous_rows(votes);                                  // (N, P)
+  const at::Tensor v = with_contiguous_rows(votes);                      // (N, P)
   at::Tensor rank = at::empty({N, C}, votes.options().dtype(at::kInt));  // (N, C) int32
   int32_t* const out = rank.mutable_data_ptr<int32_t>();
   std::atomic<bool> inside{true};
   at::parallel_for(0, N, grain(C, P), [&](int64_t begin, int64_t end) {
     const Scratch scratch = thread_scratch().get(C, P, sizeof(float), false);
     bool all = true;
-    for (int64_t i = begin; i < end; i++) all &= k.rank_row(votes_of(v), i, C, scratch, out + i * C);
+    for (int64_t i = begin; i < end; i++)
+      all &= k.rank_row(votes_of(v), i, C, scratch, out + i * C);
     if (!all) inside = false;
   });
   if (!inside) raise_outside(nullptr, &votes, C, nullptr);
   return rank;
 }
 
-/// target (N,), votes (N, P), log_mass (R,) or (N, C) -> label (N, C) in the type of log_mass, 0 where ignored.
-at::Tensor label_fwd_cpu(const at::Tensor& target, const at::Tensor& votes, const at::Tensor& log_mass, int64_t C,
-                         int64_t ignore_index) {
+/// target (N,), votes (N, P), log_mass (R,) or (N, C) -> label (N, C) in the type of log_mass, 0
+/// where ignored.
+at::Tensor label_fwd_cpu(const at::Tensor& target, const at::Tensor& votes,
+                         const at::Tensor& log_mass, int64_t C, int64_t ignore_index) {
   check_num_classes(C);
-  TORCH_CHECK_VALUE(target.dim() == 1 && votes.dim() == 2, "target and votes must have shapes (N,) and (N, P), got ",
-                    target.sizes(), " and ", votes.sizes());
+  TORCH_CHECK_VALUE(target.dim() == 1 && votes.dim() == 2,
+                    "target and votes must have shapes (N,) and (N, P), got ", target.sizes(),
+                    " and ", votes.sizes());
   const int64_t N = target.size(0), P = votes.size(1);
   check_target(target, N);
   check_votes(votes, N);
@@ -65,9 +69,11 @@ at::Tensor label_fwd_cpu(const at::Tensor& target, const at::Tensor& votes, cons
   check_same_device(log_mass, "log_mass", target);
   check_log_mass(log_mass, N, C, P);
   const auto type = log_mass.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, "log_mass must be float32 or float64, got ", type);
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble,
+                   "log_mass must be float32 or float64, got ", type);
   const Kernels& k = kernels();
-  const at::Tensor y = target.contiguous(), mass = log_mass.contiguous(), v = with_contiguous_rows(votes);
+  const at::Tensor y = target.contiguous(), mass = log_mass.contiguous(),
+                   v = with_contiguous_rows(votes);
   at::Tensor label = at::empty({N, C}, log_mass.options());  // (N, C) A
   const bool given = log_mass.dim() == 2;
   const int64_t size = log_mass.element_size(), row = C * size;
@@ -85,7 +91,8 @@ at::Tensor label_fwd_cpu(const at::Tensor& target, const at::Tensor& votes, cons
       } else if (targets[i] < 0 || targets[i] >= C) {
         all = false;
       } else {
-        all &= label_row(votes_of(v), i, C, targets[i], masses + (given ? i * row : 0), scratch, out + i * row);
+        all &= label_row(votes_of(v), i, C, targets[i], masses + (given ? i * row : 0), scratch,
+                         out + i * row);
       }
     }
     if (!all) inside = false;

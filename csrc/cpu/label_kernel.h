@@ -1,7 +1,8 @@
-// One row's votes: counted, ranked, turned into labels. The maths is label.h's; this is the loop around it.
+// One row's votes: counted, ranked, turned into labels. The maths is label.h's; this is the loop
+// around it.
 //
-// O(P) work and O(P) clean-up: only the voted classes' counters are touched, whatever C is. Reads 4 or 8
-// bytes a vote; counters, lists and tables live in the thread's scratch.
+// O(P) work and O(P) clean-up: only the voted classes' counters are touched, whatever C is. Reads 4
+// or 8 bytes a vote; counters, lists and tables live in the thread's scratch.
 #pragma once
 
 #include "../label.h"
@@ -31,8 +32,8 @@ ZIPFLS_INLINE bool votes_inside(const V* votes, int64_t P, int64_t C, bool& nega
   return inside;
 }
 
-/// Votes of one row, counted. What is in Scratch: the voted classes, voted (K,), and how many votes each has,
-/// votes (K,), followed by a vector of zeros.
+/// Votes of one row, counted. What is in Scratch: the voted classes, voted (K,), and how many votes
+/// each has, votes (K,), followed by a vector of zeros.
 struct Counted {
   int32_t K;          // classes with a vote; -1: a vote was out of range and nothing was counted
   int32_t n_target;   // votes for the target
@@ -41,7 +42,8 @@ struct Counted {
 
 /// Counts votes (P,), which are below C. y: the target, or any class.
 template <class V>
-ZIPFLS_INLINE Counted count_votes(const V* votes, int64_t P, bool negative, int64_t y, const Scratch& scratch) {
+ZIPFLS_INLINE Counted count_votes(const V* votes, int64_t P, bool negative, int64_t y,
+                                  const Scratch& scratch) {
   int32_t* const counts = scratch.counts;
   int32_t* const voted = scratch.voted;
   int64_t K = 0;
@@ -70,14 +72,17 @@ ZIPFLS_INLINE Counted count_votes(const V* votes, int64_t P, bool negative, int6
 }
 
 /// Counts one row of votes, unless one is not below C.
-ZIPFLS_INLINE Counted count_row(const Votes& votes, int64_t i, int64_t C, int64_t y, const Scratch& scratch) {
+ZIPFLS_INLINE Counted count_row(const Votes& votes, int64_t i, int64_t C, int64_t y,
+                                const Scratch& scratch) {
   bool negative;
   if (votes.wide) {
     const int64_t* data = static_cast<const int64_t*>(votes.data) + i * votes.stride;  // (P,)
-    if (votes_inside(data, votes.P, C, negative)) return count_votes(data, votes.P, negative, y, scratch);
+    if (votes_inside(data, votes.P, C, negative))
+      return count_votes(data, votes.P, negative, y, scratch);
   } else {
     const int32_t* data = static_cast<const int32_t*>(votes.data) + i * votes.stride;  // (P,)
-    if (votes_inside(data, votes.P, C, negative)) return count_votes(data, votes.P, negative, y, scratch);
+    if (votes_inside(data, votes.P, C, negative))
+      return count_votes(data, votes.P, negative, y, scratch);
   }
   return {-1, 0, 0};
 }
@@ -85,12 +90,15 @@ ZIPFLS_INLINE Counted count_row(const Votes& votes, int64_t i, int64_t C, int64_
 /// Whether all votes of a row are below C.
 ZIPFLS_INLINE bool check_row(const Votes& votes, int64_t i, int64_t C) {
   bool negative;
-  if (votes.wide) return votes_inside(static_cast<const int64_t*>(votes.data) + i * votes.stride, votes.P, C, negative);
-  return votes_inside(static_cast<const int32_t*>(votes.data) + i * votes.stride, votes.P, C, negative);
+  if (votes.wide)
+    return votes_inside(static_cast<const int64_t*>(votes.data) + i * votes.stride, votes.P, C,
+                        negative);
+  return votes_inside(static_cast<const int32_t*>(votes.data) + i * votes.stride, votes.P, C,
+                      negative);
 }
 
-/// Calls visit(n, classes, above) for each number of votes n that some class has, ascending: how many classes
-/// have n votes, and how many have more.
+/// Calls visit(n, classes, above) for each number of votes n that some class has, ascending: how
+/// many classes have n votes, and how many have more.
 template <class Visit>
 ZIPFLS_INLINE void for_each_count(const Counted& row, const Scratch& scratch, Visit visit) {
   constexpr int W = Lanes<float>::W;
@@ -103,11 +111,13 @@ ZIPFLS_INLINE void for_each_count(const Counted& row, const Scratch& scratch, Vi
       left &= left - 1;
     } else {  // 63 votes or more, for which there is no bit: the next larger number in the list
       int32_t next = INT32_MAX;
-      for (int32_t k = 0; k < row.K; k++) next = votes[k] > n && votes[k] >= 63 && votes[k] < next ? votes[k] : next;
+      for (int32_t k = 0; k < row.K; k++)
+        next = votes[k] > n && votes[k] >= 63 && votes[k] < next ? votes[k] : next;
       n = next;
     }
     int32_t classes = 0;
-    for (int32_t k = 0; k < row.K; k += W) classes += count_equal(load_integers<float>(votes + k), n);
+    for (int32_t k = 0; k < row.K; k += W)
+      classes += count_equal(load_integers<float>(votes + k), n);
     above -= classes;
     visit(n, classes, above);
   }
@@ -115,8 +125,9 @@ ZIPFLS_INLINE void for_each_count(const Counted& row, const Scratch& scratch, Vi
 
 /// Masses by rank relative to a common shift, kept from row to row.
 ///
-/// Masses of a row must be taken relative to its own largest, or they may all underflow (alpha = 150). But a
-/// shift within reach of it serves as well, and the table's largest entry is within reach of most rows.
+/// Masses of a row must be taken relative to its own largest, or they may all underflow (alpha =
+/// 150). But a shift within reach of it serves as well, and the table's largest entry is within
+/// reach of most rows.
 template <class A>
 class MassTable {
  public:
@@ -127,13 +138,16 @@ class MassTable {
     if (largest > -static_cast<A>(INFINITY)) rebuild(largest);
   }
 
-  /// Makes `largest`, which is finite, a mass that the shift suits: 1 when exact, else within [e^-40, 1].
+  /// Makes `largest`, which is finite, a mass that the shift suits: 1 when exact, else within
+  /// [e^-40, 1].
   ZIPFLS_INLINE void reach(A largest, bool exact) {
     if (largest > shift_ || largest < shift_ - 40 || (exact && largest != shift_)) rebuild(largest);
   }
 
   ZIPFLS_INLINE A mass(int32_t rank) const { return mass_[rank - 1]; }
-  ZIPFLS_INLINE A relative(int32_t rank) const { return log_mass_of_rank(log_mass_, rank) - shift_; }
+  ZIPFLS_INLINE A relative(int32_t rank) const {
+    return log_mass_of_rank(log_mass_, rank) - shift_;
+  }
   ZIPFLS_INLINE A log_mass(int32_t rank) const { return log_mass_of_rank(log_mass_, rank); }
 
  private:
@@ -151,45 +165,50 @@ class MassTable {
   A shift_ = 0;
 };
 
-/// Labels by number of votes, label[n] = p~ of a non-target class with n votes, for the n that occur; label[0]
-/// is 0 if every non-target class has a vote.
+/// Labels by number of votes, label[n] = p~ of a non-target class with n votes, for the n that
+/// occur; label[0] is 0 if every non-target class has a vote.
 template <class A>
 ZIPFLS_INLINE MassSums<double> label_counts(const Counted& row, int64_t C, MassTable<A>& table,
                                             const Scratch& scratch) {
   A* const label = static_cast<A*>(scratch.label);  // (P + 1,) A, by number of votes
-  // The groups of non-target classes with the same number of votes. Made without a branch, whose outcome would
-  // be as random as the votes: a group of nobody is overwritten by the next.
+  // The groups of non-target classes with the same number of votes. Made without a branch, whose
+  // outcome would be as random as the votes: a group of nobody is overwritten by the next.
   int32_t* const members = scratch.members;    // (groups,) int32, how many they are
   int32_t* const count = scratch.group_count;  // (groups,) int32, their number of votes
   int32_t* const rank = scratch.group_rank;    // (groups,) int32
   int32_t groups = 0;
   A largest = -static_cast<A>(INFINITY);
-  if (const int32_t unvoted = members_unvoted(static_cast<int32_t>(C), row.K, row.n_target); unvoted > 0) {
+  if (const int32_t unvoted = members_unvoted(static_cast<int32_t>(C), row.K, row.n_target);
+      unvoted > 0) {
     members[0] = unvoted;
     count[0] = 0;
     rank[0] = rank_below(row.K);
     largest = table.log_mass(rank[0]);
     groups = 1;
   }
-  for_each_count(row, scratch, [&](int32_t n, int32_t classes, int32_t above) __attribute__((always_inline)) {
-    const int32_t size = members_of_count(n, classes, row.n_target);
-    members[groups] = size;
-    count[groups] = n;
-    rank[groups] = rank_below(above);
-    const A entry = table.log_mass(rank[groups]);
-    largest = size > 0 && entry > largest ? entry : largest;
-    groups += size > 0;
-  });
+  for_each_count(row, scratch,
+                 [&](int32_t n, int32_t classes, int32_t above) __attribute__((always_inline)) {
+                   const int32_t size = members_of_count(n, classes, row.n_target);
+                   members[groups] = size;
+                   count[groups] = n;
+                   rank[groups] = rank_below(above);
+                   const A entry = table.log_mass(rank[groups]);
+                   largest = size > 0 && entry > largest ? entry : largest;
+                   groups += size > 0;
+                 });
   label[0] = label[row.n_target] = 0;  // in case nobody else is in these groups
   MassSums<double> sums;
   if (largest == -static_cast<A>(INFINITY)) {  // no mass anywhere: uniform
     for (int32_t g = 0; g < groups; g++) sums.add(members[g], A(1), A(0));
     for (int32_t g = 0; g < groups; g++) label[count[g]] = static_cast<A>(sums.normaliser());
   } else {
-    table.reach(largest, C == 2);  // of two classes one is the target: the other's label is 1, exactly
-    for (int32_t g = 0; g < groups; g++) sums.add(members[g], table.mass(rank[g]), table.relative(rank[g]));
+    table.reach(largest,
+                C == 2);  // of two classes one is the target: the other's label is 1, exactly
+    for (int32_t g = 0; g < groups; g++)
+      sums.add(members[g], table.mass(rank[g]), table.relative(rank[g]));
     const double normaliser = sums.normaliser();
-    for (int32_t g = 0; g < groups; g++) label[count[g]] = static_cast<A>(table.mass(rank[g]) * normaliser);
+    for (int32_t g = 0; g < groups; g++)
+      label[count[g]] = static_cast<A>(table.mass(rank[g]) * normaliser);
   }
   return sums;
 }
@@ -198,7 +217,8 @@ ZIPFLS_INLINE MassSums<double> label_counts(const Counted& row, int64_t C, MassT
 template <class A>
 struct DenseLabel {
   A largest;       // largest log mass of a non-target class
-  double log_sum;  // log of the sum of masses in units of the largest: log p~ = log mass - largest - log_sum
+  double log_sum;  // log of the sum of masses in units of the largest: log p~ = log mass - largest
+                   // - log_sum
 };
 
 /// label = p~ (C,) from log_mass (C,), room for W each; the target's entry is 0.
@@ -223,7 +243,8 @@ bool rank_row(const Votes& votes, int64_t i, int64_t C, const Scratch& scratch, 
   const Counted row = count_row(votes, i, C, 0, scratch);
   if (row.K < 0) return false;
   int32_t* const rank_of_count = scratch.members;  // (highest count + 1,) int32
-  for_each_count(row, scratch, [&](int32_t n, int32_t, int32_t above) { rank_of_count[n] = rank_below(above); });
+  for_each_count(row, scratch,
+                 [&](int32_t n, int32_t, int32_t above) { rank_of_count[n] = rank_below(above); });
   for (int64_t c = 0; c < C; c++) rank[c] = rank_below(row.K);
   for (int32_t k = 0; k < row.K; k++) rank[scratch.voted[k]] = rank_of_count[scratch.votes[k]];
   return true;
@@ -231,11 +252,12 @@ bool rank_row(const Votes& votes, int64_t i, int64_t C, const Scratch& scratch, 
 
 /// Label (C,) A of one row of votes, from a table by rank; false if a vote is out of range.
 template <class A>
-bool label_row(const Votes& votes, int64_t i, int64_t C, int64_t y, const void* log_mass, const Scratch& scratch,
-               void* out) {
+bool label_row(const Votes& votes, int64_t i, int64_t C, int64_t y, const void* log_mass,
+               const Scratch& scratch, void* out) {
   const Counted row = count_row(votes, i, C, y, scratch);
   if (row.K < 0) return false;
-  MassTable<A> table(static_cast<const A*>(log_mass), votes.P < C ? votes.P + 1 : C, static_cast<A*>(scratch.mass));
+  MassTable<A> table(static_cast<const A*>(log_mass), votes.P < C ? votes.P + 1 : C,
+                     static_cast<A*>(scratch.mass));
   label_counts(row, C, table, scratch);
   const A* const by_count = static_cast<const A*>(scratch.label);
   A* const label = static_cast<A*>(out);
@@ -247,8 +269,8 @@ bool label_row(const Votes& votes, int64_t i, int64_t C, int64_t y, const void* 
 
 /// Label (C,) A of one row from its own log masses (C,); the votes are only checked.
 template <class A>
-bool label_row_given(const Votes& votes, int64_t i, int64_t C, int64_t y, const void* log_mass, const Scratch& scratch,
-                     void* out) {
+bool label_row_given(const Votes& votes, int64_t i, int64_t C, int64_t y, const void* log_mass,
+                     const Scratch& scratch, void* out) {
   if (!check_row(votes, i, C)) return false;
   const A* mass = static_cast<const A*>(log_mass);
   A* const row = static_cast<A*>(scratch.row[2]);    // (C + W,) A

@@ -22,7 +22,8 @@ namespace {
 using Parts = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 double element(const at::Tensor& x, int64_t i) {  // x float32 or float64, contiguous
-  return x.scalar_type() == at::kDouble ? x.const_data_ptr<double>()[i] : x.const_data_ptr<float>()[i];
+  return x.scalar_type() == at::kDouble ? x.const_data_ptr<double>()[i]
+                                        : x.const_data_ptr<float>()[i];
 }
 
 void set_element(const at::Tensor& x, int64_t i, double value) {
@@ -32,10 +33,10 @@ void set_element(const at::Tensor& x, int64_t i, double value) {
     x.mutable_data_ptr<float>()[i] = static_cast<float>(value);
 }
 
-/// Asks for huge pages behind a gradient so large that malloc maps it afresh at every step (32 MiB is the most
-/// that glibc keeps). All of it is about to be written, and taking its pages one by one, 4 KiB at a time, can
-/// cost more than the arithmetic: at 64 x 131072 half of the time went there. Only a hint, without effect
-/// where the system does not have huge pages.
+/// Asks for huge pages behind a gradient so large that malloc maps it afresh at every step (32 MiB
+/// is the most that glibc keeps). All of it is about to be written, and taking its pages one by
+/// one, 4 KiB at a time, can cost more than the arithmetic: at 64 x 131072 half of the time went
+/// there. Only a hint, without effect where the system does not have huge pages.
 void prefer_huge_pages([[maybe_unused]] const at::Tensor& x) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21, kLeast = uintptr_t{32} << 20;
@@ -53,7 +54,8 @@ struct Totals {
   bool inside = true;   // whether they are classes
 };
 
-Totals total(const int64_t* target, int64_t N, int64_t C, int64_t ignore_index, const std::optional<at::Tensor>& weight) {
+Totals total(const int64_t* target, int64_t N, int64_t C, int64_t ignore_index,
+             const std::optional<at::Tensor>& weight) {
   Totals totals;
   for (int64_t i = 0; i < N; i++) {
     const int64_t y = target[i];
@@ -70,9 +72,10 @@ Totals total(const int64_t* target, int64_t N, int64_t C, int64_t ignore_index, 
 }
 
 /// loss, ce, zipf, grad, grad_scale: as reference.loss_fwd, to the letter.
-Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& votes,
-                   const at::Tensor& log_mass, const std::optional<at::Tensor>& weight, double ce_weight,
-                   double zipf_weight, double label_smoothing, bool only_correct, int64_t ignore_index,
+Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
+                   const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
+                   const std::optional<at::Tensor>& weight, double ce_weight, double zipf_weight,
+                   double label_smoothing, bool only_correct, int64_t ignore_index,
                    std::string_view reduction, bool with_grad) {
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (N, C), got ", logits.sizes());
   check_float(logits, "logits");
@@ -90,17 +93,19 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target, const std
   const int64_t P = votes.has_value() ? votes->size(1) : 0;
   check_log_mass(log_mass, N, C, votes.has_value() ? P : -1);
   if (weight.has_value()) {
-    TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == C, "weight must have shape (", C, ",), got ",
-                      weight->sizes());
+    TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == C, "weight must have shape (", C,
+                      ",), got ", weight->sizes());
     check_type(*weight, "weight", type);
     check_same_device(*weight, "weight", logits);
   }
   const bool mean = reduction == "mean", none = reduction == "none";
-  TORCH_CHECK_VALUE(mean || none || reduction == "sum", "reduction must be mean, sum or none, got ", reduction);
+  TORCH_CHECK_VALUE(mean || none || reduction == "sum", "reduction must be mean, sum or none, got ",
+                    reduction);
 
   const Kernels& k = kernels();
   const Dtype dtype = dtype_of(logits);
-  const at::Tensor z = with_contiguous_rows(logits), y = target.contiguous(), mass = log_mass.contiguous();
+  const at::Tensor z = with_contiguous_rows(logits), y = target.contiguous(),
+                   mass = log_mass.contiguous();
   const at::Tensor v = votes.has_value() ? with_contiguous_rows(*votes) : at::Tensor();
   std::optional<at::Tensor> w;
   if (weight.has_value()) w = weight->contiguous();
@@ -119,17 +124,20 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target, const std
     correct = std::make_unique<uint8_t[]>(N);
     at::parallel_for(0, N, grain(C, 0), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
-        correct[i] = targets[i] != ignore_index && k.is_correct[dtype](rows + i * row_bytes, C, targets[i]);
+        correct[i] =
+            targets[i] != ignore_index && k.is_correct[dtype](rows + i * row_bytes, C, targets[i]);
     });
     zipf_samples = 0;
     for (int64_t i = 0; i < N; i++) zipf_samples += correct[i];
   }
   const double ce_scale = mean ? 1 / totals.weight : 1;
-  const double zipf_scale = !mean                                    ? 1.0
-                            : totals.samples > 0 && zipf_samples == 0 ? 0.0
-                                                                      : 1 / static_cast<double>(zipf_samples);
+  const double zipf_scale = !mean ? 1.0
+                            : totals.samples > 0 && zipf_samples == 0
+                                ? 0.0
+                                : 1 / static_cast<double>(zipf_samples);
 
-  // A float16 mean: stored per sample, for 1/N to join the upstream gradient in float32, in loss_bwd.
+  // A float16 mean: stored per sample, for 1/N to join the upstream gradient in float32, in
+  // loss_bwd.
   const auto options = logits.options().dtype(type);
   at::Tensor grad, grad_scale;
   double scale = 1;
@@ -151,7 +159,9 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target, const std
   a.target = targets;
   if (votes.has_value()) a.votes = votes_of(v);
   a.log_mass = mass.const_data_ptr();
-  a.mass = log_mass.dim() == 2 ? Mass::kPerClass : votes.has_value() ? Mass::kByVotes : Mass::kByLogits;
+  a.mass = log_mass.dim() == 2 ? Mass::kPerClass
+           : votes.has_value() ? Mass::kByVotes
+                               : Mass::kByLogits;
   a.weight = w.has_value() ? w->const_data_ptr() : nullptr;
   a.weight_sum = static_cast<double>(C);
   if (w.has_value()) {
@@ -164,8 +174,9 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target, const std
   a.zipf = zipf_weight != 0;
   a.only_correct = only_correct;
   a.label_smoothing = label_smoothing;
-  // Where the targets' weights sum to 0, 1/0 would be infinity minus infinity at every class instead of an
-  // infinity with a sign at some: it multiplies the finished rows. Beside it the Zipf part does not show.
+  // Where the targets' weights sum to 0, 1/0 would be infinity minus infinity at every class
+  // instead of an infinity with a sign at some: it multiplies the finished rows. Beside it the Zipf
+  // part does not show.
   const bool infinite = a.ce && std::isinf(ce_scale);
   a.ce_factor = ce_weight * (infinite ? 1 : ce_scale / scale);
   a.zipf_factor = infinite ? 0 : zipf_weight * (zipf_scale / scale);
@@ -189,7 +200,8 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target, const std
   if (!inside) raise_outside(&target, votes_or_null, C, &ignore_index);
 
   const auto shape = none ? logits.sizes().slice(0, 1) : at::IntArrayRef();
-  at::Tensor loss = at::empty(shape, options), ce = at::empty(shape, options), zipf = at::empty(shape, options);
+  at::Tensor loss = at::empty(shape, options), ce = at::empty(shape, options),
+             zipf = at::empty(shape, options);
   auto finish = [&](int64_t i, double ce_, double zipf_) {
     set_element(loss, i, ce_weight * ce_ + zipf_weight * zipf_);
     set_element(ce, i, ce_);
@@ -208,17 +220,21 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target, const std
   return {loss, ce, zipf, grad, grad_scale};
 }
 
-/// out = in * grad_loss * grad_scale, row by row. in and out may be one tensor, which a scale of 1 leaves
-/// alone. One read and one write of the gradient.
+/// out = in * grad_loss * grad_scale, row by row. in and out may be one tensor, which a scale of 1
+/// leaves alone. One read and one write of the gradient.
 ///
-/// Args: in, out (N, C), contiguous; grad_loss a scalar or (N,), any strides; grad_scale a scalar or (0,).
-void scale_rows(const at::Tensor& in, const at::Tensor& out, const at::Tensor& grad_loss, const at::Tensor& grad_scale) {
+/// Args: in, out (N, C), contiguous; grad_loss a scalar or (N,), any strides; grad_scale a scalar
+/// or (0,).
+void scale_rows(const at::Tensor& in, const at::Tensor& out, const at::Tensor& grad_loss,
+                const at::Tensor& grad_scale) {
   check_float(in, "grad");
-  TORCH_CHECK_VALUE(in.dim() == 2 && in.is_contiguous(), "grad must be (N, C) and contiguous, got ", in.sizes());
+  TORCH_CHECK_VALUE(in.dim() == 2 && in.is_contiguous(), "grad must be (N, C) and contiguous, got ",
+                    in.sizes());
   const int64_t N = in.size(0), C = in.size(1);
   TORCH_CHECK_VALUE(grad_loss.dim() == 0 || (grad_loss.dim() == 1 && grad_loss.size(0) == N),
                     "grad_loss must be a scalar or have shape (", N, ",), got ", grad_loss.sizes());
-  TORCH_CHECK_VALUE(grad_scale.numel() <= 1, "grad_scale must be a scalar or empty, got ", grad_scale.sizes());
+  TORCH_CHECK_VALUE(grad_scale.numel() <= 1, "grad_scale must be a scalar or empty, got ",
+                    grad_scale.sizes());
   check_same_device(grad_loss, "grad_loss", in);
   check_same_device(grad_scale, "grad_scale", in);
   const auto type = accumulation_type(in.scalar_type());
@@ -238,16 +254,18 @@ void scale_rows(const at::Tensor& in, const at::Tensor& out, const at::Tensor& g
     });
     return;
   }
-  at::parallel_for(0, N, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, C)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const double factor = element(upstream, i) * common;
-      if (in_place && factor == 1) continue;
-      scale(from + i * C * size, to + i * C * size, C, factor);
-    }
-  });
+  at::parallel_for(0, N, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, C)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; i++) {
+                       const double factor = element(upstream, i) * common;
+                       if (in_place && factor == 1) continue;
+                       scale(from + i * C * size, to + i * C * size, C, factor);
+                     }
+                   });
 }
 
-at::Tensor loss_bwd_cpu(const at::Tensor& grad, const at::Tensor& grad_loss, const at::Tensor& grad_scale) {
+at::Tensor loss_bwd_cpu(const at::Tensor& grad, const at::Tensor& grad_loss,
+                        const at::Tensor& grad_scale) {
   const at::Tensor in = grad.contiguous();  // (N, C)
   at::Tensor out = at::empty_like(in);      // (N, C)
   scale_rows(in, out, grad_loss, grad_scale);

@@ -1,10 +1,11 @@
-// Cross-entropy and the Zipf term of one row, with their gradient (MATH.md, "Why one pass is enough").
+// Cross-entropy and the Zipf term of one row, with their gradient (MATH.md, "Why one pass is
+// enough").
 //
-// Bytes moved: the logits row is read from memory once and its gradient written once. In between the row
-// lives in the core's cache: one pass takes the maximum, one the exponentials and sums, one writes the
-// gradient from the exponentials kept by the second (in the gradient row itself for float32 and float64, in
-// scratch for 16-bit types). Arithmetic in A, float or double; sums and everything that exists once a row
-// in double.
+// Bytes moved: the logits row is read from memory once and its gradient written once. In between
+// the row lives in the core's cache: one pass takes the maximum, one the exponentials and sums, one
+// writes the gradient from the exponentials kept by the second (in the gradient row itself for
+// float32 and float64, in scratch for 16-bit types). Arithmetic in A, float or double; sums and
+// everything that exists once a row in double.
 #pragma once
 
 #include "../softmax.h"
@@ -13,7 +14,8 @@
 
 namespace zipfls::ZIPFLS_ISA {
 
-// The passes over a row -------------------------------------------------------------------------------
+// The passes over a row
+// -------------------------------------------------------------------------------
 
 /// out = exps * scale - term(offset), C elements, term a vector by offset. out may be exps.
 template <class A, class T, class Term>
@@ -23,13 +25,15 @@ ZIPFLS_INLINE void write_gradient(T* out, const A* exps, int64_t C, A scale, Ter
     store(out, load(exps) * scale - term(int64_t{0}));
     return;
   }
-  // The last vector overlaps the one before unless W divides C: taken first, because out may be exps.
+  // The last vector overlaps the one before unless W divides C: taken first, because out may be
+  // exps.
   const Vec<A> last = load(exps + C - W) * scale - term(C - W);
   for (int64_t c = 0; c + W <= C; c += W) store(out + c, load(exps + c) * scale - term(c));
   store(out + C - W, last);
 }
 
-/// Whether the target has the largest logit, ties to the lowest class; as reference.is_correct with NaN.
+/// Whether the target has the largest logit, ties to the lowest class; as reference.is_correct with
+/// NaN.
 template <class T>
 ZIPFLS_INLINE bool is_correct_row(const T* z, int64_t C, int64_t y) {
   using A = decltype(value(T{}));
@@ -47,7 +51,8 @@ ZIPFLS_INLINE bool is_correct_row(const T* z, int64_t C, int64_t y) {
   return true;
 }
 
-// Labels of every class: the general form ---------------------------------------------------------------
+// Labels of every class: the general form
+// ---------------------------------------------------------------
 
 /// A logit as an unsigned key, and its class.
 template <class A>
@@ -67,8 +72,8 @@ struct Keyed<double> {
 
 /// Log masses (C,) by rank of the logits, r_c = 1 + #{m : z_m > z_c}; NaN ranks with -inf, last.
 ///
-/// Sorts in descending order, least significant digit first, 8 bits at a time: O(C), with two passes of four
-/// for 16-bit logits, whose low bits are all zero.
+/// Sorts in descending order, least significant digit first, 8 bits at a time: O(C), with two
+/// passes of four for 16-bit logits, whose low bits are all zero.
 template <class A, class T>
 void log_mass_by_logits(const T* z, int64_t C, const A* log_mass, const Scratch& scratch, A* out) {
   using Entry = Keyed<A>;
@@ -87,7 +92,8 @@ void log_mass_by_logits(const T* z, int64_t C, const A* log_mass, const Scratch&
     for (int d = 0; d < kDigits; d++) starts[d][key >> 8 * d & 255]++;
   }
   for (int d = 0; d < kDigits; d++) {
-    if (starts[d][from[0].key >> 8 * d & 255] == C) continue;  // one digit for all: in order already
+    if (starts[d][from[0].key >> 8 * d & 255] == C)
+      continue;  // one digit for all: in order already
     int32_t start = 0;
     for (int32_t& s : starts[d]) {
       const int32_t n = s;
@@ -106,9 +112,10 @@ void log_mass_by_logits(const T* z, int64_t C, const A* log_mass, const Scratch&
   }
 }
 
-/// Log masses (C,) by rank of votes, counted before. 
+/// Log masses (C,) by rank of votes, counted before.
 template <class A>
-void log_mass_by_votes(const Counted& row, int64_t C, const A* log_mass, const Scratch& scratch, A* out) {
+void log_mass_by_votes(const Counted& row, int64_t C, const A* log_mass, const Scratch& scratch,
+                       A* out) {
   A* const by_count = static_cast<A*>(scratch.label);  // (highest count + 1,) A
   for_each_count(row, scratch, [&](int32_t n, int32_t, int32_t above) {
     by_count[n] = log_mass_of_rank(log_mass, rank_below(above));
@@ -120,11 +127,13 @@ void log_mass_by_votes(const Counted& row, int64_t C, const A* log_mass, const S
   for (int32_t k = 0; k < row.K; k++) out[scratch.voted[k]] = by_count[scratch.votes[k]];
 }
 
-// One row -------------------------------------------------------------------------------------------------
+// One row
+// -------------------------------------------------------------------------------------------------
 
 /// Row i of the operator; false if a vote is out of range.
 template <class T, class A>
-ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratch& scratch, int64_t i) {
+ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratch& scratch,
+                            int64_t i) {
   using V = Vec<A>;
   constexpr int W = Lanes<A>::W;
   const int64_t C = a.C, y = a.target[i];
@@ -143,22 +152,25 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratc
     z = static_cast<const T*>(scratch.narrow[0]);
     if (out != nullptr) out = static_cast<T*>(scratch.narrow[1]);
   }
-  const A* const weight = static_cast<const A*>(C < W && a.weight != nullptr ? scratch.row[3] : a.weight);
+  const A* const weight =
+      static_cast<const A*>(C < W && a.weight != nullptr ? scratch.row[3] : a.weight);
 
   // Which parts this row has, and its votes.
   bool zipf = a.zipf;
   if (zipf && a.only_correct) zipf = a.correct != nullptr ? a.correct[i] : is_correct_row(z, C, y);
   const bool by_votes = zipf && a.mass == Mass::kByVotes;
   const Counted votes = by_votes ? count_row(a.votes, i, C, y, scratch) : Counted{0, 0, 0};
-  if (votes.K < 0 || (!by_votes && a.votes.data != nullptr && !check_row(a.votes, i, C))) return false;
+  if (votes.K < 0 || (!by_votes && a.votes.data != nullptr && !check_row(a.votes, i, C)))
+    return false;
 
   // Pass 1: the largest non-target logit. Where all are -inf, exponentials are taken of z - 0.
   const A largest = max_nontarget<A>(z, C, y);
   const A shift = largest == -static_cast<A>(INFINITY) ? A(0) : largest;
 
   // Pass 2: exponentials, their sum and the sum of z - shift.
-  A* const exps = sizeof(T) == sizeof(A) && out != nullptr ? reinterpret_cast<A*>(out)
-                                                            : static_cast<A*>(scratch.row[0]);  // (C,) A
+  A* const exps = sizeof(T) == sizeof(A) && out != nullptr
+                      ? reinterpret_cast<A*>(out)
+                      : static_cast<A*>(scratch.row[0]);  // (C,) A
   double sum[2];
   const bool keep = out != nullptr;
   if (keep)
@@ -174,15 +186,18 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratc
     });
   const double sum_exp = sum[0], sum_linear = sum[1];
 
-  // Gradient of a non-target class: exps_c * scale - constant - smoothing * w_c - zipf_factor * p~_c.
+  // Gradient of a non-target class: exps_c * scale - constant - smoothing * w_c - zipf_factor *
+  // p~_c.
   double scale = 0, constant = 0, smoothing = 0, at_target = 0;
 
   double ce = 0;
   if (a.ce) {
-    const double e = a.label_smoothing, w_y = weight == nullptr ? 1.0 : static_cast<double>(weight[y]);
+    const double e = a.label_smoothing,
+                 w_y = weight == nullptr ? 1.0 : static_cast<double>(weight[y]);
     const Joined joined = join_target(largest, shift, sum_exp, value(z[y]));
     ce = w_y * joined.loss;
-    double along_p = w_y, along_target = w_y;  // dz_c = along_p * p_c - [c = y] * along_target - smoothing * w_c
+    double along_p = w_y,
+           along_target = w_y;  // dz_c = along_p * p_c - [c = y] * along_target - smoothing * w_c
     if (e > 0) {  // skipped, not multiplied by 0: the log probability of a masked class is -inf
       double weighted = sum_linear;  // sum_{c != y} w_c (z_c - shift)
       if (weight != nullptr) {
@@ -205,7 +220,8 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratc
 
   double zipf_loss = 0;
   const A factor = static_cast<A>(a.zipf_factor);
-  A* const dense = static_cast<A*>(scratch.row[1]);  // (C,) A, label of every class, in the general form
+  A* const dense =
+      static_cast<A*>(scratch.row[1]);  // (C,) A, label of every class, in the general form
   // The label is one constant and K exceptions where votes rank and all logits are finite.
   const bool sparse = by_votes && sum_linear - sum_linear == 0 && sum_exp - sum_exp == 0;
   const A* const table = static_cast<const A*>(a.log_mass);
@@ -215,8 +231,10 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratc
   if (zipf && sparse) {
     const MassSums<double> sums = label_counts(votes, C, masses, scratch);
     const A* const label = static_cast<const A*>(scratch.label);
-    const A unvoted = label[0], row_scale = static_cast<A>(scale), row_constant = static_cast<A>(constant);
-    // Gather what the voted classes need, then work on it by vectors; the last one's tail is of no account.
+    const A unvoted = label[0], row_scale = static_cast<A>(scale),
+            row_constant = static_cast<A>(constant);
+    // Gather what the voted classes need, then work on it by vectors; the last one's tail is of no
+    // account.
     A* const excess = static_cast<A*>(scratch.excess);      // (K + W,) A: p~_c - p~_unvoted
     A* const distance = static_cast<A*>(scratch.distance);  // (K + W,) A: z_c
     const double unvoted_label = unvoted;
@@ -234,10 +252,13 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratc
       products += (p - unvoted) * (load(distance + k) - shift);
       if (keep) store(patch + k, load(patch + k) * row_scale - (row_constant + factor * p));
     }
-    const double cross = reduce_add<A>(products);  // sum over the voted of (p~_c - p~_unvoted) (z_c - shift)
+    const double cross =
+        reduce_add<A>(products);  // sum over the voted of (p~_c - p~_unvoted) (z_c - shift)
     if (keep && smoothing != 0)
-      for (int32_t k = 0; k < votes.K; k++) patch[k] -= static_cast<A>(smoothing) * weight[scratch.voted[k]];
-    zipf_loss = sums.entropy * sums.normaliser() - (unvoted_label * sum_linear + cross) + ::log(sum_exp / sums.mass);
+      for (int32_t k = 0; k < votes.K; k++)
+        patch[k] -= static_cast<A>(smoothing) * weight[scratch.voted[k]];
+    zipf_loss = sums.entropy * sums.normaliser() - (unvoted_label * sum_linear + cross) +
+                ::log(sum_exp / sums.mass);
     constant += a.zipf_factor * unvoted_label;
   } else if (zipf) {
     const A* log_mass = table + (a.mass == Mass::kPerClass ? i * C : 0);
@@ -251,7 +272,8 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratc
     double cross[1];  // sum_c p~_c (log mass_c - (z_c - shift))
     sum_nontarget<A, 1>(C, y, cross, [&](int64_t c, V(&x)[1]) __attribute__((always_inline)) {
       const V p = load(dense + c), relative = massless ? V{} : load(log_mass + c) - law.largest;
-      x[0] = p > A(0) ? p * (relative - (load(z + c) - shift)) : V{};  // classes without mass are skipped
+      x[0] = p > A(0) ? p * (relative - (load(z + c) - shift))
+                      : V{};  // classes without mass are skipped
     });
     zipf_loss = cross[0] - law.log_sum + ::log(sum_exp);
   }
@@ -276,7 +298,8 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratc
       });
     } else {
       const V term = splat<A>(row_constant);
-      write_gradient(out, exps, C, row_scale, [&](int64_t) __attribute__((always_inline)) { return term; });
+      write_gradient(out, exps, C, row_scale,
+                     [&](int64_t) __attribute__((always_inline)) { return term; });
     }
     if (zipf && sparse)
       for (int32_t k = 0; k < votes.K; k++) put(out + scratch.voted[k], patch[k]);
@@ -290,9 +313,13 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratc
 template <class T>
 bool loss_fwd_kernel(const LossFwd& a, const Scratch& scratch, int64_t begin, int64_t end) {
   using A = decltype(value(T{}));
-  if (a.C < Lanes<A>::W && a.weight != nullptr) __builtin_memcpy(scratch.row[3], a.weight, a.C * sizeof(A));
+  if (a.C < Lanes<A>::W && a.weight != nullptr)
+    __builtin_memcpy(scratch.row[3], a.weight, a.C * sizeof(A));
   const bool by_votes = a.zipf && a.mass == Mass::kByVotes;
-  MassTable<A> masses(static_cast<const A*>(a.log_mass), !by_votes ? 1 : a.votes.P < a.C ? a.votes.P + 1 : a.C,
+  MassTable<A> masses(static_cast<const A*>(a.log_mass),
+                      !by_votes         ? 1
+                      : a.votes.P < a.C ? a.votes.P + 1
+                                        : a.C,
                       static_cast<A*>(scratch.mass));
   bool inside = true;
   for (int64_t i = begin; i < end; i++) inside &= loss_row<T, A>(a, masses, scratch, i);

@@ -5,18 +5,20 @@
 
 namespace zipfls::ZIPFLS_ISA {
 
-/// Calls span(first, last) for the runs of whole vectors without the target, elements [first, last), and
-/// block(offset, keep) for the vectors that need a mask: the target's, and the last W elements when C is no
-/// multiple of W, where keep marks what no other call has seen. A row shorter than a vector is one masked
-/// block at 0: its buffers have room for W elements. A short row is masked blocks throughout: where its target
-/// splits it is as good as random, and each mispredicted end of a loop costs as much as several masks.
+/// Calls span(first, last) for the runs of whole vectors without the target, elements [first,
+/// last), and block(offset, keep) for the vectors that need a mask: the target's, and the last W
+/// elements when C is no multiple of W, where keep marks what no other call has seen. A row shorter
+/// than a vector is one masked block at 0: its buffers have room for W elements. A short row is
+/// masked blocks throughout: where its target splits it is as good as random, and each mispredicted
+/// end of a loop costs as much as several masks.
 template <class A, class Span, class Block>
 ZIPFLS_INLINE void for_nontarget(int64_t C, int64_t y, Span span, Block block) {
   constexpr int W = Lanes<A>::W;
   constexpr int64_t kShort = 8 * W;
   const int64_t whole = C / W * W, around = y / W * W;
   if (C <= kShort) {
-    const Mask<A> distance = iota<A>(0) - static_cast<int32_t>(y);  // 0 at the target once c is added
+    const Mask<A> distance =
+        iota<A>(0) - static_cast<int32_t>(y);  // 0 at the target once c is added
     for (int64_t c = 0; c < whole; c += W) block(c, distance + static_cast<int32_t>(c) != 0);
   } else if (around < whole) {
     span(int64_t{0}, around);
@@ -33,7 +35,8 @@ ZIPFLS_INLINE void for_nontarget(int64_t C, int64_t y, Span span, Block block) {
   }
 }
 
-/// max_{c != y} of x (C,), NaN ignored; -inf where there is nothing else. Loads are of T, arithmetic in A.
+/// max_{c != y} of x (C,), NaN ignored; -inf where there is nothing else. Loads are of T,
+/// arithmetic in A.
 template <class A, class T>
 ZIPFLS_INLINE A max_nontarget(const T* x, int64_t C, int64_t y) {
   using V = Vec<A>;
@@ -59,8 +62,8 @@ ZIPFLS_INLINE A max_nontarget(const T* x, int64_t C, int64_t y) {
 
 /// Sums of S vectors' terms over the non-target classes, in double at the end.
 ///
-/// term(offset, x) gives one vector's terms x[0 .. S). A lane adds at most kRun vectors in A before it is
-/// folded, so that rounding does not grow with C.
+/// term(offset, x) gives one vector's terms x[0 .. S). A lane adds at most kRun vectors in A before
+/// it is folded, so that rounding does not grow with C.
 template <class A, int S, class Term>
 ZIPFLS_INLINE void sum_nontarget(int64_t C, int64_t y, double (&total)[S], Term term) {
   using V = Vec<A>;

@@ -14,8 +14,8 @@ namespace zipfls::cpu {
 /// A thread's memory: grows, never shrinks, and is kept for the thread's next call.
 class ThreadScratch {
  public:
-  /// Buffers for rows of C classes and P votes with arithmetic in types of `size` bytes (4 or 8); `sort` adds
-  /// those for ranking by logits. Shapes: kernels.h.
+  /// Buffers for rows of C classes and P votes with arithmetic in types of `size` bytes (4 or 8);
+  /// `sort` adds those for ranking by logits. Shapes: kernels.h.
   Scratch get(int64_t C, int64_t P, int64_t size, bool sort) {
     grow_zeroed(counts_, counts_size_, C);
     const int64_t room = 64;  // bytes of the widest vector: kernels read and write whole vectors
@@ -53,8 +53,20 @@ class ThreadScratch {
       next += padded(bytes[k]);
     }
     auto integers = [&](int k) { return reinterpret_cast<int32_t*>(part[k]); };
-    return {counts_.get(), integers(0), integers(1), integers(2), integers(3), integers(4), part[5], part[6], part[7],
-            part[8], part[9], {part[10], part[11], part[12], part[13]}, {part[14], part[15]}, {part[16], part[17]}};
+    return {counts_.get(),
+            integers(0),
+            integers(1),
+            integers(2),
+            integers(3),
+            integers(4),
+            part[5],
+            part[6],
+            part[7],
+            part[8],
+            part[9],
+            {part[10], part[11], part[12], part[13]},
+            {part[14], part[15]},
+            {part[16], part[17]}};
   }
 
  private:

@@ -1,12 +1,14 @@
 // Vectors of one instruction set: lanes, loads and stores of the four float types, exp.
 //
-// Written in the compilers' vector extensions, so one source serves every instruction set: the translation
-// unit that includes this file says which one (see kernels_avx2.cpp) through
-//   ZIPFLS_ISA           name of the set; everything here lives in the namespace of that name, so that no
-//                        function compiled for a wide set can be picked by the linker for a narrow one;
+// Written in the compilers' vector extensions, so one source serves every instruction set: the
+// translation unit that includes this file says which one (see kernels_avx2.cpp) through
+//   ZIPFLS_ISA           name of the set; everything here lives in the namespace of that name, so
+//   that no
+//                        function compiled for a wide set can be picked by the linker for a narrow
+//                        one;
 //   ZIPFLS_VECTOR_BYTES  bytes of a vector.
-// For the same reason nothing here uses the standard library: an inline std:: function that one of these
-// files happened to instantiate would be shared with the whole program.
+// For the same reason nothing here uses the standard library: an inline std:: function that one of
+// these files happened to instantiate would be shared with the whole program.
 #pragma once
 
 #include <cstddef>
@@ -140,7 +142,8 @@ ZIPFLS_INLINE A reduce_add(Vec<A> x) {
   return reduce<A>(x, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 
-// Conversions of 16-bit floats ----------------------------------------------------------------------
+// Conversions of 16-bit floats
+// ----------------------------------------------------------------------
 
 using F = Lanes<float>;
 
@@ -157,9 +160,12 @@ ZIPFLS_INLINE F::H bf16_from_float(F::V x) {
 }
 
 #if defined(ZIPFLS_AVX512)
-ZIPFLS_INLINE F::V float_from_f16(F::H h) { return _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(h)); }
+ZIPFLS_INLINE F::V float_from_f16(F::H h) {
+  return _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(h));
+}
 ZIPFLS_INLINE F::H f16_from_float(F::V x) {
-  return bit_cast<F::H>(_mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return bit_cast<F::H>(
+      _mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(ZIPFLS_AVX2)
 ZIPFLS_INLINE F::V float_from_f16(F::H h) { return _mm256_cvtph_ps(bit_cast<__m128i>(h)); }
@@ -172,15 +178,16 @@ ZIPFLS_INLINE F::V float_from_f16(F::H h) {
   const F::U exponent = (half >> 10) & 31, magnitude = (half & 0x7fff) << 13;
   // The exponent's bias grows by 112; infinity and NaN must reach the top exponent: 112 more.
   const F::U normal = magnitude + (112u << 23) + (exponent == 31 ? F::U{} + (112u << 23) : F::U{});
-  // A subnormal is 2^-14 (0x38800000) times a fraction without its leading one: put it there, take it off.
+  // A subnormal is 2^-14 (0x38800000) times a fraction without its leading one: put it there, take
+  // it off.
   const F::V subnormal = bit_cast<F::V>(magnitude | 0x38800000u) - bit_cast<float>(0x38800000u);
   const F::U value = exponent == 0 ? bit_cast<F::U>(subnormal) : normal;
   return bit_cast<F::V>(value | (half >> 15) << 31);
 }
 ZIPFLS_INLINE F::H f16_from_float(F::V x) {
   const F::U bits = bit_cast<F::U>(x), magnitude = bits & 0x7fffffff;
-  // Normal: lower the exponent's bias by 112 and round 13 bits off, to nearest, ties to even. Rounding
-  // carries into the exponent, at the top into infinity.
+  // Normal: lower the exponent's bias by 112 and round 13 bits off, to nearest, ties to even.
+  // Rounding carries into the exponent, at the top into infinity.
   const F::U normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   // Subnormal: 0.5 has steps of 2^-24 above it, as a float16 near zero, so adding it rounds.
   const F::U subnormal = bit_cast<F::U>(bit_cast<F::V>(magnitude) + 0.5f) - 0x3f000000u;
@@ -191,7 +198,8 @@ ZIPFLS_INLINE F::H f16_from_float(F::V x) {
 }
 #endif
 
-// Loads and stores of one vector, any alignment ------------------------------------------------------
+// Loads and stores of one vector, any alignment
+// ------------------------------------------------------
 
 template <class A>
 ZIPFLS_INLINE Vec<A> load(const A* p) {
@@ -248,22 +256,24 @@ ZIPFLS_INLINE void put(double* p, double x) { *p = x; }
 ZIPFLS_INLINE void put(bfloat16* p, float x) { p->bits = bf16_from_float(splat<float>(x))[0]; }
 ZIPFLS_INLINE void put(float16* p, float x) { p->bits = f16_from_float(splat<float>(x))[0]; }
 
-// exp -------------------------------------------------------------------------------------------------
+// exp
+// -------------------------------------------------------------------------------------------------
 
 /// e^x for x up to about 80, within 1 ulp; e^0 = 1, NaN stays NaN.
 ///
-/// x = n log 2 + r with |r| <= log(2) / 2, e^x = 2^n e^r, and e^r is a polynomial with the least largest
-/// relative error (0.05 x 2^-24; in double 0.03 x 2^-53), its first two coefficients held at 1. log 2 is
-/// split in a head, whose product with n is exact, and a tail.
+/// x = n log 2 + r with |r| <= log(2) / 2, e^x = 2^n e^r, and e^r is a polynomial with the least
+/// largest relative error (0.05 x 2^-24; in double 0.03 x 2^-53), its first two coefficients held
+/// at 1. log 2 is split in a head, whose product with n is exact, and a tail.
 ///
-/// Below the smallest normal number the result is 0, unless kGradual asks for subnormals: a vector with one of
-/// them costs a processor about 190 cycles instead of 5. -inf is fast either way: masked classes are common.
+/// Below the smallest normal number the result is 0, unless kGradual asks for subnormals: a vector
+/// with one of them costs a processor about 190 cycles instead of 5. -inf is fast either way:
+/// masked classes are common.
 template <bool kGradual = false>
 ZIPFLS_INLINE Vec<float> exp_lanes(Vec<float> x) {
   using V = Vec<float>;
   using U = Lanes<float>::U;
   constexpr float kLowest = kGradual ? -103.98f : -87.33f;  // log 2^-150, log 2^-126 and a little
-  constexpr float kShift = 0x1.8p23f;                       // adding it rounds to an integer, in the low bits
+  constexpr float kShift = 0x1.8p23f;  // adding it rounds to an integer, in the low bits
   const auto underflows = x < kLowest;
   x = underflows ? V{} : x;
   const V shifted = x * 1.44269504f + kShift, n = shifted - kShift;

@@ -1,0 +1,105 @@
+// What the loss and label kernels are called with. Plain structures: no CUDA and no torch header.
+#pragma once
+
+#include <cstdint>
+
+namespace zipfls::cuda {
+
+constexpr int kWarp = 32;  // threads of a warp
+
+/// Element types of logits and gradient. Arithmetic ("A" in the shapes) runs in float, for float64
+/// in double; an argument of type A is passed as double and narrowed on the device.
+enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
+
+enum Reduction { kNone, kSum, kMean };
+
+/// (N, P) votes: rows of int32 or int64, each contiguous.
+struct Votes {
+  const void* data = nullptr;  // null: none were given
+  int64_t stride = 0;          // elements from row to row
+  int32_t P = 0;
+  bool wide = false;  // int64
+};
+
+/// What the mean divides by, before it is known: read by every block of loss_fwd, see mean_scales.
+struct Denominators {
+  const int64_t* target;   // (N,) int64
+  const void* weight;      // (C,) A, or null
+  const int32_t* correct;  // (N,) int32, whether a sample counts in the Zipf part; null: all do
+  const double*
+      partials;  // (3, num_partials) float64 from loss_totals; null: add up the targets here
+  int32_t num_partials;
+  int64_t N;
+  int32_t C;
+  int64_t ignore_index;
+};
+
+/// loss_fwd and loss_dense.
+struct LossFwd {
+  const void* logits;     // (N, C) T
+  int64_t logits_stride;  // elements from row to row
+  const int64_t* target;  // (N,) int64
+  Votes votes;
+  const void* log_mass;  // loss_fwd: (R,) A by rank; loss_dense: (N, C) A
+  const void* weight;    // (C,) A, or null
+  const int32_t*
+      correct;  // (N,) int32 from loss_correct, or null: only_correct then looks at the row
+  int64_t N;
+  int32_t C;
+  int64_t ignore_index;
+  bool ce, zipf;      // which parts are wanted
+  bool only_correct;  // the Zipf part counts only where the target has the largest logit
+  double ce_weight, zipf_weight, label_smoothing;
+  int32_t reduction;  // Reduction
+  bool scaled;        // a float16 mean: the gradient's 1/N is left to backward, as grad_scale
+  Denominators denominators;
+  void* loss;        // (1,), or (N,) for kNone; A
+  void* ce_out;      // as loss
+  void* zipf_out;    // as loss
+  void* grad;        // (N, C) T, contiguous, rows at the same phase of 16 bytes as logits; or null
+  void* grad_scale;  // (1,) A where scaled
+  double* sums;      // (2, blocks) float64 scratch; null for kNone
+  uint32_t* arrivals;  // (1,) uint32, 0 before and after; null for kNone
+};
+
+/// loss_totals: partial sums of the denominators, (3, blocks) float64.
+struct LossTotals {
+  Denominators of;
+  double* partials;
+};
+
+/// loss_correct.
+struct LossCorrect {
+  const void* logits;     // (N, C) T
+  int64_t logits_stride;  // elements from row to row
+  const int64_t* target;  // (N,) int64
+  int64_t N;
+  int32_t C;
+  int64_t ignore_index;
+  int32_t* correct;  // (N,) int32: kept, and no other class beats the target
+};
+
+/// loss_bwd: out = grad * grad_loss * grad_scale.
+struct LossBwd {
+  const void* grad;       // (N, C) T, contiguous
+  void* out;              // (N, C) T, contiguous; may be grad
+  const void* grad_loss;  // (1,) A, or (N,) A, any stride
+  int64_t grad_loss_stride;
+  const void* grad_scale;  // (1,) A, or null
+  int64_t N;               // rows of one scale each: for a scalar loss 1, of all elements
+  int64_t C;               // elements a row
+};
+
+/// rank_fwd and label_fwd.
+struct LabelFwd {
+  const int64_t* target;  // (N,) int64; null for ranks
+  Votes votes;
+  const void* log_mass;  // (R,) A by rank, or (N, C) A where dense; null for ranks
+  bool dense;
+  int64_t N;
+  int32_t C;
+  int64_t ignore_index;
+  void* out;  // (N, C): ranks int32, labels A
+};
+
+}  // namespace zipfls::cuda

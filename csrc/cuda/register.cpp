@@ -1,0 +1,348 @@
+// Binds the loss and label kernels to torch for CUDA tensors: checks, guards, strides, memory from
+// the caching allocator, the current stream. Nothing here synchronises with the device. (Votes:
+// register_vote.cpp.)
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <utility>
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "launch.h"
+
+namespace zipfls::cuda {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return kFloat64;
+    case at::kBFloat16:
+      return kBFloat16;
+    case at::kHalf:
+      return kFloat16;
+    default:
+      return kFloat32;
+  }
+}
+
+Reduction reduction_of(std::string_view name) {
+  if (name == "mean") return kMean;
+  if (name == "sum") return kSum;
+  TORCH_CHECK_VALUE(name == "none", "reduction must be mean, sum or none, got ", name);
+  return kNone;
+}
+
+const void* data_or_null(const OptionalTensor& x) {
+  return x.has_value() ? x->const_data_ptr() : nullptr;
+}
+
+/// logits (N, C), or a copy, such that each row begins at the phase to 16 bytes that it has in a
+/// fresh contiguous tensor: the gradient's vectors and the logits' then coincide, and the order of
+/// summation, and with it every bit of the result, does not depend on the strides.
+Tensor with_aligned_rows(const Tensor& logits) {
+  const int64_t N = logits.size(0), C = logits.size(1);
+  const auto itemsize = static_cast<int64_t>(logits.element_size());
+  const bool base = reinterpret_cast<uintptr_t>(logits.const_data_ptr()) % 16 == 0;
+  const bool rows = N <= 1 || (logits.stride(0) - C) * itemsize % 16 == 0;
+  if (base && rows && logits.stride(1) == 1) return logits;
+  return at::empty(logits.sizes(), logits.options().memory_format(at::MemoryFormat::Contiguous))
+      .copy_(logits);
+}
+
+/// votes (N, P) with contiguous rows, as the kernels take them.
+OptionalTensor with_contiguous_rows(const OptionalTensor& votes) {
+  if (!votes.has_value() || votes->size(1) <= 1 || votes->stride(1) == 1) return votes;
+  return votes->contiguous();
+}
+
+Votes votes_of(const OptionalTensor& votes) {
+  if (!votes.has_value()) return {};
+  return {votes->const_data_ptr(), votes->stride(0), static_cast<int32_t>(votes->size(1)),
+          votes->scalar_type() == at::kLong};
+}
+
+/// r_c = 1 + #{m : x_m > x_c} per row of values (N, C), minus 1: an index into a table by rank.
+Tensor rank_index(const Tensor& values) {
+  const Tensor comparable =
+      values.is_floating_point() ? values.masked_fill(values.isnan(), -INFINITY) : values;
+  const Tensor sorted = std::get<0>(comparable.sort(1));
+  const Tensor not_above =
+      at::searchsorted(sorted, comparable.contiguous(), /*out_int32=*/false, /*right=*/true);
+  return not_above.neg().add_(values.size(1));
+}
+
+/// Votes per class, (N, C) int32; votes outside [0, C) are not counted.
+Tensor count_votes(const Tensor& votes, int64_t C) {
+  const Tensor inside = votes.ge(0).logical_and_(votes.lt(C));
+  return at::zeros({votes.size(0), C}, votes.options().dtype(at::kInt))
+      .scatter_add_(1, votes.to(at::kLong).clamp(0, C - 1), inside.to(at::kInt));
+}
+
+/// (N, C) log masses from a table by rank: of the votes where there are any, else of the logits.
+/// What the kernels cannot rank by themselves: logits, and more votes than their tables hold.
+Tensor dense_log_mass(const Tensor& table, const OptionalTensor& votes, const Tensor& logits,
+                      int64_t C) {
+  const Tensor index = rank_index(votes.has_value() ? count_votes(*votes, C) : logits);
+  return table.index_select(0, index.flatten()).view(index.sizes());
+}
+
+/// A counter that is 0 between launches, for the blocks of one to find out which of them is last.
+/// Launches on one stream come one after another, so each stream has one; a graph may be replayed
+/// on any stream, so each captured launch has its own.
+Tensor arrivals_of(const c10::cuda::CUDAStream& stream, const at::TensorOptions& options) {
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
+    return at::zeros({1}, options.dtype(at::kInt));
+  static std::mutex mutex;
+  static auto* const known =
+      new std::map<std::pair<c10::DeviceIndex, c10::StreamId>, Tensor>;  // never freed
+  const std::lock_guard<std::mutex> lock(mutex);
+  Tensor& counter = (*known)[{stream.device_index(), stream.id()}];
+  if (!counter.defined()) counter = at::zeros({1}, options.dtype(at::kInt));
+  return counter;
+}
+
+/// reference.loss_fwd on CUDA tensors: (loss, ce, zipf, grad, grad_scale).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_fwd(
+    const Tensor& given_logits, const Tensor& given_target, const OptionalTensor& given_votes,
+    const Tensor& given_log_mass, const OptionalTensor& given_weight, double ce_weight,
+    double zipf_weight, double label_smoothing, bool only_correct, int64_t ignore_index,
+    std::string_view reduction_name, bool with_grad) {
+  TORCH_CHECK_VALUE(given_logits.dim() == 2, "logits must have shape (N, C), got ",
+                    given_logits.sizes());
+  check_float(given_logits, "logits");
+  const int64_t N = given_logits.size(0), C = given_logits.size(1);
+  const auto type = accumulation_type(given_logits.scalar_type());
+  check_num_classes(C);
+  check_target(given_target, N);
+  check_same_device(given_target, "target", given_logits);
+  check_type(given_log_mass, "log_mass", type);
+  check_same_device(given_log_mass, "log_mass", given_logits);
+  if (given_votes.has_value()) {
+    check_votes(*given_votes, N);
+    check_same_device(*given_votes, "votes", given_logits);
+  }
+  check_log_mass(given_log_mass, N, C, given_votes.has_value() ? given_votes->size(1) : -1);
+  if (given_weight.has_value()) {
+    TORCH_CHECK_VALUE(given_weight->dim() == 1 && given_weight->size(0) == C,
+                      "weight must have shape (", C, ",), got ", given_weight->sizes());
+    check_type(*given_weight, "weight", type);
+    check_same_device(*given_weight, "weight", given_logits);
+  }
+  const Reduction reduction = reduction_of(reduction_name);
+
+  const c10::cuda::CUDAGuard guard(given_logits.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Dtype dtype = dtype_of(given_logits.scalar_type());
+  const auto options = given_logits.options().dtype(type);
+  const Tensor logits = with_aligned_rows(given_logits), target = given_target.contiguous();
+  const OptionalTensor votes = with_contiguous_rows(given_votes);
+  const OptionalTensor weight =
+      given_weight.has_value() ? OptionalTensor(given_weight->contiguous()) : std::nullopt;
+  const bool zipf_wanted = zipf_weight != 0;
+  const bool fits = votes.has_value() && tables_fit(static_cast<int32_t>(votes->size(1)),
+                                                    static_cast<int32_t>(C), dtype);
+  const bool dense = zipf_wanted && (given_log_mass.dim() == 2 || !fits);
+  const Tensor log_mass = dense && given_log_mass.dim() == 1
+                              ? dense_log_mass(given_log_mass, votes, logits, C)
+                              : given_log_mass.contiguous();
+
+  const auto shape = reduction == kNone ? at::DimVector({N}) : at::DimVector();
+  const Tensor loss = at::empty(shape, options), ce = at::empty(shape, options),
+               zipf = at::empty(shape, options);
+  const Tensor grad =
+      with_grad ? at::empty({N, C}, logits.options().memory_format(at::MemoryFormat::Contiguous))
+                : at::empty({0}, logits.options());
+  const bool scaled = with_grad && dtype == kFloat16 && reduction == kMean;
+  const Tensor grad_scale = scaled ? at::empty({}, options) : at::empty({0}, options);
+
+  LossFwd a = {};
+  a.logits = logits.const_data_ptr();
+  a.logits_stride = logits.stride(0);
+  a.target = target.const_data_ptr<int64_t>();
+  a.votes = votes_of(votes);
+  a.log_mass = log_mass.const_data_ptr();
+  a.weight = data_or_null(weight);
+  a.N = N;
+  a.C = static_cast<int32_t>(C);
+  a.ignore_index = ignore_index;
+  a.ce = ce_weight != 0;
+  a.zipf = zipf_wanted;
+  a.only_correct = only_correct;
+  a.ce_weight = ce_weight;
+  a.zipf_weight = zipf_weight;
+  a.label_smoothing = label_smoothing;
+  a.reduction = reduction;
+  a.scaled = scaled;
+  a.loss = loss.mutable_data_ptr();
+  a.ce_out = ce.mutable_data_ptr();
+  a.zipf_out = zipf.mutable_data_ptr();
+  a.grad = with_grad && N > 0 ? grad.mutable_data_ptr() : nullptr;
+  a.grad_scale = scaled ? grad_scale.mutable_data_ptr() : nullptr;
+
+  // What a mean divides by: known before the first gradient is written, by launches of their own
+  // where one block cannot add it up in passing.
+  Tensor correct, partials;
+  if (reduction == kMean) {
+    if (only_correct && zipf_wanted) {
+      correct = at::empty({N}, options.dtype(at::kInt));
+      a.correct = correct.const_data_ptr<int32_t>();
+      C10_CUDA_CHECK(loss_correct_cuda({a.logits, a.logits_stride, a.target, N, a.C, ignore_index,
+                                        correct.mutable_data_ptr<int32_t>()},
+                                       dtype, stream));
+    }
+    a.denominators = {a.target, a.weight, a.correct, nullptr, 0, N, a.C, ignore_index};
+    if (const int blocks = totals_blocks(N); blocks > 0) {
+      partials = at::empty({3, blocks}, options.dtype(at::kDouble));
+      C10_CUDA_CHECK(loss_totals_cuda({a.denominators, partials.mutable_data_ptr<double>()}, dtype,
+                                      blocks, stream));
+      a.denominators.partials = partials.const_data_ptr<double>();
+      a.denominators.num_partials = blocks;
+    }
+  }
+
+  const int blocks = loss_blocks(a, dtype, dense);
+  Tensor sums, arrivals;
+  if (reduction != kNone) {
+    sums = at::empty({2, blocks}, options.dtype(at::kDouble));
+    arrivals = arrivals_of(stream, options);
+    a.sums = sums.mutable_data_ptr<double>();
+    a.arrivals = reinterpret_cast<uint32_t*>(arrivals.mutable_data_ptr<int32_t>());
+  }
+  if (N > 0 || reduction != kNone)
+    C10_CUDA_CHECK(dense ? loss_dense_cuda(a, dtype, blocks, stream)
+                         : loss_fwd_cuda(a, dtype, blocks, stream));
+  return {loss, ce, zipf, grad, grad_scale};
+}
+
+/// out = grad * grad_loss * grad_scale, all on one device; out may be grad.
+void scale_gradient(const Tensor& grad, const Tensor& grad_loss, const Tensor& grad_scale,
+                    const Tensor& out) {
+  const auto type = accumulation_type(grad.scalar_type());
+  TORCH_CHECK_VALUE(grad.dim() == 2, "grad must have shape (N, C), got ", grad.sizes());
+  check_float(grad, "grad");
+  const int64_t N = grad.size(0), C = grad.size(1);
+  TORCH_CHECK_VALUE(grad_loss.dim() == 0 || (grad_loss.dim() == 1 && grad_loss.size(0) == N),
+                    "grad_loss must be a scalar or have shape (", N, ",), got ", grad_loss.sizes());
+  check_same_device(grad_loss, "grad_loss", grad);
+  check_type(grad_scale, "grad_scale", type);
+  check_same_device(grad_scale, "grad_scale", grad);
+  TORCH_CHECK_VALUE(grad_scale.numel() <= 1, "grad_scale must be a scalar or empty, got ",
+                    grad_scale.sizes());
+  if (grad.numel() == 0) return;
+
+  const c10::cuda::CUDAGuard guard(grad.device());
+  const Tensor upstream = grad_loss.to(type);
+  const bool one = upstream.dim() == 0 || upstream.stride(0) == 0;  // one scale for all rows
+  LossBwd a = {};
+  a.grad = grad.const_data_ptr();
+  a.out = out.mutable_data_ptr();
+  a.grad_loss = upstream.const_data_ptr();
+  a.grad_loss_stride = one ? 0 : upstream.stride(0);
+  a.grad_scale = grad_scale.numel() == 1 ? grad_scale.const_data_ptr() : nullptr;
+  a.N = one ? 1 : N;
+  a.C = one ? N * C : C;
+  C10_CUDA_CHECK(loss_bwd_cuda(a, dtype_of(grad.scalar_type()), c10::cuda::getCurrentCUDAStream()));
+}
+
+Tensor loss_bwd(const Tensor& grad, const Tensor& grad_loss, const Tensor& grad_scale) {
+  const Tensor in = grad.contiguous();
+  const Tensor out = at::empty_like(in, in.options(), at::MemoryFormat::Contiguous);
+  scale_gradient(in, grad_loss, grad_scale, out);
+  return out;
+}
+
+void loss_bwd_(Tensor& grad, const Tensor& grad_loss, const Tensor& grad_scale) {
+  if (grad.is_contiguous()) {
+    scale_gradient(grad, grad_loss, grad_scale, grad);
+  } else {
+    grad.copy_(loss_bwd(grad, grad_loss, grad_scale));
+  }
+}
+
+/// Ranks (N, C) int32; a row with a vote outside the classes becomes 0.
+Tensor rank_fwd(const Tensor& given_votes, int64_t C) {
+  TORCH_CHECK_VALUE(given_votes.dim() == 2, "votes must have shape (N, P), got ",
+                    given_votes.sizes());
+  const int64_t N = given_votes.size(0);
+  check_votes(given_votes, N);
+  check_num_classes(C);
+  const c10::cuda::CUDAGuard guard(given_votes.device());
+  const Tensor votes = *with_contiguous_rows(given_votes);
+  if (!tables_fit(static_cast<int32_t>(votes.size(1)), static_cast<int32_t>(C), kFloat32))
+    return rank_index(count_votes(votes, C))
+        .add_(1)
+        .to(at::kInt)
+        .masked_fill_(votes.ge(C).any(1, true), 0);
+  const Tensor rank = at::empty({N, C}, votes.options().dtype(at::kInt));
+  LabelFwd a = {};
+  a.votes = votes_of(votes);
+  a.N = N;
+  a.C = static_cast<int32_t>(C);
+  a.out = rank.mutable_data_ptr();
+  C10_CUDA_CHECK(rank_fwd_cuda(a, c10::cuda::getCurrentCUDAStream()));
+  return rank;
+}
+
+/// Soft labels (N, C) in the dtype of log_mass.
+Tensor label_fwd(const Tensor& given_target, const Tensor& given_votes,
+                 const Tensor& given_log_mass, int64_t C, int64_t ignore_index) {
+  TORCH_CHECK_VALUE(given_target.dim() == 1, "target must have shape (N,), got ",
+                    given_target.sizes());
+  const int64_t N = given_target.size(0);
+  check_target(given_target, N);
+  check_votes(given_votes, N);
+  check_num_classes(C);
+  check_same_device(given_votes, "votes", given_target);
+  check_same_device(given_log_mass, "log_mass", given_target);
+  TORCH_CHECK_TYPE(
+      given_log_mass.scalar_type() == at::kFloat || given_log_mass.scalar_type() == at::kDouble,
+      "log_mass must be float32 or float64, got ", given_log_mass.scalar_type());
+  check_log_mass(given_log_mass, N, C, given_votes.size(1));
+  const c10::cuda::CUDAGuard guard(given_target.device());
+  const Dtype dtype = dtype_of(given_log_mass.scalar_type());
+  const Tensor target = given_target.contiguous(), votes = *with_contiguous_rows(given_votes);
+  const bool fits = tables_fit(static_cast<int32_t>(votes.size(1)), static_cast<int32_t>(C), dtype);
+  const Tensor log_mass = given_log_mass.dim() == 1 && !fits
+                              ? dense_log_mass(given_log_mass, votes, Tensor(), C)
+                              : given_log_mass.contiguous();
+  const Tensor label = at::empty({N, C}, log_mass.options());
+  LabelFwd a = {};
+  a.target = target.const_data_ptr<int64_t>();
+  a.votes = votes_of(votes);
+  a.log_mass = log_mass.const_data_ptr();
+  a.dense = log_mass.dim() == 2;
+  a.N = N;
+  a.C = static_cast<int32_t>(C);
+  a.ignore_index = ignore_index;
+  a.out = label.mutable_data_ptr();
+  C10_CUDA_CHECK(label_fwd_cuda(a, dtype, c10::cuda::getCurrentCUDAStream()));
+  return label;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(zipfls, CUDA, m) {
+  m.impl("loss_fwd", TORCH_FN(loss_fwd));
+  m.impl("loss_bwd", TORCH_FN(loss_bwd));
+  m.impl("loss_bwd_", TORCH_FN(loss_bwd_));
+  m.impl("rank_fwd", TORCH_FN(rank_fwd));
+  m.impl("label_fwd", TORCH_FN(label_fwd));
+}
+
+}  // namespace zipfls::cuda

@@ -1,0 +1,90 @@
+// Rows for the copy engines: features or weights in any layout -> (rows, pitch), channels next to
+// each other, every row on a 16-byte boundary. Never run on a GPU yet.
+//
+// Why this exists: 7 x 7 maps in NCHW order have a channel every 98 bytes. No copy wider than 2
+// bytes can take such a row (cp.async wants 4, 8 or 16 aligned bytes, the bulk tensor copy strides
+// of 16), and neither ldmatrix nor wgmma can read it from shared memory where it is (16-byte rows,
+// both). Converting inside the product would be done again for every tile of classes, and costs
+// about what shared memory has left beside wgmma's own reads (40 % of its cycles); so it is done
+// once, at the speed of memory.
+//
+// Bytes moved: each element read once and written once (4 bytes for a half-precision element). 64
+// positions by 64 channels a block of 256 threads, 16 loads of a thread in flight, lanes along
+// whichever index is contiguous; through shared memory, padded so that either direction is free of
+// bank conflicts for 16-bit elements.
+//
+// Hazards: offsets written -> read, and tile written -> read by other threads: a block_sync each.
+#pragma once
+
+#include "vote_tiles.cuh"
+#ifdef __CUDACC__
+#include "vote_ptx.cuh"
+#endif  // elsewhere the includer has its own ptx::
+
+namespace zipfls::cuda::vote {
+
+constexpr int kPackTile = 64, kPackThreads = 256;
+
+/// Strides in elements. Rows are the N * H * W positions, in that order.
+struct PackArgs {
+  const void* from;
+  void* to;  // (N * H * W, pitch)
+  int64_t N, H, W, D, pitch;
+  int64_t stride_n, stride_h, stride_w, stride_d;
+  int64_t channel_tiles;
+  bool by_position;  // lanes along positions when reading
+};
+
+template <class T>
+struct PackShared {
+  T tile[kPackTile][kPackTile + 2];
+  int64_t offset[kPackTile];
+};
+
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T x[2];
+};
+
+template <class T>
+ZIPFLS_VOTE_DEVICE void pack_rows(const PackArgs& args, int64_t block, int thread,
+                                  PackShared<T>& shared) {
+  const int64_t rows = args.N * args.H * args.W;
+  const int64_t first_row = block / args.channel_tiles * kPackTile;
+  const int64_t first_channel = block % args.channel_tiles * kPackTile;
+  if (thread < kPackTile) {
+    const int64_t row = first_row + thread, h = row / args.W % args.H, n = row / (args.W * args.H);
+    shared.offset[thread] =
+        row < rows ? n * args.stride_n + h * args.stride_h + row % args.W * args.stride_w : -1;
+  }
+  ptx::block_sync();
+  constexpr int kTurns = kPackTile * kPackTile / kPackThreads;
+  T x[kTurns];
+#pragma unroll
+  for (int i = 0; i < kTurns; i++) {
+    const int major = thread / kPackTile + i * (kPackThreads / kPackTile),
+              minor = thread % kPackTile;
+    const int r = args.by_position ? minor : major, k = args.by_position ? major : minor;
+    const bool there = shared.offset[r] >= 0 && first_channel + k < args.D;
+    x[i] = there ? static_cast<const T*>(
+                       args.from)[shared.offset[r] + (first_channel + k) * args.stride_d]
+                 : T{};
+  }
+#pragma unroll
+  for (int i = 0; i < kTurns; i++) {
+    const int major = thread / kPackTile + i * (kPackThreads / kPackTile),
+              minor = thread % kPackTile;
+    shared.tile[args.by_position ? minor : major][args.by_position ? major : minor] = x[i];
+  }
+  ptx::block_sync();
+  for (int i = thread; i < kPackTile * kPackTile / 2; i += kPackThreads) {
+    const int r = i / (kPackTile / 2), k = i % (kPackTile / 2) * 2;
+    if (first_row + r >= rows || first_channel + k >= args.D)
+      continue;  // pitch is even: a pair fits
+    Two<T>* const to = reinterpret_cast<Two<T>*>(static_cast<T*>(args.to) +
+                                                 (first_row + r) * args.pitch + first_channel + k);
+    *to = {{shared.tile[r][k], shared.tile[r][k + 1]}};
+  }
+}
+
+}  // namespace zipfls::cuda::vote

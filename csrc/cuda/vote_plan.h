@@ -1,0 +1,221 @@
+// Which kernel serves a problem, in what tiles, from which layout: host arithmetic only.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "vote_problem.h"
+#include "vote_tiles.cuh"
+#include "vote_tuning.h"
+
+namespace zipfls::cuda::vote {
+
+enum class Kernel {
+  kMma,          // mma.sync, 128 x 128
+  kMmaFew,       // mma.sync, 64 x 128
+  kMmaSmallMap,  // mma.sync, upsampling, whole maps in 64 positions
+  kMmaPatch,     // mma.sync, upsampling, patches of 128 positions
+  kWgmmaWide,    // wgmma, 128 x 256, clusters of two
+  kWgmmaNarrow,  // wgmma, 128 x 128
+};
+
+enum class Layout {
+  kRows,           // as they are: channels next to each other, rows on 16-byte boundaries
+  kPositionMinor,  // as they are: positions next to each other (NCHW), channels on 16-byte
+                   // boundaries
+  kPacked,         // copied to scratch as rows
+};
+
+struct VotePlan {
+  Kernel kernel;
+  Layout features;
+  bool pack_weight;
+  int64_t images;                   // of one round: all, but for packed features beyond kPackBytes
+  int64_t row_pitch, weight_pitch;  // elements, of what is packed
+  size_t weight_at, features_at, partials_at, bytes;  // scratch, see lay_out
+};
+
+/// The product of one round.
+struct VoteShape {
+  int64_t rows;     // of the product, those between images included; upsampling: votes
+  RowMap map;       // rows <-> positions; upsampling: the identity on votes
+  Patches patches;  // upsampling
+  int64_t tiles;    // of rows
+  int32_t class_tiles, tiles_per_split, splits;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t element_size(VoteType type) { return type == VoteType::kTensorFloat32 ? 4 : 2; }
+
+/// Elements from position to position, and positions from image to image, where a problem's
+/// positions are rows of one matrix (slices of longer images included); pitch 0 where they are not.
+struct Flat {
+  int64_t stride, pitch;
+};
+
+inline Flat flat_rows(const VoteProblem& x) {
+  const int64_t P = x.H * x.W;
+  if (P == 1) {
+    if (x.N == 1) return {ceil_div(x.D, 8) * 8, 1};
+    return {x.stride_n, x.stride_n > 0 ? 1 : 0};
+  }
+  const int64_t stride = x.W > 1 ? x.stride_w : x.stride_h;
+  if (stride <= 0 || (x.W > 1 && x.H > 1 && x.stride_h != x.W * x.stride_w)) return {0, 0};
+  if (x.N == 1) return {stride, P};
+  const int64_t pitch = x.stride_n / stride;
+  if (x.stride_n % stride != 0 || pitch < P || pitch > P + P / kPitchSlack) return {0, 0};
+  return {stride, pitch};
+}
+
+/// Whether a stride, of a dimension of the given size, keeps 16-byte alignment.
+inline bool keeps_alignment(int64_t size, int64_t stride, int64_t element) {
+  return size <= 1 || stride * element % 16 == 0;
+}
+
+inline bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
+
+inline Layout layout_of(const VoteProblem& x, bool wgmma) {
+  const int64_t size = element_size(x.type), P = x.H * x.W;
+  if (x.D == 0) return Layout::kRows;
+  const Flat flat = flat_rows(x);
+  const bool strides_fit = keeps_alignment(x.N, x.stride_n, size) &&
+                           keeps_alignment(x.H, x.stride_h, size) &&
+                           keeps_alignment(x.W, x.stride_w, size);
+  if (aligned(x.features) && (x.D == 1 || x.stride_d == 1) && strides_fit &&
+      (x.upsample == 2 || flat.pitch > 0))
+    return Layout::kRows;
+  const bool contiguous = (x.W == 1 || x.stride_w == 1) && (x.H == 1 || x.stride_h == x.W);
+  if (size == 2 && P % 8 == 0 && contiguous && aligned(x.features) &&
+      keeps_alignment(x.N, x.stride_n, size) && keeps_alignment(x.D, x.stride_d, size)) {
+    if (x.upsample == 2 ? P <= kSmallMapRows : !wgmma || x.C <= kPositionMinorClasses)
+      return Layout::kPositionMinor;
+  }
+  return Layout::kPacked;
+}
+
+/// Cuts maps of H x W into tiles of at most `rows` positions.
+inline Patches cut_maps(int32_t H, int32_t W, int32_t rows) {
+  if (H * int64_t{W} <= rows) return {static_cast<int32_t>(rows / (H * int64_t{W})), H, W, 1, 1};
+  Patches best = {1, 0, 0, 0, 0};
+  int64_t fewest = INT64_MAX;
+  for (int32_t core_w = 1; core_w <= std::min(W, rows); core_w++) {
+    const int32_t w = std::min(core_w + 2, W), h = rows / w;
+    const int32_t core_h = h >= H ? H : h - 2;
+    if (core_h < 1) break;
+    const int64_t down = ceil_div(H, core_h), across = ceil_div(W, core_w);
+    if (down * across < fewest) {
+      fewest = down * across;
+      best = {1, core_h, core_w, static_cast<int32_t>(down), static_cast<int32_t>(across)};
+    }
+  }
+  return best;
+}
+
+struct TileSize {
+  int32_t rows, classes;
+};
+
+inline TileSize tile_size(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::kMma:
+      return {kRows, kClasses};
+    case Kernel::kMmaFew:
+      return {kFewRows, kClasses};
+    case Kernel::kMmaSmallMap:
+      return {kSmallMapRows, kSmallMapClasses};
+    case Kernel::kMmaPatch:
+      return {kPatchRows, kPatchClasses};
+    case Kernel::kWgmmaWide:
+      return {kBulkRows, kWideClasses};
+    case Kernel::kWgmmaNarrow:
+      return {kBulkRows, kNarrowClasses};
+  }
+  return {0, 0};
+}
+
+/// Of `images` images.
+inline VoteShape shape_of(const VotePlan& plan, const VoteProblem& x, int64_t images,
+                          int multiprocessors) {
+  const int64_t P = x.H * x.W;
+  const TileSize tile = tile_size(plan.kernel);
+  VoteShape shape = {};
+  shape.class_tiles = static_cast<int32_t>(ceil_div(x.C, tile.classes));
+  int64_t splits = std::min<int64_t>(shape.class_tiles, kMaxSplits);
+  if (x.upsample == 2) {
+    shape.patches = cut_maps(static_cast<int32_t>(x.H), static_cast<int32_t>(x.W), tile.rows);
+    shape.tiles =
+        ceil_div(images, shape.patches.images) * shape.patches.down * shape.patches.across;
+    shape.rows = images * 4 * P;
+    shape.map = {4 * P, 4 * P};
+    splits = std::min(splits,
+                      ceil_div(int64_t{kBlocksPerMultiprocessor} * multiprocessors, shape.tiles));
+  } else {
+    const int64_t pitch = plan.features == Layout::kRows && x.D > 0 ? flat_rows(x).pitch : P;
+    shape.map = {P, images == 1 ? P : pitch};
+    shape.rows = (images - 1) * shape.map.pitch + P;
+    shape.tiles = ceil_div(shape.rows, tile.rows);
+    if (plan.kernel == Kernel::kWgmmaWide || plan.kernel == Kernel::kWgmmaNarrow)
+      splits = shape.class_tiles;
+  }
+  shape.tiles_per_split = static_cast<int32_t>(ceil_div(shape.class_tiles, splits));
+  shape.splits = static_cast<int32_t>(ceil_div(shape.class_tiles, shape.tiles_per_split));
+  return shape;
+}
+
+/// Waves of tiles, in units of a wide tile's time.
+inline double wgmma_cost(int64_t rows, int64_t C, int multiprocessors, int32_t classes,
+                         int32_t cluster) {
+  const int64_t at_a_time = std::max(1, multiprocessors / cluster);
+  const int64_t waves =
+      ceil_div(ceil_div(rows, kBulkRows * cluster) * ceil_div(C, classes), at_a_time);
+  return static_cast<double>(waves) * classes / kWideClasses;
+}
+
+/// Where a plan's scratch lies.
+inline void lay_out(VotePlan& plan, const VoteProblem& x, int multiprocessors) {
+  const int64_t size = element_size(x.type),
+                features = plan.images * x.H * x.W * plan.row_pitch * size;
+  const VoteShape shape = shape_of(plan, x, plan.images, multiprocessors);
+  const int64_t pairs =
+      shape.splits > 1 ? shape.splits * shape.rows * static_cast<int64_t>(sizeof(Best)) : 0;
+  const auto round_up = [](int64_t bytes) {
+    return static_cast<size_t>(ceil_div(bytes, 256) * 256);
+  };
+  plan.weight_at = 0;
+  plan.features_at = round_up(plan.pack_weight ? x.C * plan.weight_pitch * size : 0);
+  plan.partials_at = plan.features_at + round_up(plan.features == Layout::kPacked ? features : 0);
+  plan.bytes = plan.partials_at + round_up(pairs);
+}
+
+/// wgmma: whether the device has it and this build a kernel for it.
+inline VotePlan plan_votes(const VoteProblem& x, const VoteDevice& device, bool wgmma) {
+  const int64_t size = element_size(x.type), P = x.H * x.W, round = 16 / size;
+  VotePlan plan = {};
+  plan.features = layout_of(x, wgmma);
+  plan.pack_weight = x.D > 0 && !(aligned(x.weight) && (x.D == 1 || x.weight_stride_d == 1) &&
+                                  keeps_alignment(x.C, x.weight_stride_c, size));
+  plan.row_pitch = plan.weight_pitch = ceil_div(x.D, round) * round;
+  plan.images = x.N;
+  if (plan.features == Layout::kPacked)
+    plan.images =
+        std::clamp<int64_t>(kPackBytes / std::max<int64_t>(1, P * plan.row_pitch * size), 1, x.N);
+
+  const int64_t rows = plan.images * P;
+  if (x.upsample == 2) {
+    plan.kernel = P <= kSmallMapRows ? Kernel::kMmaSmallMap : Kernel::kMmaPatch;
+  } else if (wgmma && x.D > 0 && plan.features != Layout::kPositionMinor &&
+             rows + rows / kPitchSlack < INT32_MAX - kBulkRows * kWideCluster &&
+             ceil_div(rows, kBulkRows) * ceil_div(x.C, kNarrowClasses) >= kMinBulkTiles) {
+    const double wide = wgmma_cost(rows, x.C, device.multiprocessors, kWideClasses, kWideCluster);
+    const double narrow =
+        wgmma_cost(rows, x.C, device.multiprocessors, kNarrowClasses, kNarrowCluster);
+    plan.kernel = wide <= narrow * kNarrowPenalty ? Kernel::kWgmmaWide : Kernel::kWgmmaNarrow;
+  } else {
+    const bool many = ceil_div(rows, kRows) * ceil_div(x.C, kClasses) >= device.multiprocessors;
+    plan.kernel = many ? Kernel::kMma : Kernel::kMmaFew;
+  }
+  lay_out(plan, x, device.multiprocessors);
+  return plan;
+}
+
+}  // namespace zipfls::cuda::vote

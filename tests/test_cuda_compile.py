@@ -1,0 +1,79 @@
+"""csrc/cuda compiles, without a GPU: the kernels by nvcc for every architecture, the bindings against torch.
+
+Warnings are errors. No kernel spills; the row loops of the loss kernels move 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import nvcc_report  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("nvcc")  # one worker compiles once
+needs_nvcc = pytest.mark.skipif(nvcc_report.nvcc() is None, reason="no nvcc to compile the CUDA sources with")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return nvcc_report.compile_all(tmp_path_factory.mktemp("cubins"))
+
+
+@needs_nvcc
+def test_every_source_compiles_for_every_architecture(compiled):
+    assert {stem for stem, _ in compiled} >= {"label", "loss"}
+    for (stem, arch), (_, error) in compiled.items():
+        assert not error, f"{stem}.cu for sm_{arch}: {error}"
+
+
+@needs_nvcc
+@pytest.mark.skipif(
+    nvcc_report.tool("cuobjdump") is None, reason="no cuobjdump to look into the binaries with"
+)
+def test_no_spills_and_16_byte_accesses(compiled):
+    cubins = [(cubin, arch) for (_, arch), (cubin, error) in compiled.items() if not error]
+    rows = [row for cubin, arch in cubins for row in nvcc_report.rows(cubin, arch)]
+    assert rows
+    for row in rows:
+        assert not row.faults, f"{row.kernel} for sm_{row.arch}: {row.faults}"
+        if re.match(r"loss_(fwd|bwd)", row.kernel) and not (row.arch == "80" and "cluster" in row.kernel):
+            assert row.wide_loads > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte load"
+            assert row.wide_stores > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte store"
+
+
+def cuda_include() -> Path | None:
+    """The toolkit's headers."""
+    nvcc = nvcc_report.nvcc()
+    if nvcc is None:
+        return None
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(\S+)", said, re.M)
+    folders = [Path(top[1]) / "include"] if top else []
+    folders.append(Path(nvcc).resolve().parents[1] / "include")
+    return next((p for p in folders if (p / "cuda_runtime.h").exists()), None)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the bindings with")
+@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc" / "cuda").glob("*.cpp")))
+def test_bindings_compile_against_torch(source):
+    cuda = cuda_include()
+    if cuda is None:
+        pytest.skip("no CUDA toolkit headers to compile the bindings with")
+    headers = Path(torch.__file__).parent / "include"
+    if not (headers / "c10" / "cuda" / "CUDAGuard.h").exists():
+        pytest.skip("this build of torch ships no CUDA headers")
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+    command += ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]  # the CPU build of torch lacks that file
+    for folder in (headers, headers / "torch" / "csrc" / "api" / "include", cuda):
+        command += ["-isystem", str(folder)]
+    done = subprocess.run([*command, str(ROOT / "csrc" / "cuda" / source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

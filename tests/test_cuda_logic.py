@@ -1,0 +1,700 @@
+"""The CUDA kernels of the loss and the labels, run on the CPU: one fiber per CUDA thread.
+
+tests/cuda_harness compiles the unchanged csrc/cuda/*.cuh three ways: plain; under AddressSanitizer and UBSan;
+with a race check. Values are compared with reference.py in float64, under several orders of the threads and
+several contents of fresh shared memory. Kernels with one planted fault each show what it catches.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import KINDS, error, make
+
+import zipfls_cuda as zls
+from zipfls_cuda import functional, reference
+
+ROOT = Path(__file__).parent.parent
+HARNESS = Path(__file__).parent / "cuda_harness"
+KERNELS = ROOT / "csrc" / "cuda"
+GXX = shutil.which("g++")
+
+pytestmark = pytest.mark.skipif(GXX is None, reason="no g++ to compile the CUDA kernels for the CPU with")
+
+FLAGS = ["-std=c++17", "-g1", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+# name -> (flags for the kernels, further flags for the runtime, flags for linking)
+BUILDS = {  # slowest first
+    "sanitized": (
+        ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DHARNESS_DTYPES=5"],
+        [],
+        ["-fsanitize=address,undefined"],
+    ),
+    "plain": (["-O1"], [], []),
+    # No float16 and float64 here: the same templates, and every build costs time.
+    "races": (
+        ["-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-DHARNESS_DTYPES=5"],
+        ["-DHARNESS_RACES"],
+        [],
+    ),
+}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+LANES8, LANES32, BLOCK, CLUSTER, LONG = range(5)
+SHAPES = {"8 lanes": (LANES8, 128, 1), "32 lanes": (LANES32, 128, 1), "block": (BLOCK, 64, 1)}
+SHAPES |= {"cluster": (CLUSTER, 64, 2), "long": (LONG, 512, 1)}
+
+
+def held(shape: tuple[int, int, int], C: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """The shape, or the next wider one that can hold rows of C classes."""
+    vectors = -(-C * dtype.itemsize // 16) + 1
+    if shape[0] == LANES8 and vectors > 8 * 4:
+        shape = SHAPES["32 lanes"]
+    if shape[0] == LANES32 and vectors > 32 * 4:
+        shape = SHAPES["block"]
+    if shape[0] in (BLOCK, CLUSTER):
+        threads = -(-vectors // (4 * shape[2]) // 32) * 32
+        shape = (shape[0], max(threads, shape[1]), shape[2])
+    return shape
+
+
+def compile_harness(name: str, kernels: Path = KERNELS, extra: tuple[str, ...] = ()) -> Path:
+    """The driver of a build, compiled unless its sources have been before."""
+    csrc = kernels.parent
+    sources = sorted([*HARNESS.glob("*.cpp"), *HARNESS.glob("*.h"), *HARNESS.glob("*.cuh")])
+    sources += sorted([*kernels.glob("*.cuh"), *kernels.glob("*.h"), csrc / "label.h"])
+    for_kernels, for_runtime, for_linking = BUILDS[name]
+    if extra:
+        for_kernels = [flag for flag in for_kernels if not flag.startswith("-DHARNESS_DTYPES")]
+    digest = hashlib.sha256(repr((BUILDS[name], FLAGS, extra)).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    folder = ROOT / "build" / "cuda_harness"
+    program = folder / f"{name}-{digest.hexdigest()[:16]}"
+    if program.exists():
+        return program
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = f"{program}.{os.getpid()}"
+    # The harness includes the kernels by their path from tests/; a copy of them brings its own tests/ along.
+    harness = csrc.parent / "tests" / "cuda_harness"
+    plain = [flag for flag in for_kernels if "thread" not in flag and "tsan" not in flag]
+    compile_it = [GXX, *FLAGS, "-I", harness, "-c"]
+    commands = [
+        [*compile_it, *for_kernels, *extra, harness / "driver.cpp", "-o", f"{ours}.1.o"],
+        [*compile_it, *plain, *for_runtime, harness / "runtime.cpp", "-o", f"{ours}.2.o"],
+        [GXX, *for_linking, f"{ours}.1.o", f"{ours}.2.o", "-o", ours],
+    ]
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    os.replace(ours, program)
+    for part in (1, 2):
+        os.unlink(f"{ours}.{part}.o")
+    return program
+
+
+@pytest.fixture(scope="module")
+def harnesses() -> dict[str, Path]:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(BUILDS, pool.map(compile_harness, BUILDS)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The reference runs on thousands of tiny tensors: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# The driver's protocol ----------------------------------------------------------------------------
+
+# The fields of Header in driver.cpp, in its order.
+HEADER = [
+    *("op", "dtype", "N", "C", "P", "wide", "has_votes", "dense", "has_weight", "ce", "zipf"),
+    *("only_correct", "ignore_index", "reduction", "with_grad", "scaled", "phase", "row_gap"),
+    *("kernel", "threads", "cluster", "blocks", "totals", "multiprocessors", "clusters"),
+    *("order", "fill", "seed", "R", "grad_loss_stride", "in_place", "repeats"),
+]
+LOSS, BACKWARD, RANK, LABEL, FAULT = range(5)
+DEFAULTS = {"kernel": -1, "multiprocessors": 132, "clusters": 1, "repeats": 1, "ignore_index": -100}
+
+
+def pack(numbers=(0.0, 0.0, 0.0), arrays=(), **header) -> bytes:
+    assert not set(header) - set(HEADER), set(header) - set(HEADER)
+    values = [int(header.get(name, DEFAULTS.get(name, 0))) for name in HEADER]
+    raw = [a.contiguous().view(torch.uint8).numpy().tobytes() if a.numel() else b"" for a in arrays]
+    return struct.pack(f"{len(HEADER)}q3d", *values, *numbers) + b"".join(raw)
+
+
+class Case:
+    """One call: bytes for the driver, and how to take its result apart: (dtype, shape) of each output."""
+
+    def __init__(self, data: bytes, outputs: list[tuple[torch.dtype, tuple[int, ...]]]):
+        self.data, self.outputs = data, outputs
+
+
+def execute(program: Path, cases: list[Case], tmp_path: Path) -> list[tuple[str, list[torch.Tensor]]]:
+    """(faults, outputs) of each case; a sanitizer's report fails the test."""
+    given, results = tmp_path / "cases", tmp_path / "results"
+    given.write_bytes(b"".join(case.data for case in cases))
+    done = subprocess.run([program, given, results], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    data, at, found = results.read_bytes(), 0, []
+    for case in cases:
+        (size,) = struct.unpack_from("q", data, at)
+        faults, at = data[at + 8 : at + 8 + size].decode(), at + 8 + size
+        tensors = []
+        for dtype, shape in case.outputs:
+            count = int(np.prod(shape))
+            size = count * dtype.itemsize
+            tensor = torch.frombuffer(bytearray(data[at : at + size] or b"\0"), dtype=torch.uint8)
+            tensors.append(tensor[:size].view(dtype).reshape(shape))
+            at += size
+        found.append((faults, tensors))
+    assert at == len(data)
+    return found
+
+
+def loss_case(
+    case,
+    *,
+    law=None,
+    votes_dtype=torch.int32,
+    weight=None,
+    ce_weight=1.0,
+    zipf_weight=1.0,
+    label_smoothing=0.0,
+    only_correct=False,
+    ignore_index=-100,
+    reduction="mean",
+    with_grad=True,
+    dense=None,
+    shape=None,
+    **header,
+) -> Case:
+    """A call of loss_fwd, and what register.cpp would make of it."""
+    logits, target, votes = case
+    N, C = logits.shape
+    dtype = logits.dtype
+    A = reference.accumulation_dtype(dtype)
+    P = 0 if votes is None else votes.shape[1]
+    law = law or zls.Zipf(1.0)
+    mass = dense if dense is not None else functional._log_mass(law, N, C, P, A, logits.device)
+    gap = header.get("row_gap", 0)
+    rows = torch.full((N, C + gap), 7.0, dtype=dtype)
+    rows[:, :C] = logits
+    flat = rows.flatten()[: max(0, N * (C + gap) - gap)]
+    arrays = [flat, target] + ([] if votes is None else [votes.to(votes_dtype)]) + [mass.to(A)]
+    arrays += [] if weight is None else [weight.to(A)]
+    if shape is not None:
+        header |= dict(zip(("kernel", "threads", "cluster"), held(shape, C, dtype)))
+    data = pack(
+        (ce_weight, zipf_weight, label_smoothing),
+        arrays,
+        op=LOSS,
+        dtype=DTYPES[dtype],
+        N=N,
+        C=C,
+        P=P,
+        wide=votes_dtype == torch.int64,
+        has_votes=votes is not None,
+        dense=dense is not None,
+        has_weight=weight is not None,
+        ce=ce_weight != 0,
+        zipf=zipf_weight != 0,
+        only_correct=only_correct,
+        ignore_index=ignore_index,
+        reduction=("none", "sum", "mean").index(reduction),
+        with_grad=with_grad,
+        scaled=with_grad and dtype == torch.float16 and reduction == "mean",
+        R=mass.shape[0],
+        **header,
+    )
+    results = (N,) if reduction == "none" else ()
+    outputs = [(A, results)] * 3 + [(dtype, (N, C) if with_grad else (0,)), (A, ()), (torch.int64, (4,))]
+    return Case(data, outputs)
+
+
+def by_reference(case, dtype, **options):
+    """What reference.py makes of it: (loss, ce, zipf, grad times grad_scale)."""
+    logits, target, votes = case
+    options = {k: v for k, v in options.items() if k not in ("shape", "votes_dtype") and k not in HEADER[16:]}
+    law, dense = options.pop("law", None) or zls.Zipf(1.0), options.pop("dense", None)
+    A = reference.accumulation_dtype(dtype)
+    N, C = logits.shape
+    P = None if votes is None else votes.shape[1]
+    mass = dense if dense is not None else functional._log_mass(law, N, C, P, torch.float64, logits.device)
+    weight = options.pop("weight", None)
+    args = {"ce_weight": 1.0, "zipf_weight": 1.0, "label_smoothing": 0.0, "only_correct": False}
+    args |= {"ignore_index": -100, "reduction": "mean", "with_grad": True} | options
+    loss, ce, zipf, grad, scale = reference.loss_fwd(
+        logits.to(dtype), target, votes, mass.to(A), None if weight is None else weight.to(A), *args.values()
+    )
+    grad = grad.to(A) * scale if scale.numel() else grad
+    return loss, ce, zipf, grad
+
+
+def check_loss(program, tmp_path, calls: list[tuple]) -> None:
+    """Each (case, options) against float64, within twice plain PyTorch's error, and without a fault."""
+    cases = [loss_case(case, **options) for case, options in calls]
+    for (case, options), (faults, got) in zip(calls, execute(program, cases, tmp_path)):
+        assert not faults, f"{options}: {faults}"
+        loss, ce, zipf, grad, scale, chosen = got
+        dtype = case[0].dtype
+        exact = by_reference(case, torch.float64, **options)
+        plain = by_reference(case, dtype, **options)
+        if dtype == torch.float16 and options.get("reduction", "mean") == "mean" and grad.numel():
+            grad = grad.float() * scale
+        assert chosen[3] == 0, "the counter of arrivals is not back at 0"
+        for name, a, b, c in zip(("loss", "ce", "zipf", "grad"), (loss, ce, zipf, grad), exact, plain):
+            if name == "grad" and not grad.numel():
+                continue
+            what = f"{name} of {tuple(case[0].shape)} {dtype} {options}"
+            try:
+                got_error, plain_error = error(a, b), error(c, b)
+            except AssertionError as failed:
+                raise AssertionError(f"{what}: {failed}\n{a}\n{b}") from None
+            size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
+            roundings = 256 if dtype == torch.float64 else 16  # float64 is held against itself
+            budget = 2 * plain_error + roundings * torch.finfo(a.dtype).eps * max(size, 1e-3)
+            assert got_error <= budget, f"{what}: error {got_error:.3g} above {budget:.3g}"
+
+
+# Values, in every kernel --------------------------------------------------------------------------
+
+SIZES = [(5, 12, 9), (3, 2, 5), (4, 3, 1), (5, 100, 49), (2, 97, 320), (20, 37, 5), (1, 7, 0)]
+SCHEDULES = [{"order": o, "fill": f, "seed": 7 + o} for o, f in zip(range(4), (2, 0, 1, 2))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_in_every_kernel(harnesses, tmp_path, shape, dtype):
+    calls = [(make(*size, dtype=dtype), {"zipf_weight": 0.5}) for size in SIZES]
+    calls += [(make(5, 12, 9, kind=kind, dtype=dtype), {"reduction": "sum"}) for kind in KINDS]
+    calls += [(make(5, 6, 40, kind=kind, dtype=dtype), {"votes_dtype": torch.int64}) for kind in KINDS]
+    for i, (_, options) in enumerate(calls):
+        options |= {"shape": SHAPES[shape]} | SCHEDULES[i % 4]
+    check_loss(harnesses["plain"], tmp_path, calls)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_options_in_every_kernel(harnesses, tmp_path, shape):
+    case = make(9, 41, 6, seed=3)
+    case.logits[torch.arange(4), case.target[:4]] += 8  # half of them classified correctly
+    case.logits[5, 7] = case.logits[5, case.target[5]]  # a tie
+    case.target[[1, 8]] = 4
+    weight = torch.rand(41, generator=torch.Generator().manual_seed(1))
+    calls = []
+    values = (("mean", "sum", "none"), (0.0, 0.1), (None, weight), (False, True), (0.0, 1.0), (0.0, 0.3))
+    for reduction, smoothing, w, only_correct, ce_weight, zipf_weight in itertools.product(*values):
+        options = {"reduction": reduction, "label_smoothing": smoothing, "weight": w, "ignore_index": 4}
+        options |= {"only_correct": only_correct, "ce_weight": ce_weight, "zipf_weight": zipf_weight}
+        calls.append((case, options | {"shape": SHAPES[shape], "blocks": 2} | SCHEDULES[len(calls) % 4]))
+    calls += [(case, options | {"with_grad": False}) for case, options in calls[::7]]
+    check_loss(harnesses["plain"], tmp_path, calls)
+
+
+def corner_cases(dtype) -> list:
+    """Infinities, NaN, masked classes voted and not, with mass and without; targets that dominate."""
+    inf, cases = torch.inf, []
+    base = make(6, 30, 20, kind="some", dtype=dtype)
+    base.target[:] = 4
+    for change in range(12):
+        case = base._replace(logits=base.logits.clone(), votes=base.votes.clone(), target=base.target.clone())
+        z = case.logits
+        if change == 0:
+            z[:3, 10:], z[3:, ::3] = -inf, -inf
+        elif change == 1:
+            z[1, 7] = inf
+        elif change == 2:
+            z[1, 7] = torch.nan
+        elif change == 3:
+            z[:, 4] = torch.tensor([30.0, 1e4, -1e4, inf, -inf, torch.nan])
+        elif change == 4:
+            z[:, 5:], z[:, :4] = -inf, -inf
+        elif change == 5:
+            z[:] = -inf
+        elif change == 6:
+            case.votes[:] = 3
+            z[:, 3] = -inf
+        elif change == 7:
+            z += 8192
+        elif change == 8:
+            z[:, :28] = -10000.0
+        elif change == 9:
+            case.target[:] = -100
+        elif change == 10:
+            case.target[[0, 5]] = -100
+            z[0] = torch.nan
+        elif change == 11:
+            z[2] = inf
+        cases.append(case)
+    return cases
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_corners_in_every_kernel(harnesses, tmp_path, shape, dtype):
+    calls = []
+    for case in corner_cases(dtype):
+        for options in (
+            {"reduction": "none"},
+            {"reduction": "none", "ce_weight": 0.0, "law": zls.LinearDecay(0.0)},
+            {"reduction": "none", "zipf_weight": 0.0, "label_smoothing": 0.3},
+            {"reduction": "mean", "only_correct": True},
+            {"reduction": "none", "ce_weight": 0.0, "law": zls.Zipf(8.0)},
+        ):
+            calls.append((case, options | {"shape": SHAPES[shape]} | SCHEDULES[len(calls) % 4]))
+    check_loss(harnesses["plain"], tmp_path, calls)
+
+
+def test_masked_class_without_mass_is_skipped(harnesses, tmp_path):
+    votes = torch.tensor([[c for c in range(6) for _ in range(6 - c)]]).int()  # every rank is taken
+    logits, target = torch.tensor([[1.0, 0.5, -0.5, 2.0, 0.0, -torch.inf]]), torch.tensor([0])
+    options = {"law": zls.LinearDecay(0.0), "ce_weight": 0.0}
+    check_loss(
+        harnesses["plain"],
+        tmp_path,
+        [((logits, target, votes), options | {"shape": shape}) for shape in SHAPES.values()],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ragged_rows(harnesses, tmp_path, dtype):
+    """Every phase of a row to the 16-byte vectors, and gaps between rows that keep it."""
+    size, calls = dtype.itemsize, []
+    vector = 16 // size
+    for C in [*range(2, 2 * vector + 3), 61, 63, 64, 65]:
+        for shape in SHAPES.values():
+            phase = len(calls) % vector * size
+            calls.append((make(3, C, 10, seed=C, dtype=dtype), {"shape": shape, "phase": phase}))
+    calls += [(case, options | {"row_gap": vector}) for case, options in calls[::3]]
+    check_loss(harnesses["plain"], tmp_path, calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_long_rows(harnesses, tmp_path, dtype):
+    """Hash tables of votes (above kDirectClasses), several vectors a thread, empty slices of a cluster."""
+    calls = []
+    for C, P, kind in [
+        (2049, 16, "peaked"),
+        (5003, 49, "uniform"),
+        (2500, 300, "distinct"),
+        (2100, 9, "target"),
+    ]:
+        case = make(2, C, P, kind=kind, dtype=dtype)
+        for kernel, threads, cluster in [(BLOCK, 64, 1), (CLUSTER, 32, 4 if C > 2500 else 8), (LONG, 512, 1)]:
+            calls.append((case, {"shape": (kernel, threads, cluster), "label_smoothing": 0.1}))
+    masked = make(2, 5000, 30, dtype=dtype)
+    masked.target[:] = 4990
+    masked.logits[:, :4500] = -torch.inf  # whole warps and blocks of nothing but -inf
+    calls += [(masked, {"shape": (CLUSTER, 32, 4), "zipf_weight": z}) for z in (0.0, 1.0)]
+    calls += [(masked, {"shape": (LONG, 512, 1), "zipf_weight": z}) for z in (0.0, 1.0)]
+    check_loss(harnesses["plain"], tmp_path, calls)
+
+
+def test_launches_as_planned(harnesses, tmp_path):
+    """What the launcher would run: every kernel is chosen somewhere, and computes the same."""
+    chosen = set()
+    shapes = [(300, 10, 5, 1), (40, 100, 9, 2), (70, 1000, 49, 1), (6, 1000, 49, 132), (5, 100, 320, 132)]
+    shapes += [(2, 20000, 16, 132), (1, 70000, 5, 1)]
+    for N, C, P, multiprocessors in shapes:
+        for clusters in (1, 0) if C > 16384 else (1,):
+            for dtype in (torch.float32, torch.bfloat16) if C < 20000 else (torch.bfloat16,):
+                options = {"multiprocessors": multiprocessors, "clusters": clusters, "ignore_index": 3}
+                case = make(N, C, P, dtype=dtype)
+                check_loss(harnesses["plain"], tmp_path, [(case, options)])
+                data = loss_case(case, **options)
+                ((_, got),) = execute(harnesses["plain"], [data], tmp_path)
+                chosen.add(int(got[5][0]))
+    assert chosen == {LANES8, LANES32, BLOCK, CLUSTER, LONG}
+
+
+def test_laws_and_dense_masses(harnesses, tmp_path):
+    """Every law by rank; and loss_dense, with a mass for every class: random laws, ranks by logits."""
+    laws = [zls.Zipf(0.5), zls.Zipf(30.0), zls.Constant(), zls.LinearDecay(0.01), zls.ExponentialDecay(0.7)]
+    calls = []
+    for law, kind in itertools.product(laws, ("peaked", "distinct")):
+        calls += [
+            (make(5, 13, 20, kind=kind), {"law": law, "shape": SHAPES[s]}) for s in ("8 lanes", "block")
+        ]
+    weight = torch.rand(30, generator=torch.Generator().manual_seed(1))
+    for dtype in DTYPES:
+        for case in [make(6, 30, 5, dtype=dtype), *corner_cases(dtype)]:
+            dense = torch.rand(6, 30, generator=torch.Generator().manual_seed(2)).log()
+            dense[1, 6:12], dense[2] = -torch.inf, -torch.inf
+            for reduction, only_correct in itertools.product(("mean", "none"), (False, True)):
+                options = {"dense": dense, "reduction": reduction, "only_correct": only_correct}
+                calls.append((case, options | {"label_smoothing": 0.1, "weight": weight}))
+                calls.append((case._replace(votes=None), options | {"ce_weight": 0.0}))
+    check_loss(harnesses["plain"], tmp_path, calls)
+
+
+def test_denominators_summed_beforehand(harnesses, tmp_path):
+    """loss_totals's partial sums give what every block adds up itself."""
+    case = make(300, 12, 9)
+    case.target[::7] = -100
+    weight = torch.rand(12, generator=torch.Generator().manual_seed(1))
+    calls = []
+    for only_correct, w, totals in itertools.product((False, True), (None, weight), (0, 1, 5)):
+        calls.append((case, {"only_correct": only_correct, "weight": w, "totals": totals, "blocks": 3}))
+    check_loss(harnesses["plain"], tmp_path, calls)
+
+
+def test_empty_batch(harnesses, tmp_path):
+    for shape in SHAPES.values():
+        for reduction in ("mean", "sum", "none"):
+            case = loss_case(make(0, 12, 9), reduction=reduction, shape=shape, blocks=1)
+            ((faults, got),) = execute(harnesses["plain"], [case], tmp_path)
+            assert not faults
+            if reduction != "none":
+                assert got[0].isnan() if reduction == "mean" else got[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "row", "bad"),
+    [("target", 1, 9), ("target", 2, -1), ("target", 0, 2**40), ("votes", 1, 9), ("votes", 3, 2**40)],
+)
+def test_out_of_range(harnesses, tmp_path, argument, row, bad):
+    """That sample is NaN, the others are as ever, and AddressSanitizer has nothing to say."""
+    case = make(5, 9, 4)
+    votes = case.votes.long()
+    good = [i for i in range(5) if i != row]
+    expected = by_reference(case, torch.float32, reduction="none")
+    votes[row, 0] = -(2**32) + 3  # no vote: it must not wrap to class 3
+    if argument == "target":
+        case.target[row] = bad
+    else:
+        votes[row, 2] = bad
+    case = case._replace(votes=votes)
+    options = {"votes_dtype": torch.int64, "reduction": "none"}
+    dense = torch.zeros(5, 9)
+    cases = [loss_case(case, **options, shape=shape) for shape in SHAPES.values()]
+    cases += [loss_case(case, **options, shape=shape, zipf_weight=0.0) for shape in SHAPES.values()]
+    cases += [loss_case(case, **options, dense=dense)]
+    weight = torch.ones(9)
+    means = [
+        loss_case(case, votes_dtype=torch.int64, shape=shape, weight=weight) for shape in SHAPES.values()
+    ]
+    ignored = case._replace(target=case.target.clone())
+    ignored.target[row] = -100
+    silent = [loss_case(ignored, **options, shape=shape) for shape in SHAPES.values()]
+    found = execute(harnesses["sanitized"], cases + means + silent, tmp_path)
+    for i, (faults, (loss, _ce, _zipf, grad, _, _)) in enumerate(found):
+        assert not faults
+        if i < len(cases):
+            assert grad[row].isnan().all()
+            assert loss[row].isnan()
+            assert loss[good].isfinite().all()
+        elif i < len(cases) + len(means):
+            assert loss.isnan()
+            assert grad[row].isnan().all()
+            assert grad[good].isfinite().all()
+        else:
+            assert loss[row] == 0
+            assert (grad[row] == 0).all()
+            torch.testing.assert_close(loss[good], expected[0][good])
+        if i < 5:
+            torch.testing.assert_close(loss[good], expected[0][good])
+            torch.testing.assert_close(grad[good], expected[3][good])
+
+
+# Labels, ranks, backward --------------------------------------------------------------------------
+
+
+def label_calls(dtypes=(torch.float32, torch.float64)) -> list[tuple[Case, torch.Tensor]]:
+    calls = []
+    for kind, (N, C, P) in itertools.product(KINDS, [(5, 12, 9), (3, 6, 40), (2, 2051, 30), (2, 9, 0)]):
+        _, target, votes = make(N, C, P, kind=kind)
+        target[1] = -100
+        sizes = {"N": N, "C": C, "P": P, "has_votes": True, "ignore_index": -100}
+        schedule = SCHEDULES[len(calls) % 4]
+        data = pack(arrays=[votes], op=RANK, **sizes, **schedule)
+        calls.append((Case(data, [(torch.int32, (N, C))]), reference.rank_fwd(votes, C)))
+        for A, dense in itertools.product(dtypes, (False, True)):
+            mass = functional._log_mass(zls.Zipf(1.0), N, C, P, A, votes.device)
+            if dense:
+                mass = torch.rand(N, C, dtype=A).log()
+                mass[0] = -torch.inf
+            arrays = [votes, target, mass]
+            data = pack(
+                arrays=arrays, op=LABEL, dtype=DTYPES[A], dense=dense, R=mass.shape[0], **sizes, **schedule
+            )
+            label = reference.label_fwd(target, votes, mass, C, -100)
+            calls.append((Case(data, [(A, (N, C))]), label))
+    return calls
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_ranks_and_labels(harnesses, tmp_path, build):
+    calls = label_calls()
+    for (faults, (got,)), (_, expected) in zip(
+        execute(harnesses[build], [case for case, _ in calls], tmp_path), calls
+    ):
+        assert not faults
+        if expected.dtype == torch.int32:
+            assert torch.equal(got, expected)
+        else:
+            torch.testing.assert_close(got, expected, rtol=3e-6, atol=1e-12)
+
+
+def backward_calls(dtypes) -> list[tuple[Case, torch.Tensor]]:
+    calls = []
+    for dtype, (N, C), scaled, in_place in itertools.product(
+        dtypes, [(1, 5000), (7, 13), (3, 1100)], (False, True), (False, True)
+    ):
+        A = reference.accumulation_dtype(dtype)
+        grad = torch.randn(N, C).to(dtype)
+        for stride, upstream in [(0, torch.rand(1)), (1, torch.rand(N)), (3, torch.rand(3 * N)[: 3 * N - 2])]:
+            upstream = upstream.to(A)
+            upstream[0] = 1.0
+            scale = torch.full((1,), 0.125, dtype=A)
+            per_row = upstream[:1].expand(N) if stride == 0 else upstream[::stride]
+            expected = reference.loss_bwd(grad, per_row, scale.squeeze() if scaled else scale[:0])
+            data = pack(
+                arrays=[grad, upstream] + ([scale] if scaled else []),
+                op=BACKWARD,
+                dtype=DTYPES[dtype],
+                N=N,
+                C=C,
+                grad_loss_stride=stride,
+                scaled=scaled,
+                in_place=in_place,
+                phase=len(calls) % 3 * dtype.itemsize,
+                row_gap=len(calls) % 2 * dtype.itemsize,
+            )
+            calls.append((Case(data, [(dtype, (N, C))]), expected))
+    return calls
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_backward(harnesses, tmp_path, build):
+    calls = backward_calls(DTYPES if build == "plain" else (torch.float32, torch.bfloat16))
+    found = execute(harnesses[build], [case for case, _ in calls], tmp_path)
+    for (faults, (got,)), (_, expected) in zip(found, calls):
+        assert not faults
+        assert torch.equal(got, expected)
+
+
+# Memory, races, order -----------------------------------------------------------------------------
+
+
+def hard_cases() -> list[Case]:
+    """Every path through the loss kernels, small: for the builds that look at every access."""
+    weight = torch.rand(41, generator=torch.Generator().manual_seed(1))
+    cases = []
+    for dtype, shape in itertools.product((torch.float32, torch.bfloat16), SHAPES.values()):
+        for options in (
+            {},
+            {"label_smoothing": 0.1, "weight": weight, "only_correct": True, "reduction": "none"},
+            {"only_correct": True, "totals": 2, "reduction": "mean"},
+            {"with_grad": False, "reduction": "sum"},
+            {"zipf_weight": 0.0},
+        ):
+            case = make(5, 41, 20, dtype=dtype, kind=KINDS[len(cases) % len(KINDS)])
+            case.target[2] = -100
+            schedule = SCHEDULES[len(cases) % 4]
+            cases.append(loss_case(case, shape=shape, blocks=2, phase=dtype.itemsize, **schedule, **options))
+            if shape[0] >= BLOCK and not options:
+                wide = make(3, 2200, 40, dtype=dtype)
+                wide_shape = (shape[0], 512 if shape[0] == LONG else 320, shape[2])
+                cases.append(loss_case(wide, shape=wide_shape, blocks=1, **schedule))
+        dense = torch.rand(5, 41).log()
+        cases.append(loss_case(make(5, 41, 20, dtype=dtype), dense=dense, **SCHEDULES[len(cases) % 4]))
+    return cases
+
+
+@pytest.mark.parametrize("build", ["sanitized", "races"])
+def test_every_access_is_in_bounds_and_ordered(harnesses, tmp_path, build):
+    for faults, _ in execute(harnesses[build], hard_cases(), tmp_path):
+        assert not faults, faults
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_results_repeat_bitwise(harnesses, tmp_path, shape):
+    """Whatever the order of threads and blocks, what fresh memory holds, and how often it is launched."""
+    case = make(11, 60, 80, dtype=torch.bfloat16)
+    options = {"shape": SHAPES[shape], "label_smoothing": 0.1, "blocks": 3}
+    orders = [
+        {"order": o, "fill": f, "seed": s}
+        for o, f, s in [(0, 0, 1), (1, 1, 2), (2, 2, 3), (3, 0, 4), (2, 1, 5)]
+    ]
+    cases = [loss_case(case, **options, **order) for order in orders] + [
+        loss_case(case, **options, repeats=3)
+    ]
+    (_, first), *others = execute(harnesses["plain"], cases, tmp_path)
+    for faults, got in others:
+        assert not faults
+        for a, b in zip(got[:4], first[:4]):
+            assert torch.equal(a, b)
+
+
+# What the harness catches -------------------------------------------------------------------------
+
+FAULTS = {
+    "missing barrier": (1, "races", "without a barrier between"),
+    "missing syncwarp": (2, "races", "without a barrier between"),
+    "past the end, shared": (3, "sanitized", "use-after-poison"),
+    "past the end, device": (4, "sanitized", "heap-buffer-overflow"),
+    "uninitialised read": (5, "races", "read of uninitialised byte"),
+    "plain increment": (6, "races", "without a barrier between"),
+    "divergent barrier": (7, "plain", "while others wait at line"),
+    "early exit": (8, "plain", "deadlock"),
+    "misaligned vector": (9, "sanitized", "misaligned address"),
+}
+
+
+def run_fault(program: Path, fault: int, tmp_path: Path, **schedule) -> str:
+    given, results = tmp_path / "cases", tmp_path / "results"
+    given.write_bytes(pack(op=FAULT, kernel=fault, **schedule))
+    done = subprocess.run([program, given, results], capture_output=True, text=True)
+    if done.returncode != 0:
+        return done.stderr
+    data = results.read_bytes()
+    return data[8 : 8 + struct.unpack_from("q", data)[0]].decode()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_caught(harnesses, tmp_path, fault):
+    number, build, message = FAULTS[fault]
+    for schedule in SCHEDULES:
+        assert message in run_fault(harnesses[build], number, tmp_path, **schedule)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_faultless_kernel_passes(harnesses, tmp_path, build):
+    for schedule in SCHEDULES:
+        assert run_fault(harnesses[build], 0, tmp_path, **schedule) == ""
+
+
+def test_missing_barrier_in_the_loss_kernel_is_caught(tmp_path):
+    """Each barrier of a held row is needed: without it the race check speaks."""
+    source = (KERNELS / "loss.cuh").read_text()
+    barriers = list(re.finditer(r"^ +Group::sync\(\);.*$", source, re.M))
+    assert len(barriers) == 3
+    mutants = []
+    for i, barrier in enumerate(barriers):
+        copy = tmp_path / str(i)
+        shutil.copytree(ROOT / "csrc", copy / "csrc")
+        shutil.copytree(HARNESS, copy / "tests" / "cuda_harness")
+        text = source[: barrier.start()] + source[barrier.end() :]
+        (copy / "csrc" / "cuda" / "loss.cuh").write_text(text)
+        mutants.append(copy / "csrc" / "cuda")
+    cases = [loss_case(make(3, 41, 20), shape=SHAPES["block"], blocks=1)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        compiled = pool.map(lambda m: compile_harness("races", m, ("-DHARNESS_DTYPES=1",)), mutants)
+        for program, barrier in zip(list(compiled), barriers):
+            ((faults, _),) = execute(program, cases, tmp_path)
+            assert "without a barrier between" in faults or "uninitialised" in faults, barrier.group()

@@ -1,0 +1,485 @@
+"""Stages 2 and 3 on a GPU: votes -> ranks -> soft label, kept as "one constant and at most P exceptions".
+
+Where masses depend on the rank of votes alone, at most P classes differ from the rest (MATH: "Why one pass is
+enough"), so a row's label is the label of each vote's class, the label of all classes without a vote, and the
+number of the latter. ``votes_label`` computes exactly that in registers; the loss kernels use it and never
+see an (N, C) label. ``rank_fwd`` and ``label_fwd`` write the dense form out, for inspection.
+
+How a row of votes is counted without indexing shared memory, which Triton does not offer:
+
+* P <= PAIRWISE_VOTES: every vote is compared with every other, P^2 comparisons spread over the program's
+  threads. At P = 49 that is 2 instructions for each of 3136 pairs, fewer than any sort has.
+* larger P: a hash table in global memory, 20 P bytes for each program in flight, counted by integer atomics.
+  (Compiling tl.sort or tl.gather for thousands of votes takes minutes and gigabytes.)
+
+Either way each vote i learns its class's count n_i. A histogram of the n_i then gives, at level k, h_k = k *
+a_k with a_k the number of classes that have k votes (each of them shows up k times), and the rank of a class
+with k votes is 1 + sum_{j>k} a_j. Sums over voted classes become sums over votes weighted 1/n_i, so which of
+several equal votes stands for its class never matters, nor the order of atomics: bitwise the same on every
+run.
+
+Never run on a GPU so far: compiled ahead of time for sm_80, sm_90 and sm_100, and run in Triton's
+interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PAIRWISE_VOTES = 256  # 256^2 pairs * 2 instructions / 128 lanes: 1024 cycles; an L2 atomic takes about 700
+PAIRWISE_BLOCK = 16  # votes compared with all P at a time: (P, 16) comparisons live in registers
+MOST_VOTES = 4096  # P above is refused: a row of votes must fit in a program's registers
+HASHING_PROGRAMS = 264  # two per multiprocessor share 264 * 20 P bytes of scratch; rows are walked through
+
+
+# Device functions ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_votes(
+    votes,  # (N, P) int32 or int64, any strides
+    votes_stride_n,
+    votes_stride_p,
+    row,  # (R,) int64
+    row_ok,  # (R,) bool, row < N
+    C,
+    P,
+    P2: tl.constexpr,  # power of two >= P
+):
+    """Votes of R rows: v (R, P2) int32; live (R, P2): it is a vote in [0, C); bad (R,): one is >= C."""
+    p = tl.arange(0, P2)
+    inside = row_ok[:, None] & (p < P)[None, :]
+    at = row[:, None] * votes_stride_n + p[None, :].to(tl.int64) * votes_stride_p
+    v = tl.load(votes + at, mask=inside, other=-1)
+    live = (v >= 0) & (v < C)
+    bad = tl.max((v >= C).to(tl.int32), 1) > 0
+    return tl.where(live, v, -1).to(tl.int32), live, bad
+
+
+@triton.jit
+def count_pairwise(v, votes, votes_stride_n, votes_stride_p, row, row_ok, P, BLOCK: tl.constexpr):
+    """(R, P2) int32: votes that the class of each vote has. Each pair's other side is read again, from L1."""
+    count = tl.zeros_like(v)
+    for first in range(0, P, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        at = row[:, None] * votes_stride_n + j[None, :].to(tl.int64) * votes_stride_p
+        other = tl.load(votes + at, mask=row_ok[:, None] & (j < P)[None, :], other=-1).to(tl.int32)
+        count += tl.sum((v[:, :, None] == other[:, None, :]).to(tl.int32), 2)
+    return count
+
+
+@triton.jit
+def count_hashed(v, live, scratch, P2: tl.constexpr):
+    """As count_pairwise, and votes_at as histogram_rows of count - 1; (1, P2) each.
+
+    scratch (5 P2,) int32, in global memory and so in L2: keys and counts of a hash table of 2 P2 slots, and
+    the histogram. In which slot a class ends up depends on which thread comes first; its count does not.
+    Hazards: a barrier stands before the first store (the row before may still be read), between clearing and
+    counting, and between each count and its reading, which goes to L2 (.cg), where the atomics were.
+    """
+    slots: tl.constexpr = 2 * P2
+    counts = scratch + slots
+    levels = counts + slots
+    at = tl.arange(0, slots)[None, :]
+    level = tl.arange(0, P2)[None, :]
+    tl.debug_barrier()
+    tl.store(scratch + at, tl.full([1, slots], -1, tl.int32))
+    tl.store(counts + at, tl.zeros([1, slots], tl.int32))
+    tl.store(levels + level, tl.zeros([1, P2], tl.int32))
+    tl.debug_barrier()
+    slot = v & (slots - 1)
+    pending = live
+    while tl.max(pending.to(tl.int32)) > 0:
+        expected = tl.where(pending, -1, -2)  # no key is -2: the settled change nothing
+        seen = tl.atomic_cas(scratch + slot, expected, v)
+        pending = pending & (seen != -1) & (seen != v)
+        slot = tl.where(pending, (slot + 1) & (slots - 1), slot)
+    tl.atomic_add(counts + slot, 1, mask=live)
+    tl.debug_barrier()
+    count = tl.load(counts + slot, mask=live, other=1, cache_modifier=".cg")
+    tl.atomic_add(levels + count - 1, 1, mask=live)
+    tl.debug_barrier()
+    return count, tl.load(levels + level, cache_modifier=".cg")
+
+
+@triton.jit
+def histogram_rows(x, mask, R: tl.constexpr, P2: tl.constexpr):
+    """(R, P2) int32: how often each of 0 .. P2-1 occurs in each row of x (R, P2), where mask holds."""
+    x += P2 * tl.arange(0, R)[:, None]
+    counts = tl.histogram(tl.reshape(x, [R * P2]), R * P2, mask=tl.reshape(mask, [R * P2]))
+    return tl.reshape(counts, [R, P2])
+
+
+@triton.jit
+def rank_of_votes(
+    votes,  # (N, P) int32 or int64, any strides
+    votes_stride_n,
+    votes_stride_p,
+    row,  # (R,) int64
+    row_ok,  # (R,) bool
+    C,
+    P,
+    scratch,  # (5 P2,) int32 of this program's own; not PAIRWISE
+    R: tl.constexpr,  # 1 if not PAIRWISE
+    P2: tl.constexpr,
+    PAIRWISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Competition ranks of the voted classes, vote by vote.
+
+    Returns v, live, count, rank (R, P2) and K, the number of distinct voted classes, and bad, (R,).
+    """
+    v, live, bad = load_votes(votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, P2)
+    if PAIRWISE:
+        count = count_pairwise(v, votes, votes_stride_n, votes_stride_p, row, row_ok, P, BLOCK)
+        level = tl.where(live, count - 1, 0)
+        votes_at = histogram_rows(level, live, R, P2)  # votes whose class has level + 1 votes
+    else:
+        count, votes_at = count_hashed(v, live, scratch, P2)
+        level = tl.where(live, count - 1, 0)
+    classes_at = votes_at // (1 + tl.arange(0, P2))[None, :]
+    classes_from = tl.cumsum(classes_at, 1, reverse=True)
+    rank_at = 1 + classes_from - classes_at
+    if PAIRWISE:
+        rank = tl.gather(rank_at, level, 1)
+    else:  # through memory: the table's keys are done with, since a barrier
+        tl.store(scratch + tl.arange(0, P2)[None, :], rank_at)
+        tl.debug_barrier()
+        rank = tl.load(scratch + level, cache_modifier=".cg")
+    return v, live, count, rank, tl.sum(classes_at, 1), bad
+
+
+@triton.jit
+def votes_label(
+    votes,  # (N, P) int32 or int64, any strides
+    votes_stride_n,
+    votes_stride_p,
+    log_mass,  # (table_length,) by rank from 1, float32 or float64
+    table_length,
+    row,  # (R,) int64
+    row_ok,  # (R,) bool
+    y,  # (R,) int64 in [0, C)
+    C,
+    P,
+    scratch,  # (5 P2,) int32 of this program's own; not PAIRWISE
+    R: tl.constexpr,
+    P2: tl.constexpr,
+    PAIRWISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The soft label of R rows: of every vote's class, and of all the others at once.
+
+    Returns:
+        v (R, P2): the votes' classes; share (R, P2): 1 / (votes of that class), and 0 where the label is no
+        exception (no vote, or the target's), so that a sum over voted non-target classes is sum_i share_i
+        x_i; log_p (R, P2): log of the label of v; log_q, rest (R,): log of the label and number of the
+        non-target classes without a vote; bad (R,): a vote is >= C.
+    """
+    v, live, count, rank, K, bad = rank_of_votes(
+        votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, scratch, R, P2, PAIRWISE, BLOCK
+    )
+    dtype: tl.constexpr = log_mass.dtype.element_ty
+    at_target = v.to(tl.int64) == y[:, None]
+    target_voted = tl.max((live & at_target).to(tl.int32), 1)
+    exception = live & ~at_target
+    rest = C - 1 - (K - target_voted)
+    log_p = tl.load(log_mass + tl.minimum(rank, table_length) - 1, mask=exception, other=-float("inf"))
+    log_q = tl.load(
+        log_mass + tl.minimum(K, table_length - 1)
+    )  # of rank K + 1; unused where no class is left
+    log_q = tl.where(rest > 0, log_q, -float("inf"))
+    # Normalised by the largest mass, in log space: at alpha = 150 all but one underflow.
+    top = tl.maximum(tl.max(log_p, 1), log_q)
+    massless = top == -float("inf")  # every mass is zero: uniform
+    log_p = tl.where(massless[:, None], tl.zeros_like(log_p), log_p - top[:, None])
+    log_q = tl.where(massless, tl.zeros_like(log_q), log_q - top)
+    count = tl.maximum(count, 1).to(dtype)
+    share = tl.where(exception, tl.full(count.shape, 1, dtype) / count, tl.zeros_like(log_p))
+    total = tl.sum(share * tl.exp(log_p), 1) + rest.to(dtype) * tl.exp(log_q)
+    log_total = tl.log(total)
+    return v, share, log_p - log_total[:, None], log_q - log_total, rest, bad
+
+
+# Kernels -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rank_fwd_kernel(
+    votes,  # (N, P) int32 or int64, any strides
+    votes_stride_n,
+    votes_stride_p,
+    ranks,  # (N, C) int32
+    scratch,  # (programs, 5 P2) int32; not PAIRWISE
+    N,
+    C,
+    P,
+    P2: tl.constexpr,
+    PAIRWISE: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Ranks of all classes. A row at a time; writes 4 C bytes and reads the row's votes.
+
+    Every class is first given the rank after the voted ones, then the voted ones are written over: two
+    threads may write one address, so a barrier stands between (equal votes write equal values).
+    Never run on a GPU so far: compiled ahead of time and interpreted.
+    """
+    scratch += tl.program_id(0).to(tl.int64) * 5 * P2
+    for n in range(tl.program_id(0), N, tl.num_programs(0)):
+        row = tl.full([1], n, tl.int64)
+        v, live, _, rank, K, bad = rank_of_votes(
+            votes, votes_stride_n, votes_stride_p, row, row < N, C, P, scratch, 1, P2, PAIRWISE, PAIR_BLOCK
+        )
+        start = row[:, None] * C
+        others = tl.where(bad, 0, K + 1)[:, None]
+        for first in range(0, C, BLOCK):
+            c = first + tl.arange(0, BLOCK)[None, :]
+            tl.store(ranks + start + c, others + tl.zeros([1, BLOCK], tl.int32), mask=c < C)
+        tl.debug_barrier()
+        tl.store(ranks + start + v, rank, mask=live & ~bad[:, None])
+
+
+@triton.jit
+def label_fwd_kernel(
+    target,  # (N,) int64, any stride
+    target_stride,
+    votes,  # (N, P) int32 or int64, any strides
+    votes_stride_n,
+    votes_stride_p,
+    log_mass,  # (table_length,) by rank from 1, or DENSE: (N, C), any strides, float32 or float64
+    table_length,
+    mass_stride_n,
+    mass_stride_c,
+    label,  # (N, C), dtype of log_mass
+    scratch,  # (programs, 5 P2) int32; neither PAIRWISE nor DENSE
+    N,
+    C,
+    P,
+    ignore_index,
+    P2: tl.constexpr,
+    PAIRWISE: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
+    DENSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Soft label of all classes. A row at a time; writes the row once and reads a dense one three times (L2).
+
+    A barrier stands between the constant and the exceptions written over it, as in rank_fwd_kernel.
+    Never run on a GPU so far: compiled ahead of time and interpreted.
+    """
+    dtype: tl.constexpr = log_mass.dtype.element_ty
+    scratch += tl.program_id(0).to(tl.int64) * 5 * P2
+    for n in range(tl.program_id(0), N, tl.num_programs(0)):
+        row = tl.full([1], n, tl.int64)
+        y = tl.load(target + row * target_stride)
+        ignored = y == ignore_index
+        bad = (y < 0) | (y >= C)
+        y = tl.minimum(tl.maximum(y, 0), C - 1)
+        start = row[:, None] * C
+        if DENSE:
+            _, _, bad_votes = load_votes(votes, votes_stride_n, votes_stride_p, row, row < N, C, P, P2)
+            masses = log_mass + row[:, None] * mass_stride_n
+            top = tl.full([1], -float("inf"), dtype)
+            for first in range(0, C, BLOCK):
+                c = first + tl.arange(0, BLOCK).to(tl.int64)[None, :]
+                counted = (c < C) & (c != y[:, None])
+                a = tl.load(masses + c * mass_stride_c, mask=counted, other=-float("inf"))
+                top = tl.maximum(top, tl.max(a, 1))
+            massless = top == -float("inf")
+            total = tl.zeros([1], dtype)
+            for first in range(0, C, BLOCK):
+                c = first + tl.arange(0, BLOCK).to(tl.int64)[None, :]
+                counted = (c < C) & (c != y[:, None])
+                a = tl.load(masses + c * mass_stride_c, mask=counted, other=-float("inf"))
+                a = tl.where(massless[:, None], tl.zeros_like(a), a - top[:, None])
+                total += tl.sum(tl.where(counted, tl.exp(a), tl.zeros_like(a)), 1)
+        else:
+            v, share, log_p, log_q, _, bad_votes = votes_label(
+                votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row < N, y, C, P, scratch,
+                1, P2, PAIRWISE, PAIR_BLOCK,
+            )  # fmt: skip
+        bad |= bad_votes
+        spoilt = tl.where(ignored, 0.0, float("nan")).to(dtype)[:, None]
+        for first in range(0, C, BLOCK):
+            c = first + tl.arange(0, BLOCK).to(tl.int64)[None, :]
+            if DENSE:
+                a = tl.load(masses + c * mass_stride_c, mask=c < C, other=-float("inf"))
+                a = tl.where(massless[:, None], tl.zeros_like(a), a - top[:, None])
+                p = tl.exp(a) / total[:, None]
+            else:
+                p = tl.exp(log_q)[:, None] + tl.zeros([1, BLOCK], dtype)
+            p = tl.where(c == y[:, None], tl.zeros_like(p), p)
+            tl.store(label + start + c, tl.where((bad | ignored)[:, None], spoilt, p), mask=c < C)
+        if not DENSE:
+            tl.debug_barrier()
+            tl.store(label + start + v, tl.exp(log_p), mask=(share > 0) & ~(bad | ignored)[:, None])
+
+
+@triton.jit
+def logits_mass_kernel(
+    logits,  # (N, C), any strides
+    logits_stride_n,
+    logits_stride_c,
+    ordered,  # (N, C) the same in descending order, NaN and -inf last
+    log_mass,  # (table_length,) by rank from 1
+    table_length,
+    dense,  # (N, C) dtype of log_mass: log mass of each class's rank by the logits
+    C,
+    steps,  # bits of C: steps of the binary search
+    BLOCK: tl.constexpr,
+):
+    """Log masses by the logits' ranks (Table 5): rank = 1 + #{m : z_m > z_c}, found in the sorted row.
+
+    One block of classes of one row per program; reads and writes each class once, and searches the sorted row
+    (log2 C reads a class, from L1 and L2). Never run on a GPU so far: compiled ahead of time and interpreted.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    c = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    dtype: tl.constexpr = log_mass.dtype.element_ty
+    z = tl.load(logits + row * logits_stride_n + c * logits_stride_c, mask=c < C, other=0).to(dtype)
+    z = tl.where(z == z, z, -float("inf"))  # NaN ranks last
+    low = tl.zeros([BLOCK], tl.int64)
+    high = low + C
+    for _ in range(steps):  # ordered[: low] > z >= ordered[high :]
+        middle = (low + high) // 2
+        above = tl.load(ordered + row * C + middle, mask=(c < C) & (middle < C), other=0).to(dtype) > z
+        searching = low < high
+        low = tl.where(searching & above, middle + 1, low)
+        high = tl.where(searching & ~above, middle, high)
+    mass = tl.load(log_mass + tl.minimum(low, table_length - 1), mask=c < C, other=0)
+    tl.store(dense + row * C + c, mass, mask=c < C)
+
+
+# Launchers -----------------------------------------------------------------------------------------
+
+
+def vote_tile(P: int) -> tuple[int, bool]:
+    """(P2, PAIRWISE): size of the register tile that holds a row's votes, and how they are counted.
+
+    Raises:
+        RuntimeError: more votes a sample than this backend serves.
+    """
+    if P > MOST_VOTES:
+        raise RuntimeError(f'backend="triton" serves at most {MOST_VOTES} votes a sample, got {P}')
+    return max(16, triton.next_power_of_2(P)), P <= PAIRWISE_VOTES
+
+
+def vote_scratch(programs: int, P2: int, pairwise: bool, unused: Tensor) -> Tensor:
+    """What count_hashed needs, (programs, 5 P2) int32; ``unused`` where nothing is hashed."""
+    return unused if pairwise else torch.empty((programs, 5 * P2), dtype=torch.int32, device=unused.device)
+
+
+def _warps(P2: int, BLOCK: int) -> int:
+    return 8 if P2 > 1024 or BLOCK > 2048 else 4
+
+
+def rank_fwd(votes: Tensor, num_classes: int) -> Tensor:
+    """See reference.rank_fwd; a row with a vote >= C becomes 0."""
+    N, P = votes.shape
+    ranks = torch.empty((N, num_classes), dtype=torch.int32, device=votes.device)
+    if N == 0:
+        return ranks
+    P2, pairwise = vote_tile(P)
+    BLOCK = min(2048, triton.next_power_of_2(num_classes))
+    with device_of(votes):
+        programs = N if pairwise else min(N, HASHING_PROGRAMS)
+        rank_fwd_kernel[(programs,)](
+            votes, votes.stride(0), votes.stride(1), ranks, vote_scratch(programs, P2, pairwise, votes),
+            N, num_classes, P,
+            P2, pairwise, PAIRWISE_BLOCK, BLOCK, num_warps=_warps(P2, BLOCK),
+        )  # fmt: skip
+    return ranks
+
+
+def label_fwd(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """See reference.label_fwd; a row with a target or vote out of range becomes NaN."""
+    N, P = votes.shape
+    label = torch.empty((N, num_classes), dtype=log_mass.dtype, device=log_mass.device)
+    if N == 0:
+        return label
+    dense = log_mass.dim() == 2
+    P2, pairwise = vote_tile(P)
+    BLOCK = min(2048, triton.next_power_of_2(num_classes))
+    with device_of(label):
+        programs = N if pairwise or dense else min(N, HASHING_PROGRAMS)
+        scratch = vote_scratch(programs, P2, pairwise or dense, votes)
+        label_fwd_kernel[(programs,)](
+            target, target.stride(0), votes, votes.stride(0), votes.stride(1),
+            log_mass, log_mass.shape[0], log_mass.stride(0), log_mass.stride(-1), label,
+            scratch, N, num_classes, P, ignore_index, P2, pairwise, PAIRWISE_BLOCK, dense, BLOCK,
+            num_warps=_warps(P2, BLOCK),
+        )  # fmt: skip
+    return label
+
+
+def logits_mass(logits: Tensor, log_mass: Tensor) -> Tensor:
+    """(N, C) log masses of the classes' ranks by the logits: sorted on the device, then searched."""
+    N, C = logits.shape
+    dense = torch.empty((N, C), dtype=log_mass.dtype, device=logits.device)
+    if N == 0:
+        return dense
+    ordered = torch.nan_to_num(logits, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    ordered = ordered.sort(1, descending=True).values.contiguous()
+    BLOCK = min(1024, triton.next_power_of_2(C))
+    # Rows lie on the grid's second axis, of at most 65535 programs.
+    with device_of(dense):
+        for first in range(0, N, 65535):
+            rows = slice(first, min(N, first + 65535))
+            z = logits[rows]
+            logits_mass_kernel[(triton.cdiv(C, BLOCK), z.shape[0])](
+                z, z.stride(0), z.stride(1), ordered[rows], log_mass, log_mass.shape[0], dense[rows],
+                C, C.bit_length(), BLOCK, num_warps=4,
+            )  # fmt: skip
+    return dense
+
+
+_PLAIN = (int, bool, str)
+_compiled: dict[tuple, object] = {}
+
+
+def launch(
+    kernel: triton.JITFunction,
+    programs: int,
+    args: tuple,
+    inputs: tuple[Tensor, ...],
+    warps: int,
+    stages: int = 3,
+) -> None:
+    """kernel[(programs,)](*args), remembering what was compiled.
+
+    Triton examines some fifty arguments at every launch to find the binary they need. Here one look-up finds
+    it, by all that decides: integers and constants, types and 16-byte alignment of the ``inputs``. Results
+    and scratch come from torch.empty, always aligned, their types decided by those of the inputs.
+    """
+    key = (
+        kernel,
+        inputs[0].device,
+        warps,
+        stages,
+        *[(x.dtype, x.data_ptr() & 15 == 0) for x in inputs],
+        *[x for x in args if x.__class__ in _PLAIN],
+    )
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[programs, 1, 1](*args)
+        return
+    compiled = kernel[programs, 1, 1](*args, num_warps=warps, num_stages=stages)
+    if compiled is not None:  # None: interpreted
+        if len(_compiled) > 4096:  # shapes that never return
+            _compiled.clear()
+        _compiled[key] = compiled
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Context in which Triton launches on the device of ``x``; nothing to do where that is current."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(x.device)

@@ -1,0 +1,311 @@
+"""What surrounds the rows: the means' denominators before them, the sum of their losses after them.
+
+A mean's denominators need all targets before any gradient is written. Up to SCAN_ROWS rows every program of
+the loss adds them up itself (8 bytes a row, from L2); above that ``totals_kernel`` leaves partial sums. With
+``only_correct`` they need all logits: ``correct_kernel`` goes first. The losses are folded by the program
+that finishes last, over per-program partial sums and in a fixed order, so results are bitwise repeatable
+although which program folds is not.
+
+Never run on a GPU so far: compiled ahead of time for sm_80, sm_90 and sm_100, and run in Triton's
+interpreter.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .loss_math import MEAN
+
+SCAN_ROWS = 1024  # rows whose targets every program adds up itself: 8 KB from L2 each
+TOTALS_PROGRAMS = 64  # partial sums of the denominators: 64 * 3 numbers, read by every program of the loss
+CORRECT_PROGRAMS = 528  # of correct_kernel: four per multiprocessor
+
+SCAN_TOTALS, PARTIAL_TOTALS = tl.constexpr(1), tl.constexpr(2)  # where the denominators come from; 0: no mean
+
+# Device functions ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def totals_of(first, last, target, target_stride, correct, weight, C, ignore_index,
+              HAS_WEIGHT: tl.constexpr, ONLY_CORRECT: tl.constexpr, DTYPE: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
+    """Sums over samples first .. last: the targets' class weights; samples not ignored; those that count."""
+    ce = tl.zeros([BLOCK], DTYPE)
+    kept = tl.zeros([BLOCK], tl.int32)
+    counted = tl.zeros([BLOCK], tl.int32)
+    for begin in range(first, last, BLOCK):
+        n = (begin + tl.arange(0, BLOCK)).to(tl.int64)
+        y = tl.load(target + n * target_stride, mask=n < last, other=0)
+        keep = (n < last) & (y != ignore_index)
+        kept += keep.to(tl.int32)
+        if HAS_WEIGHT:
+            y = tl.minimum(tl.maximum(y, 0), C - 1)
+            ce += tl.load(weight + y, mask=keep, other=0)
+        if ONLY_CORRECT:
+            counted += tl.load(correct + n, mask=n < last, other=0)
+    kept = tl.sum(kept, 0)
+    total = tl.sum(ce, 0) if HAS_WEIGHT else kept.to(DTYPE)
+    chosen = tl.sum(counted, 0) if ONLY_CORRECT else kept
+    return total, kept.to(DTYPE), chosen.to(DTYPE)
+
+
+@triton.jit
+def mean_scales(
+    target,  # (N,) int64, any stride
+    target_stride,
+    correct,  # (N,) int32, ONLY_CORRECT: the sample counts
+    weight,  # (C,) float32 or float64, HAS_WEIGHT
+    totals,  # (3, partials) float32 or float64, PARTIAL_TOTALS
+    partials,
+    N,
+    C,
+    ignore_index,
+    HAS_WEIGHT: tl.constexpr,
+    ONLY_CORRECT: tl.constexpr,
+    TOTALS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """What the means multiply by: 1 / sum of the targets' weights, and 1 / number of samples that count."""
+    if TOTALS == SCAN_TOTALS:
+        ce, kept, counted = totals_of(
+            0,
+            N,
+            target,
+            target_stride,
+            correct,
+            weight,
+            C,
+            ignore_index,
+            HAS_WEIGHT,
+            ONLY_CORRECT,
+            DTYPE,
+            256,
+        )
+    else:
+        ce_lanes = tl.zeros([64], DTYPE)
+        kept_lanes = tl.zeros([64], DTYPE)
+        counted_lanes = tl.zeros([64], DTYPE)
+        for begin in range(0, partials, 64):
+            i = begin + tl.arange(0, 64)
+            ce_lanes += tl.load(totals + i, mask=i < partials, other=0)
+            kept_lanes += tl.load(totals + partials + i, mask=i < partials, other=0)
+            counted_lanes += tl.load(totals + 2 * partials + i, mask=i < partials, other=0)
+        ce, kept, counted = tl.sum(ce_lanes, 0), tl.sum(kept_lanes, 0), tl.sum(counted_lanes, 0)
+    one = tl.full([1], 1, DTYPE)
+    ce_scale = one / (one * ce)
+    zipf_scale = one / (one * counted)
+    # No sample is correct: the Zipf term is 0. No sample at all: NaN, by 0 * inf.
+    zipf_scale = tl.where((kept > 0) & (counted == 0), tl.zeros_like(one), zipf_scale)
+    return ce_scale, zipf_scale
+
+
+@triton.jit
+def gradient_scales(
+    ce_scale, zipf_scale, ce_weight, zipf_weight, grad_scale, HAS_CE: tl.constexpr, SCALED: tl.constexpr
+):
+    """Factors of both parts in the stored gradient, (1,) each; the first program stores grad_scale (SCALED).
+
+    A float16 gradient divided by N before GradScaler's scale reaches it flushes to zero: it is stored
+    without the mean's denominator, which backward multiplies in.
+    """
+    gc = ce_weight * ce_scale
+    gz = zipf_weight * zipf_scale
+    if SCALED:
+        later = ce_scale if HAS_CE else zipf_scale
+        usable = (later != 0) & (tl.abs(later) < float("inf"))
+        later = tl.where(usable, later, 1.0)
+        gc = ce_weight * (ce_scale / later)
+        gz = zipf_weight * (zipf_scale / later)
+        if tl.program_id(0) == 0:
+            tl.store(grad_scale + tl.arange(0, 1), later)
+    return gc, gz
+
+
+@triton.jit
+def fold_losses(
+    ce_rows,  # (R,) this program's sums
+    zipf_rows,  # (R,)
+    ce_scale,  # (1,)
+    zipf_scale,  # (1,)
+    ce_weight,  # (1,)
+    zipf_weight,  # (1,)
+    loss,  # (1,) float32 or float64
+    ce,  # (1,)
+    zipf,  # (1,)
+    sums,  # (2, programs) scratch, of their type
+    counter,  # (1,) int32, 0 before and after
+    HAS_CE: tl.constexpr,
+    HAS_ZIPF: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Sum over programs, in order, by whichever program arrives last.
+
+    The barrier puts the stores of all threads before the one thread's atomic, which releases them to the
+    device; the last arriver's atomic acquires what all others released, and hands its ticket to its own
+    threads through another barrier (part of a scalar atomic whose result is used).
+    """
+    programs = tl.num_programs(0)
+    pid = tl.program_id(0)
+    tl.store(sums + pid, tl.sum(ce_rows, 0))
+    tl.store(sums + programs + pid, tl.sum(zipf_rows, 0))
+    tl.debug_barrier()
+    ticket = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if ticket == programs - 1:
+        ce_lanes = tl.zeros([256], DTYPE)
+        zipf_lanes = tl.zeros([256], DTYPE)
+        for begin in range(0, programs, 256):
+            i = begin + tl.arange(0, 256)
+            # .cg: from L2, where the other multiprocessors' stores are
+            ce_lanes += tl.load(sums + i, mask=i < programs, other=0, cache_modifier=".cg")
+            zipf_lanes += tl.load(sums + programs + i, mask=i < programs, other=0, cache_modifier=".cg")
+        one = tl.arange(0, 1)
+        ce_total = tl.sum(ce_lanes, 0) + tl.zeros([1], DTYPE)
+        zipf_total = tl.sum(zipf_lanes, 0) + tl.zeros([1], DTYPE)
+        if REDUCTION == MEAN:
+            if HAS_CE:
+                ce_total *= ce_scale
+            if HAS_ZIPF:
+                zipf_total *= zipf_scale
+        tl.store(ce + one, ce_total)
+        tl.store(zipf + one, zipf_total)
+        tl.store(loss + one, ce_weight * ce_total + zipf_weight * zipf_total)
+        tl.store(counter, 0)
+
+
+# Kernels -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def correct_kernel(
+    logits,  # (N, C) any float type, rows `stride` apart
+    stride,
+    target,  # (N,) int64, any stride
+    target_stride,
+    correct,  # (N,) int32: not ignored, and no class beats the target
+    N,
+    C,
+    steps,  # groups of R rows per program
+    ignore_index,
+    V: tl.constexpr,  # elements per 16 bytes where V | stride and V | C, else 1
+    R: tl.constexpr,
+    B: tl.constexpr,
+):
+    """argmax z = y, ties to the lowest class; reads the logits once, R rows by B columns at a time.
+
+    Never run on a GPU so far: compiled ahead of time and interpreted.
+    """
+    for step in range(0, steps):
+        row = (tl.program_id(0).to(tl.int64) * steps + step) * R + tl.arange(0, R)
+        row_ok = row < N
+        y = tl.load(target + row * target_stride, mask=row_ok, other=0)
+        ignored = y == ignore_index
+        y = tl.minimum(tl.maximum(y, 0), C - 1)[:, None]
+        start = (row * (stride // V * V))[:, None]
+        zy = tl.load(logits + start + y, mask=row_ok[:, None], other=0).to(tl.float64)
+        beaten = tl.zeros([R, B], tl.int32)
+        for first in range(0, C, B):
+            c = first + tl.arange(0, B)[None, :]
+            x = tl.load(logits + start + c, mask=(c < C // V * V) & row_ok[:, None], other=-float("inf"))
+            x = x.to(tl.float64) if logits.dtype.element_ty == tl.float64 else x.to(tl.float32)
+            z = zy.to(x.dtype)
+            beaten |= ((x > z) | ((c < y) & (x == z))).to(tl.int32)
+        beaten = tl.max(beaten, 1) > 0
+        tl.store(correct + row, (~beaten & ~ignored).to(tl.int32), mask=row_ok)
+
+
+@triton.jit
+def totals_kernel(
+    target,  # (N,) int64, any stride
+    target_stride,
+    correct,  # (N,) int32; ONLY_CORRECT
+    weight,  # (C,) float32 or float64; HAS_WEIGHT
+    totals,  # (3, programs) float32 or float64
+    N,
+    C,
+    per_program,
+    ignore_index,
+    HAS_WEIGHT: tl.constexpr,
+    ONLY_CORRECT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Partial sums of the means' denominators, for more rows than loss_fwd adds up itself; 8 bytes a row.
+
+    Never run on a GPU so far: compiled ahead of time and interpreted.
+    """
+    programs = tl.num_programs(0)
+    pid = tl.program_id(0)
+    first = pid * per_program
+    ce, kept, counted = totals_of(
+        first, tl.minimum(first + per_program, N), target, target_stride, correct, weight, C, ignore_index,
+        HAS_WEIGHT, ONLY_CORRECT, totals.dtype.element_ty, BLOCK,
+    )  # fmt: skip
+    tl.store(totals + pid, ce)
+    tl.store(totals + programs + pid, kept)
+    tl.store(totals + 2 * programs + pid, counted)
+
+
+# Launchers -----------------------------------------------------------------------------------------
+
+_counters: dict[tuple, Tensor] = {}
+
+
+def counter_of(x: Tensor) -> Tensor:
+    """(1,) int32 zero that the launches of one stream share: each leaves it as it found it.
+
+    Streams have one each, and a captured graph its own, zeroed in the graph: it may replay beside any stream.
+    """
+    if x.device.type != "cuda":
+        key = (x.device,)
+    elif torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=x.device)
+    else:
+        key = (x.device, torch._C._cuda_getCurrentRawStream(x.device.index))
+    counter = _counters.get(key)
+    if counter is None:
+        counter = _counters[key] = torch.zeros(1, dtype=torch.int32, device=x.device)
+    return counter
+
+
+def correct_samples(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """(N,) int32: the sample is not ignored and classified correctly."""
+    N, C = logits.shape
+    correct = torch.empty(N, dtype=torch.int32, device=logits.device)
+    if N == 0:
+        return correct
+    V = 16 // logits.element_size()
+    if logits.stride(0) % V or C % V:
+        V = 1
+    B = min(2048, max(16, triton.next_power_of_2(C)))
+    R = 2048 // B
+    groups = -(-N // R)
+    steps = -(-groups // CORRECT_PROGRAMS)
+    correct_kernel[(-(-groups // steps),)](
+        logits, logits.stride(0), target, target.stride(0), correct, N, C, steps, ignore_index, V, R, B,
+        num_warps=4,
+    )  # fmt: skip
+    return correct
+
+
+def partial_totals(
+    target: Tensor,
+    correct: Tensor,
+    weight: Tensor | None,
+    C: int,
+    ignore_index: int,
+    only_correct: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(3, programs) partial sums of the means' denominators."""
+    N = target.shape[0]
+    per_program = max(1024, -(-N // TOTALS_PROGRAMS))
+    programs = -(-N // per_program)
+    totals = torch.empty((3, programs), dtype=dtype, device=target.device)
+    totals_kernel[(programs,)](
+        target, target.stride(0), correct, target if weight is None else weight, totals,
+        N, C, per_program, ignore_index, weight is not None, only_correct, 1024, num_warps=4,
+    )  # fmt: skip
+    return totals
