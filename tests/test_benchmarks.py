@@ -34,6 +34,13 @@ import targets  # noqa: E402
 CPU_LOSSES = baselines.losses("cpu", tiny=True)
 
 
+@pytest.fixture(autouse=True)
+def _no_worker(monkeypatch):
+    """Runs of pytest started here are no workers of ours: pytest-benchmark would disable itself in them."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def inputs(N=6, C=23, P=9, dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(N, C, generator=g, dtype=torch.float64).mul(2).to(dtype).requires_grad_()
