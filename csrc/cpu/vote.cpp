@@ -65,7 +65,8 @@ class Positions {
     const auto* const from = static_cast<const char*>(x_.const_data_ptr());
     auto* const to = static_cast<char*>(out.mutable_data_ptr());
     const int64_t from_size = x_.element_size(), to_size = out.element_size();
-    // Positions with one stride between them: whole images where lines follow each other, else lines.
+    // Positions with one stride between them: whole images where lines follow each other, else
+    // lines.
     const int64_t run = H() == 1 || x_.stride(1) == W() * x_.stride(2) ? S() : W();
     const int64_t last = first + n, least = ceil_div(32768, run * D() + 1);
     at::parallel_for(first / run, ceil_div(last, run), least, [&](int64_t begin, int64_t end) {
@@ -105,7 +106,8 @@ void vote_by_sums(const at::Tensor& features, const at::Tensor& weight, const at
   const int64_t size = type == at::kDouble ? 8 : 4, sums = type == at::kDouble;
   const auto options = features.options().dtype(type);
 
-  // Upsampling needs an image's scores together. Classes are split only where a few rows would not fit.
+  // Upsampling needs an image's scores together. Classes are split only where a few rows would not
+  // fit.
   const int64_t together = upsample == 2 ? S : 1;
   const int64_t Q =
       std::min(C, std::max<int64_t>(1, kScoreBytes / size / std::max<int64_t>(together, 256)));
