@@ -7,6 +7,7 @@ no part. TORCH_CUDA_ARCH_LIST sets the GPU architectures (default: 8.0 9.0a 10.0
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,6 +61,19 @@ def choose() -> str:
     return "none"
 
 
+def openmp() -> list[str]:
+    """What makes at::parallel_for parallel; without it ATen's headers quietly make it a plain loop.
+
+    The flag is for compiling alone: linked, it could bring in a second OpenMP runtime beside torch's own,
+    with threads that torch.set_num_threads knows nothing of. torch's has what GCC calls, not what clang does.
+    """
+    version = [*os.environ.get("CXX", "c++").split(), "--version"]
+    if "clang" not in subprocess.run(version, capture_output=True, text=True).stdout:
+        return ["-fopenmp"]
+    print("zipfls_cuda: built by clang, the CPU backend runs on one thread; GCC's has all.", file=sys.stderr)
+    return []
+
+
 def extension(build: str):
     """The extension module, and the command that builds it."""
     cuda = build == "cuda"
@@ -72,6 +86,7 @@ def extension(build: str):
     # A chosen -std turns the contraction of a * b + c into one instruction off; it is what the exp counts on.
     flags = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=fast", "-Wall", "-Wextra"]}
     flags["cxx"] += [f"-isystem{folder}" for folder in include_paths()]  # torch's own warnings are not ours
+    flags["cxx"] += openmp()
     if cuda:
         sources += sorted([*ROOT.glob("csrc/cuda/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")])
         architectures = ",".join(os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split())

@@ -36,6 +36,11 @@ pybind11::dict build_info() {
   info["cuda"] = false;
   info["cuda_arch"] = std::vector<std::string>();
 #endif
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
   info["isa"] = sets;
   info["isa_used"] = zipfls::cpu::kernels().name;
   return info;

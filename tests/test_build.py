@@ -35,6 +35,29 @@ def test_build_info():
     assert info["torch"] == torch.__version__.split("+")[0]
 
 
+THREADS = """
+import os, torch
+import zipfls_cuda
+torch.set_num_threads(3)
+z, table, y = torch.empty(64, 4096), torch.empty(4096), torch.tensor(range(64))  # no parallel work so far
+before = len(os.listdir("/proc/self/task"))
+torch.ops.zipfls.loss_fwd(z, y, None, table, None, 1.0, 0.0, 0.0, False, -100, "mean", True)
+print(before, len(os.listdir("/proc/self/task")))
+"""
+
+
+@needs_extension
+def test_loss_uses_the_threads_of_torch():
+    """Compiled without OpenMP, at::parallel_for is a plain loop and nothing but the clock tells."""
+    if "clang" in ops.build_info()["compiler"]:
+        pytest.skip("built by clang: one thread, as setup.py says")
+    assert ops.build_info()["openmp"]
+    done = python("-c", THREADS)
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert after == before + 2
+
+
 RESULTS = """
 import torch, zipfls_cuda as zls
 torch.manual_seed(0)

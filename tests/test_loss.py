@@ -438,3 +438,26 @@ def test_votes_of_ignored_samples_are_not_read(backend, device):
     assert loss[1] == 0
     assert (grad[1] == 0).all()
     assert loss.isfinite().all()
+
+
+# Memory ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("cpu" not in zls.backends(), reason="the C++ extension is not built")
+def test_loss_large_gradients_reuse_memory_and_stay_apart():
+    """From 32 MiB on, the memory of a gradient that was given back serves the next one, and no other."""
+    N, C = 64, 131072  # 32 MiB
+    z, y = torch.randn(N, C), torch.arange(N)
+
+    def grad(x: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(zls.zipf_cross_entropy(x.requires_grad_(), y, zipf_weight=0.0), x)[0]
+
+    a = grad(z.clone())
+    kept, where = a.clone(), a.data_ptr()
+    b = grad(2 * z)  # a lives: memory of its own
+    assert b.data_ptr() != where
+    assert torch.equal(a, kept)
+    del a
+    c = grad(z.clone())
+    assert c.data_ptr() == where
+    assert torch.equal(c, kept)

@@ -6,14 +6,11 @@
 #include <string_view>
 #include <tuple>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "recycle.h"
 #include "rows.h"
 
 namespace zipfls::cpu {
@@ -31,20 +28,6 @@ void set_element(const at::Tensor& x, int64_t i, double value) {
     x.mutable_data_ptr<double>()[i] = value;
   else
     x.mutable_data_ptr<float>()[i] = static_cast<float>(value);
-}
-
-/// Asks for huge pages behind a gradient so large that malloc maps it afresh at every step (32 MiB
-/// is the most that glibc keeps). All of it is about to be written, and taking its pages one by
-/// one, 4 KiB at a time, can cost more than the arithmetic: at 64 x 131072 half of the time went
-/// there. Only a hint, without effect where the system does not have huge pages.
-void prefer_huge_pages([[maybe_unused]] const at::Tensor& x) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21, kLeast = uintptr_t{32} << 20;
-  if (x.nbytes() < kLeast) return;
-  const auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()), end = begin + x.nbytes();
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 /// What a mean divides by, from the targets alone.
@@ -149,8 +132,7 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
   } else {
     grad_scale = at::empty({0}, options);
   }
-  grad = with_grad ? at::empty({N, C}, logits.options()) : at::empty({0}, logits.options());
-  prefer_huge_pages(grad);
+  grad = with_grad ? empty_gradient(N, C, logits.options()) : at::empty({0}, logits.options());
 
   LossFwd a{};
   a.C = C;

@@ -40,9 +40,10 @@ inline Votes votes_of(const at::Tensor& votes) {
 void raise_outside(const at::Tensor* target, const at::Tensor* votes, int64_t C,
                    const int64_t* ignore_index);
 
-/// Samples a thread should have at least, of samples with C classes and P votes each.
+/// Samples a thread should have at least, of samples with C classes and P votes each: ATen's own
+/// grain, a vote costing as much as 8 classes.
 inline int64_t grain(int64_t C, int64_t P) {
-  return std::max<int64_t>(1, 16384 / (C + 8 * P + 64));
+  return std::max<int64_t>(1, 32768 / (C + 8 * P + 64));
 }
 
 }  // namespace zipfls::cpu

@@ -22,7 +22,7 @@ namespace {
 // A tile of scores is small enough to be still in the second-level caches when the argmax comes,
 // and large enough for the product to run at its full speed: 2 to 8 MiB were alike within 3 % on
 // the shapes tried.
-static const int64_t kScoreBytes = std::getenv("ZT") ? atoll(std::getenv("ZT")) : int64_t{1} << 22;
+constexpr int64_t kScoreBytes = int64_t{1} << 22;
 constexpr int64_t kPackBytes = int64_t{1} << 24;  // of packed features, and of converted weights
 constexpr int64_t kSpare = 64;                    // bytes behind what kernels read by whole vectors
 

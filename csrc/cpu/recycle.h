@@ -1,0 +1,92 @@
+// Memory for large gradients, used again at the next step.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
+
+namespace zipfls::cpu {
+
+/// PyTorch's CPU allocator with a memory of one block: the one given back last serves the next
+/// request of its size; any other request frees it first, so that no more memory is ever in use at
+/// once than without.
+///
+/// malloc keeps what it frees for later up to 32 MiB a block. Beyond, a gradient of the same size
+/// is mapped afresh at every step, and taking its pages from the system one by one, 4 KiB at a
+/// time, costs more than the arithmetic: two thirds of the time at 64 x 131072 float32.
+class Recycler final : public c10::Allocator {
+ public:
+  static constexpr size_t kLeast = size_t{32} << 20;  // bytes
+
+  at::DataPtr allocate(size_t bytes) override {
+    std::unique_ptr<Block> block = exchange(nullptr);
+    if (block == nullptr || block->bytes != bytes) {
+      block.reset();
+      block = std::make_unique<Block>(Block{c10::GetCPUAllocator()->allocate(bytes), bytes});
+      prefer_huge_pages(block->memory.get(), bytes);
+    }
+    void* const data = block->memory.get();
+    return {data, block.release(), &give_back, c10::Device(c10::kCPU)};
+  }
+
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+
+  /// The only one, never destroyed: tensors may outlive static objects.
+  static Recycler& instance() {
+    static auto* const recycler = new Recycler;
+    return *recycler;
+  }
+
+ private:
+  /// A hint, without effect where the system has no huge pages: fewer misses of the address cache.
+  static void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+    const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
+    const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  }
+
+  struct Block {
+    at::DataPtr memory;
+    size_t bytes;
+  };
+
+  static void give_back(void* block) {
+    instance().exchange(std::unique_ptr<Block>(static_cast<Block*>(block)));
+  }
+
+  /// Puts a block in the place of the kept one; frees nothing under the lock.
+  std::unique_ptr<Block> exchange(std::unique_ptr<Block> block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(kept_, std::move(block));
+  }
+
+  std::mutex mutex_;
+  std::unique_ptr<Block> kept_;
+};
+
+/// at::empty for a gradient: (N, C) in a type, uninitialised.
+inline at::Tensor empty_gradient(int64_t N, int64_t C, const at::TensorOptions& options) {
+  const auto type = c10::typeMetaToScalarType(options.dtype());
+  if (static_cast<size_t>(N * C) * c10::elementSize(type) < Recycler::kLeast)
+    return at::empty({N, C}, options);
+  return at::detail::empty_generic({N, C}, &Recycler::instance(),
+                                   c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
+}
+
+}  // namespace zipfls::cpu
