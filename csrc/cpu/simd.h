@@ -77,13 +77,26 @@ ZIPFLS_INLINE Mask<A> iota(int64_t first) {
   return lane + static_cast<Int>(first);
 }
 
+/// The lanes that a mask marks, lane w as bit w.
+template <class A>
+ZIPFLS_INLINE uint32_t bits(Mask<A> mask) {
+#if defined(ZIPFLS_AVX512)
+  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask(bit_cast<__m512i>(mask));
+  return _mm512_movepi64_mask(bit_cast<__m512i>(mask));
+#elif defined(ZIPFLS_AVX2)
+  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps(bit_cast<__m256>(mask));
+  return _mm256_movemask_pd(bit_cast<__m256d>(mask));
+#else
+  uint32_t joined = 0;
+  for (int w = 0; w < Lanes<A>::W; w++) joined |= mask[w] != 0 ? 1u << w : 0;
+  return joined;
+#endif
+}
+
 template <class A>
 ZIPFLS_INLINE bool any(Mask<A> mask) {
-#if defined(ZIPFLS_AVX512)
-  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask(bit_cast<__m512i>(mask)) != 0;
-  return _mm512_movepi64_mask(bit_cast<__m512i>(mask)) != 0;
-#elif defined(ZIPFLS_AVX2)
-  return _mm256_movemask_epi8(bit_cast<__m256i>(mask)) != 0;
+#if defined(ZIPFLS_AVX512) || defined(ZIPFLS_AVX2)
+  return bits<A>(mask) != 0;
 #else
   uint64_t word[sizeof(Mask<A>) / 8], joined = 0;
   __builtin_memcpy(word, &mask, sizeof mask);
@@ -148,7 +161,11 @@ ZIPFLS_INLINE A reduce_add(Vec<A> x) {
 using F = Lanes<float>;
 
 ZIPFLS_INLINE F::V float_from_bf16(F::H h) {
+#if defined(ZIPFLS_AVX512)  // GCC widens half by half
+  return bit_cast<F::V>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h)), 16));
+#else
   return bit_cast<F::V>(__builtin_convertvector(h, F::U) << 16);
+#endif
 }
 
 /// Rounds to nearest, ties to even; NaN stays NaN.

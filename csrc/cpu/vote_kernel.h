@@ -75,10 +75,11 @@ ZIPFLS_INLINE void fold_position(int64_t Q, int64_t first_class, Score score, A&
   }
   const A found = reduce_max<A>(top);
   Int at = kNone;
-  if (found > before) {
-    where = top == found ? where : I{} + kNone;
-    at = reduce<Int>(where,
-                     [](auto a, auto b) __attribute__((always_inline)) { return a < b ? a : b; });
+  if (found > before) {  // the lowest class of the lanes that hold it, nearly always one
+    for (uint32_t lanes = bits<A>(top == found); lanes != 0; lanes &= lanes - 1) {
+      const Int class_of_lane = where[__builtin_ctz(lanes)];
+      at = class_of_lane < at ? class_of_lane : at;
+    }
   } else if (index < 0) {  // nothing above -inf so far: does a -inf stand here?
     for (q = 0; q < Q && at == kNone; q += W) {
       const V x = score(q);
