@@ -90,8 +90,8 @@ def extension(build: str):
     if cuda:
         sources += sorted([*ROOT.glob("csrc/cuda/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")])
         architectures = ",".join(os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split())
-        facts = {"ZIPFLS_CUDA_VERSION": torch.version.cuda, "ZIPFLS_CUDA_ARCH": architectures}
-        flags["cxx"] += ["-DZIPFLS_CUDA", *(f'-D{name}=\\"{fact}\\"' for name, fact in facts.items())]
+        # Without quotes, which versions of torch pass on differently; bindings.cpp makes strings of them.
+        flags["cxx"] += [f"-DZIPFLS_CUDA={torch.version.cuda}", f"-DZIPFLS_CUDA_ARCH={architectures}"]
         flags["nvcc"] = ["-O3", "-std=c++17"]
     kind = CUDAExtension if cuda else CppExtension
     names = [str(s.relative_to(ROOT)) for s in sources]

@@ -9,6 +9,10 @@
 #include "autograd.h"
 #include "cpu/isa.h"
 
+// The text of a macro's value, commas included.
+#define ZIPFLS_QUOTE(...) #__VA_ARGS__
+#define ZIPFLS_TEXT(...) ZIPFLS_QUOTE(__VA_ARGS__)
+
 namespace {
 
 std::string compiler() {
@@ -30,8 +34,8 @@ pybind11::dict build_info() {
   info["compiler"] = compiler();
   info["torch"] = TORCH_VERSION;
 #ifdef ZIPFLS_CUDA
-  info["cuda"] = ZIPFLS_CUDA_VERSION;
-  info["cuda_arch"] = std::string(ZIPFLS_CUDA_ARCH);
+  info["cuda"] = ZIPFLS_TEXT(ZIPFLS_CUDA);
+  info["cuda_arch"] = ZIPFLS_TEXT(ZIPFLS_CUDA_ARCH);
 #else
   info["cuda"] = false;
   info["cuda_arch"] = std::vector<std::string>();

@@ -23,17 +23,19 @@ def test_names_and_defaults():
     def defaults(f):
         return {k: p.default for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
 
-    assert defaults(zls.dense_vote) == {"bias": None, "upsample": 1, "backend": None}
+    group = {"process_group": None}
+    assert defaults(zls.dense_vote) == {"bias": None, "upsample": 1, "backend": None, **group}
     law = {"alpha": 1.0, "distribution": None}
     tail = {"ignore_index": -100, "reduction": "mean"}
-    assert defaults(zls.zipf_loss) == {"votes": None, **law, "only_correct": False, **tail, "backend": None}
+    last = {"backend": None, **group}
+    assert defaults(zls.zipf_loss) == {"votes": None, **law, "only_correct": False, **tail, **last}
     assert defaults(zls.zipf_cross_entropy) == {
         **{"votes": None, "zipf_weight": 1.0, **law, "only_correct": False, "label_smoothing": 0.0},
-        **{"weight": None, **tail, "return_parts": False, "backend": None},
+        **{"weight": None, **tail, "return_parts": False, **last},
     }
     assert defaults(zls.ZipfLoss) == {
         **{"zipf_weight": 1.0, **law, "only_correct": False, "label_smoothing": 0.0, "weight": None},
-        **{**tail, "deep_weight": 0.1},
+        **{**tail, "deep_weight": 0.1, **group},
     }
     assert defaults(zls.check_inputs) == {"votes": None, "ignore_index": -100}
     for name in zls.__all__:

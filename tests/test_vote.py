@@ -161,6 +161,20 @@ def test_vote_scores_are_not_rounded_to_half(backend, device, dtype):
     assert zls.dense_vote(features, weight, backend=backend).item() == 13
 
 
+def test_vote_rounded_products_do_not_decide(backend, device):
+    """Products of a large batch that bfloat16 rounds to one number; a bias then favours the wrong class."""
+    D, C = 96, 130
+    features = torch.ones(2, D, 6, 6, device=device, dtype=torch.bfloat16)
+    weight, bias = torch.full((C, D), 8.0), torch.zeros(C)
+    weight[:, 0] = 0.0  # scores of 760
+    weight[5, 0], bias[5] = 6.125, 2.0  # 766.125 + 2, as 768 + 2 if rounded
+    weight[13, 0] = 9.875  # 769.875, as 768 if rounded
+    weight, bias = weight.to(features), bias.to(features)
+    product = weight.float().sum(1)
+    assert product[5].bfloat16() == product[13].bfloat16() == 768
+    assert (zls.dense_vote(features, weight, bias, backend=backend) == 13).all()
+
+
 def test_vote_empty(backend, device):
     weight = torch.randn(5, 4, device=device)
     assert zls.dense_vote(torch.randn(0, 4, 3, 3, device=device), weight, backend=backend).shape == (0, 9)

@@ -18,12 +18,17 @@ DEFAULT_ALPHA = float("1.0")  # an object of its own: tells alpha left out from 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def is_dtensor(x: object) -> bool:
+    """Whether ``x`` is a DTensor, told by name: torch.distributed.tensor is slow to load."""
+    return type(x).__name__ == "DTensor"
+
+
 def _tensor(name: str, x: object) -> None:
     if type(x) is Tensor:
         return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if type(x).__name__ == "DTensor":  # not imported: torch.distributed.tensor is slow to load
+    if is_dtensor(x):
         raise TypeError(
             f"{name} is a DTensor, of which a kernel would see one shard; give it {name}.full_tensor(), "
             "or call inside the forward of the FSDP module that owns it"
@@ -101,14 +106,16 @@ def label_inputs(t: Tensor, v: Tensor) -> None:
     _same_device("votes", v, "target", t)
 
 
-def loss_inputs(logits: Tensor, t: Tensor, v: Tensor | None, weight: Tensor | None = None) -> None:
-    """The tensors of the loss: ranks, shapes, dtypes, devices."""
+def loss_inputs(
+    logits: Tensor, t: Tensor, v: Tensor | None, weight: Tensor | None = None, *, shard: bool = False
+) -> None:
+    """The tensors of the loss: ranks, shapes, dtypes, devices. A ``shard`` may have any number of classes."""
     _tensor("logits", logits)
     if logits.dim() != 2:
         raise ValueError(f"logits must have shape (N, C), got {_shape(logits)}")
     _float("logits", logits)
     N, C = logits.shape
-    if C < 2:
+    if C < 2 and not shard:
         raise ValueError(f"logits must have at least 2 classes, got shape {_shape(logits)}")
     target(t, N)
     _same_device("target", t, "logits", logits)
@@ -146,8 +153,10 @@ def law(alpha: float, distribution: Distribution | None) -> Distribution:
     return distribution
 
 
-def vote_inputs(features: Tensor, weight: Tensor, bias: Tensor | None, upsample: int) -> None:
-    """The arguments of dense_vote."""
+def vote_inputs(
+    features: Tensor, weight: Tensor, bias: Tensor | None, upsample: int, *, shard: bool = False
+) -> None:
+    """The arguments of dense_vote. A ``shard`` may have any number of classes."""
     _tensor("features", features)
     if features.dim() not in (3, 4):
         raise ValueError(f"features must have shape (N, D, H, W) or (N, T, D), got {_shape(features)}")
@@ -156,7 +165,7 @@ def vote_inputs(features: Tensor, weight: Tensor, bias: Tensor | None, upsample:
     _tensor("weight", weight)
     if weight.dim() != 2 or weight.shape[1] != D:
         raise ValueError(f"weight must have shape (C, D) with D = {D} as in features, got {_shape(weight)}")
-    if weight.shape[0] < 2:
+    if weight.shape[0] < 2 and not shard:
         raise ValueError(f"weight must have at least 2 classes, got shape {_shape(weight)}")
     tensors = [("weight", weight)]
     if bias is not None:

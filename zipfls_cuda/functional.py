@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from . import checks, ops
+from . import checks, ops, sharded
 from .checks import DEFAULT_ALPHA
 from .distributions import Distribution, RandomDistribution
 
@@ -24,6 +25,7 @@ def dense_vote(
     *,
     upsample: int = 1,
     backend: str | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Let every position of a feature map vote for a class: v_k = argmax_c (F_k . W_c + b_c).
 
@@ -38,6 +40,9 @@ def dense_vote(
         upsample: 1, or 2 to vote on the map at twice its resolution (bilinear,
             align_corners=False; maps only).
         backend: name of a backend, or None for the best one.
+        process_group: weight and bias are this rank's class shards, (C/W, D) and (C/W,); features, and
+            the votes of all classes, are the same on every rank (docs/DISTRIBUTED.md). A weight that is a
+            DTensor, Shard(0), brings its group along where features is a replicated DTensor.
 
     Returns:
         votes (N, P) int32, P = upsample*H * upsample*W in row-major order, or T. Among equal computed scores
@@ -51,6 +56,8 @@ def dense_vote(
     """
     if isinstance(features, Tensor) and torch.is_autocast_enabled(features.device.type):
         features, weight, bias = (_autocast(x, features.device.type) for x in (features, weight, bias))
+    if process_group is not None or (sharded.by_class(weight, 0) and checks.is_dtensor(features)):
+        return sharded.dense_vote(features, weight, bias, upsample, backend, process_group)
     checks.vote_inputs(features, weight, bias, upsample)
     if features.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
         features, weight = features.detach(), weight.detach()
@@ -164,6 +171,7 @@ def zipf_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Zipf's Label Smoothing term alone: L_zipf = sum_{c != y} p~_c log(p~_c / p^_c).
 
@@ -173,10 +181,10 @@ def zipf_loss(
     Source: Eq. 5.
     """
     law = checks.law(alpha, distribution)
-    checks.loss_inputs(logits, target, votes)
     checks.loss_options(1.0, 0.0, ignore_index, reduction)
+    inputs = _loss_inputs(logits, target, votes, None, law, backend, process_group)
     options = (0.0, 1.0, 0.0, only_correct, ignore_index, reduction)
-    return _loss(logits, target, votes, law, None, options, backend)[0]
+    return _loss(*inputs, law, options, backend)[0]
 
 
 def zipf_cross_entropy(
@@ -194,6 +202,7 @@ def zipf_cross_entropy(
     reduction: str = "mean",
     return_parts: bool = False,
     backend: str | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy plus Zipf's Label Smoothing: CE(z, y) + zipf_weight * L_zipf, in one pass.
 
@@ -213,6 +222,10 @@ def zipf_cross_entropy(
             class weights, that of L_zipf by the number of samples that count.
         return_parts: return (loss, ce, zipf) with the two parts detached and unweighted.
         backend: name of a backend, or None for the best one.
+        process_group: logits (N, C/W) and weight (C/W,) are this rank's class shards, in rank order; target
+            and votes (required) are of all classes and the same on every rank, and so is the loss. The
+            gradient is the shard of the whole one (docs/DISTRIBUTED.md). Logits that are a DTensor, Shard(1),
+            bring their group along.
 
     Returns:
         The loss: a scalar, or (N,) for "none"; float32 (float64 for float64 logits).
@@ -225,10 +238,10 @@ def zipf_cross_entropy(
     Source: Eq. 6.
     """
     law = checks.law(alpha, distribution)
-    checks.loss_inputs(logits, target, votes, weight)
     checks.loss_options(zipf_weight, label_smoothing, ignore_index, reduction)
+    inputs = _loss_inputs(logits, target, votes, weight, law, backend, process_group)
     options = (1.0, float(zipf_weight), float(label_smoothing), only_correct, ignore_index, reduction)
-    parts = _loss(logits, target, votes, law, weight, options, backend)
+    parts = _loss(*inputs, law, options, backend)
     return parts if return_parts else parts[0]
 
 
@@ -260,6 +273,22 @@ def zipf_head_loss(
     logits = F.linear(pooled, weight, bias)
     class_weight = options.pop("class_weight", None)
     return zipf_cross_entropy(logits, target, votes, weight=class_weight, backend=backend, **options)
+
+
+def _loss_inputs(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None,
+    weight: Tensor | None,
+    law: Distribution,
+    backend: str | None,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, sharded.Shard | None]:
+    """The loss's tensors, checked, and which classes they are of: None for all."""
+    if process_group is not None or (type(logits) is not Tensor and sharded.by_class(logits, 1)):
+        return sharded.loss_inputs(logits, target, votes, weight, law, backend, process_group)
+    checks.loss_inputs(logits, target, votes, weight)
+    return logits, target, votes, weight, None
 
 
 # Log masses ------------------------------------------------------------------------------------------
@@ -295,19 +324,23 @@ def _loss(
     logits: Tensor,
     target: Tensor,
     votes: Tensor | None,
-    law: Distribution,
     weight: Tensor | None,
+    shard: sharded.Shard | None,
+    law: Distribution,
     options: tuple,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ce, zipf) by the chosen backend, with the gradient attached where one is wanted."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    N, C = logits.shape
+    N, C = logits.shape if shard is None else (len(logits), shard.num_classes)
     P = None if votes is None else votes.shape[1]
     log_mass = _log_mass(law, N, C, P, dtype, logits.device)
     if weight is not None:
         weight = weight.detach().to(dtype)
-    forward = ops.select("loss_fwd", backend, logits)
+    if shard is None:
+        forward = ops.select("loss_fwd", backend, logits)
+    else:
+        forward = functools.partial(sharded.loss_fwd, shard)
     tensors = (target, votes, log_mass, weight)
     if torch._C._are_functorch_transforms_active():
         function = _LossInTransforms if torch.compiler.is_compiling() else _LossRefusingForwardMode
@@ -319,7 +352,7 @@ def _loss(
     # Inside the Function this would be wrong under no_grad: there, grad mode is always off.
     if torch.is_grad_enabled() and logits.requires_grad:
         backward, scale_ = ops.select("loss_bwd", backend, logits), ops.select("loss_bwd_", backend, logits)
-        anchor = logits.narrow_copy(0, 0, 0)
+        anchor = logits.narrow(0, 0, 0).clone()  # narrow_copy has no derivative in torch 2.11
         return _Loss.apply(logits, anchor, tensors, options, forward, backward, scale_)
     return forward(logits, *tensors, *options, False)[:3]
 

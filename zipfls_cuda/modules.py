@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ class ZipfLoss(nn.Module):
         label_smoothing, weight, ignore_index, reduction: as in F.cross_entropy; smoothing and the class
             weights (C,), a buffer, touch the cross-entropy alone.
         deep_weight: beta, the weight of the cross-entropy of every deep head (``deep_logits``).
+        process_group: logits, deep_logits and weight are this rank's class shards (docs/DISTRIBUTED.md).
 
     Raises:
         TypeError, ValueError: a bad option, by name, when the module is made.
@@ -46,6 +49,7 @@ class ZipfLoss(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         deep_weight: float = 0.1,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         checks.loss_options(zipf_weight, label_smoothing, ignore_index, reduction)
@@ -59,6 +63,7 @@ class ZipfLoss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.deep_weight = deep_weight
+        self.process_group = process_group
         self.register_buffer("weight", weight)
 
     def forward(
@@ -80,17 +85,26 @@ class ZipfLoss(nn.Module):
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            process_group=self.process_group,
         )
         for head in deep_logits:
-            loss = loss + self.deep_weight * F.cross_entropy(
-                head.to(loss.dtype),
-                target,
-                None if self.weight is None else self.weight.to(loss.dtype),
-                ignore_index=self.ignore_index,
-                reduction=self.reduction,
-                label_smoothing=self.label_smoothing,
-            )
+            loss = loss + self.deep_weight * self._cross_entropy(head, target, loss.dtype)
         return loss
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+        """Cross-entropy of a deep head."""
+        options = {
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+        }
+        if self.process_group is not None:  # of class shards: the whole loss without its Zipf term
+            no_votes, options["process_group"] = target.new_empty(len(target), 0), self.process_group
+            return functional.zipf_cross_entropy(
+                logits, target, no_votes, zipf_weight=0.0, weight=self.weight, **options
+            )
+        weight = None if self.weight is None else self.weight.to(dtype)
+        return F.cross_entropy(logits.to(dtype), target, weight, **options)
 
     @staticmethod
     def _unpack(output: object, votes: Tensor | None) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
