@@ -122,3 +122,63 @@ MASSES = {
     "LinearDecay": lambda s: lambda r, C: max(0.0, (C - r) * 2 * (1 - C * s) / ((C - 1) * C) + s),
     "ExponentialDecay": lambda rate: lambda r, C: math.exp(-rate * (r - 1)),
 }
+
+
+# Targets that are probabilities -------------------------------------------------------------------------
+
+
+def soft_sample(z, t, votes, mass, *, class_weight=None, smoothing=0.0):
+    """As ``sample``, of a target t (C,) of probabilities."""
+    z, t = np.asarray(z, dtype=np.float64), np.asarray(t, dtype=np.float64)
+    C = len(z)
+    w = np.ones(C) if class_weight is None else np.asarray(class_weight, dtype=np.float64)
+    mixed = w * ((1 - smoothing) * t + smoothing / C)
+    log_p = log_softmax(z)
+    with np.errstate(invalid="ignore"):
+        ce = -math.fsum(mixed * log_p)
+    dce = np.exp(log_p) * math.fsum(mixed) - mixed
+
+    least = [c for c in range(C) if t[c] == min(t)]
+    zipf, dzipf = 0.0, np.zeros(C)
+    if len(least) >= 2:
+        if callable(mass):
+            mass = [mass(r, C) for r in rank_by(list(z) if votes is None else count(votes, C))]
+        total = math.fsum(mass[c] for c in least)
+        log_q = log_softmax(z[least])
+        for c, lq in zip(least, log_q, strict=True):
+            label = mass[c] / total if total > 0 else 1 / len(least)
+            if label > 0:
+                zipf += label * (math.log(label) - lq)
+            dzipf[c] = np.exp(lq) - label
+    return ce, zipf, dce, dzipf, int(np.argmax(z)) == int(np.argmax(t))
+
+
+def soft_batch(
+    logits,
+    target,
+    votes,
+    mass,
+    *,
+    zipf_weight=1.0,
+    ce_weight=1.0,
+    only_correct=False,
+    reduction="mean",
+    **options,
+):
+    """As ``batch``, of a target (N, C) of probabilities."""
+    N = len(logits)
+    rows = []
+    for i in range(N):
+        v = None if votes is None else list(map(int, votes[i]))
+        rows.append(soft_sample(logits[i], target[i], v, mass if callable(mass) else mass[i], **options))
+    ce, zipf, dce, dzipf = (np.array([row[k] for row in rows]) for k in range(4))
+    counts = np.array([row[4] or not only_correct for row in rows])
+    zipf, dzipf = np.where(counts, zipf, 0.0), np.where(counts[:, None], dzipf, 0.0)
+    if reduction == "none":
+        return ce_weight * ce + zipf_weight * zipf, ce, zipf, ce_weight * dce + zipf_weight * dzipf
+    ce_scale = zipf_scale = 1.0
+    if reduction == "mean":
+        ce_scale, zipf_scale = 1 / N, 1 / max(1, counts.sum())
+    ce, zipf = ce.sum() * ce_scale, zipf.sum() * zipf_scale
+    grad = ce_weight * ce_scale * dce + zipf_weight * zipf_scale * dzipf
+    return ce_weight * ce + zipf_weight * zipf, ce, zipf, grad

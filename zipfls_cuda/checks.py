@@ -99,6 +99,39 @@ def target(x: Tensor, num_samples: int | None = None) -> None:
         raise TypeError(f"target must be int64 class indices, got {x.dtype}")
 
 
+def is_soft(t: object) -> bool:
+    """Whether a target is of probabilities (N, C) rather than of class indices (N,)."""
+    return isinstance(t, Tensor) and t.dim() == 2
+
+
+def soft_target(t: Tensor, shape: tuple[int, ...]) -> None:
+    """``target`` (N, C) probabilities, in any float type."""
+    _tensor("target", t)
+    if t.shape != shape:
+        raise ValueError(
+            f"target must have shape ({shape[0]},), one class per row of logits, or {tuple(shape)}, "
+            f"probabilities, got {_shape(t)}"
+        )
+    if t.dtype not in FLOATS:
+        raise TypeError(
+            f"target must be float32, bfloat16, float16 or float64 probabilities where its shape is that of "
+            f"logits, got {t.dtype}"
+        )
+    if t.requires_grad:
+        raise ValueError(
+            "target must not require grad, as gradients flow to logits alone; give target.detach()"
+        )
+
+
+def no_ignore_index(ignore_index: int) -> None:
+    """``ignore_index`` beside a target of probabilities, which has no samples to ignore."""
+    if ignore_index >= 0:
+        raise ValueError(
+            "ignore_index must be left out, or negative, where target is of probabilities, which name no "
+            f"class to ignore; got {ignore_index}"
+        )
+
+
 def label_inputs(t: Tensor, v: Tensor) -> None:
     """``target`` and ``votes`` of zipf_label."""
     target(t)
@@ -117,7 +150,12 @@ def loss_inputs(
     N, C = logits.shape
     if C < 2 and not shard:
         raise ValueError(f"logits must have at least 2 classes, got shape {_shape(logits)}")
-    target(t, N)
+    if not is_soft(t):
+        target(t, N)
+    elif shard:
+        raise ValueError(f"target must be class indices ({N},) for class shards, got {_shape(t)}")
+    else:
+        soft_target(t, (N, C))
     _same_device("target", t, "logits", logits)
     if v is not None:
         votes(v, N)
@@ -198,7 +236,7 @@ def check_inputs(
 
     Args:
         logits: (N, C), any float type.
-        target: (N,) int64, in [0, C) or ``ignore_index``.
+        target: (N,) int64, in [0, C) or ``ignore_index``; or (N, C) probabilities, any float type.
         votes: (N, P) int32 or int64, below C; negative means no vote. Or None.
 
     Raises:
@@ -206,4 +244,9 @@ def check_inputs(
         IndexError: names the first target or vote outside its range (votes of ignored samples are not read).
     """
     loss_inputs(logits, target, votes)
-    raise_outside(target, votes, logits.shape[1], target == ignore_index)
+    if not is_soft(target):
+        raise_outside(target, votes, logits.shape[1], target == ignore_index)
+        return
+    no_ignore_index(ignore_index)
+    if votes is not None:
+        raise_outside(None, votes, logits.shape[1])

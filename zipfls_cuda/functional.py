@@ -175,8 +175,9 @@ def zipf_loss(
 ) -> Tensor:
     """Zipf's Label Smoothing term alone: L_zipf = sum_{c != y} p~_c log(p~_c / p^_c).
 
-    Arguments, result and errors as :func:`zipf_cross_entropy`; the mean divides by the number of samples
-    that are not ignored (with ``only_correct``: that are classified correctly; 0 if none is).
+    Arguments, result and errors as :func:`zipf_cross_entropy`, a target of probabilities included; the mean
+    divides by the number of samples that are not ignored (with ``only_correct``: that are classified
+    correctly; 0 if none is).
 
     Source: Eq. 5.
     """
@@ -211,15 +212,20 @@ def zipf_cross_entropy(
 
     Args:
         logits: (N, C), C >= 2, any float type; arithmetic runs in float32 (float64 for float64).
-        target: (N,) int64 in [0, C), or ``ignore_index``.
+        target: (N,) int64 in [0, C), or ``ignore_index``. Or probabilities (N, C) as in F.cross_entropy, any
+            float type, used in the type of the arithmetic, without gradient: mixup, CutMix, soft labels. The
+            Zipf term is then over the classes whose probability is the row's minimum, 0 where they are fewer
+            than two; all means divide by N; ``only_correct`` compares with its argmax. Our extension
+            (docs/MATH.md, "Soft targets"), served by "cpu" and "reference".
         votes: (N, P) int32 or int64 from :func:`dense_vote`, below C; negative means no vote; P = 0 is
             allowed. None ranks by the logits instead.
         zipf_weight: lambda, finite; 0 skips the Zipf term.
         alpha: decay of Zipf's law, >= 0. Or ``distribution``: another law in its place.
         only_correct: count L_zipf only where the target has the largest logit (lowest index on ties).
         label_smoothing, weight: of the cross-entropy alone, as in F.cross_entropy; weight is (C,).
-        ignore_index, reduction: as in F.cross_entropy. The mean of CE divides by the sum of the targets'
-            class weights, that of L_zipf by the number of samples that count.
+        ignore_index, reduction: as in F.cross_entropy; beside probabilities, ignore_index must be negative.
+            The mean of CE divides by the sum of the targets' class weights, that of L_zipf by the number of
+            samples that count.
         return_parts: return (loss, ce, zipf) with the two parts detached and unweighted.
         backend: name of a backend, or None for the best one.
         process_group: logits (N, C/W) and weight (C/W,) are this rank's class shards, in rank order; target
@@ -260,7 +266,7 @@ def zipf_head_loss(
     Args:
         features: (N, D, H, W) map or (N, T, D) tokens; pooled by the mean over positions.
         weight, bias: (C, D) and (C,) or None; give logits and votes both.
-        target: (N,) int64 in [0, C), or ``ignore_index``.
+        target: (N,) int64 in [0, C), or ``ignore_index``; or probabilities (N, C).
         upsample: as in :func:`dense_vote`.
         options: those of :func:`zipf_cross_entropy`; its class ``weight`` goes by the name ``class_weight``.
 
@@ -337,8 +343,12 @@ def _loss(
     log_mass = _log_mass(law, N, C, P, dtype, logits.device)
     if weight is not None:
         weight = weight.detach().to(dtype)
+    soft = checks.is_soft(target)
+    if soft:  # probabilities (N, C), of which none is ignored
+        checks.no_ignore_index(options[4])
+        target, options = target.to(dtype), (*options[:4], options[5])
     if shard is None:
-        forward = ops.select("loss_fwd", backend, logits)
+        forward = ops.select("soft_loss_fwd" if soft else "loss_fwd", backend, logits)
     else:
         forward = functools.partial(sharded.loss_fwd, shard)
     tensors = (target, votes, log_mass, weight)

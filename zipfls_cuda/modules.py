@@ -72,7 +72,7 @@ class ZipfLoss(nn.Module):
         target: Tensor,
         votes: Tensor | None = None,
     ) -> Tensor:
-        """The loss of logits (N, C) and target (N,); see the class for the forms of ``output``."""
+        """The loss of logits (N, C) and target (N,) or (N, C); see the class for the forms of ``output``."""
         logits, votes, deep_logits = self._unpack(output, votes)
         loss = functional.zipf_cross_entropy(
             logits,
@@ -104,6 +104,7 @@ class ZipfLoss(nn.Module):
                 logits, target, no_votes, zipf_weight=0.0, weight=self.weight, **options
             )
         weight = None if self.weight is None else self.weight.to(dtype)
+        target = target.to(dtype) if checks.is_soft(target) else target
         return F.cross_entropy(logits.to(dtype), target, weight, **options)
 
     @staticmethod

@@ -43,6 +43,11 @@ SCHEMAS = {
         "float zipf_weight, float label_smoothing, bool only_correct, int ignore_index, str reduction, "
         "bool with_grad) -> (Tensor loss, Tensor ce, Tensor zipf, Tensor grad, Tensor grad_scale)"
     ),
+    "soft_loss_fwd": (
+        "(Tensor logits, Tensor target, Tensor? votes, Tensor log_mass, Tensor? weight, float ce_weight, "
+        "float zipf_weight, float label_smoothing, bool only_correct, str reduction, bool with_grad) "
+        "-> (Tensor loss, Tensor ce, Tensor zipf, Tensor grad, Tensor grad_scale)"
+    ),
     "loss_bwd": "(Tensor grad, Tensor grad_loss, Tensor grad_scale) -> Tensor",
     "loss_bwd_": "(Tensor(a!) grad, Tensor grad_loss, Tensor grad_scale) -> ()",
 }
@@ -88,6 +93,11 @@ def _loss_fake(
     return loss, ce, zipf, grad, logits.new_empty(() if scaled else (0,), dtype=dtype)
 
 
+def _soft_loss_fake(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *tensors_and_weights, reduction, with_grad = args
+    return _loss_fake(logits, *tensors_and_weights, -100, reduction, with_grad)
+
+
 def _loss_bwd_fake(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:
     return torch.empty_like(grad)
 
@@ -101,11 +111,19 @@ FAKES: dict[str, Callable] = {
     "rank_fwd": _rank_fake,
     "label_fwd": _label_fake,
     "loss_fwd": _loss_fake,
+    "soft_loss_fwd": _soft_loss_fake,
     "loss_bwd": _loss_bwd_fake,
     "loss_bwd_": _loss_bwd_inplace_fake,
 }
 
 STAGES = tuple(SCHEMAS)
+
+# What a backend has no kernel for: (backend, stage) -> dtypes, or None for all of them.
+UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...] | None] = {
+    ("cuda", "vote_fwd"): (torch.float64,),
+    ("cuda", "soft_loss_fwd"): None,
+    ("triton", "soft_loss_fwd"): None,
+}
 
 
 # Registration --------------------------------------------------------------------------------------
@@ -145,6 +163,8 @@ OPERATORS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # (stage, backend)
 
 for _stage, _schema in SCHEMAS.items():
     for _suffix, _names in (("", ("cuda", "cpu")), ("_triton", ("triton",)), ("_reference", ("reference",))):
+        if all(UNSERVED.get((_backend, _stage), ()) is None for _backend in _names):
+            continue
         _name = f"{_stage}{_suffix}"
         _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
         if _suffix == "_triton":
@@ -168,9 +188,6 @@ NATIVE_LOSS_FWD = None if native_loss is None else torch.ops.zipfls.loss_fwd.def
 # Backends ------------------------------------------------------------------------------------------
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first
-
-# What a backend has no kernel for, by design: (backend, stage) -> dtypes.
-UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...]] = {("cuda", "vote_fwd"): (torch.float64,)}
 
 
 def build_info() -> dict[str, object]:
@@ -232,7 +249,10 @@ def refusal(backend: str, stage: str, device: str, dtype: torch.dtype) -> str:
         return reason
     if backend != "reference" and device not in _devices(backend):
         return f"it serves {' and '.join(_devices(backend))} tensors, and these are on {device}"
-    if dtype in UNSERVED.get((backend, stage), ()):
+    dtypes = UNSERVED.get((backend, stage), ())
+    if dtypes is None:
+        return f"it has no kernel for {stage}"
+    if dtype in dtypes:
         return f"it has no kernel for {dtype} in {stage}"
     if (backend, stage, dtype) == (
         "cuda",

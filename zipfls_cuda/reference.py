@@ -3,8 +3,8 @@
 Reads next to the paper (Liang et al., ECCV 2022, arXiv 2207.12980); N samples, C classes, D channels,
 P votes a sample. Runs on any device in any float type, and decides the meaning of every corner case.
 
-* ``vote_fwd``, ``rank_fwd``, ``label_fwd``, ``loss_fwd``, ``loss_bwd`` are the operators' reference
-  implementations. ``loss_fwd`` writes the gradient out by hand and needs no autograd.
+* ``vote_fwd``, ``rank_fwd``, ``label_fwd``, ``loss_fwd``, ``soft_loss_fwd``, ``loss_bwd`` are the operators'
+  reference implementations. The losses write the gradient out by hand and need no autograd.
 * ``zipf_term`` and ``cross_entropy_term`` are the same loss in differentiable form, for checks by autograd.
 """
 
@@ -117,17 +117,28 @@ def rank_fwd(votes: Tensor, num_classes: int) -> Tensor:
 # Stage 3: the soft label ---------------------------------------------------------------------------
 
 
+def target_classes(target: Tensor, num_classes: int) -> Tensor:
+    """(N, C) bool: the classes that the Zipf term leaves out.
+
+    Of a class (N,) int64: itself. Of probabilities (N, C): every class above the row's minimum, which is what
+    label smoothing and mixup give to the classes they do not name.
+    """
+    if target.dim() == 1:
+        return F.one_hot(target, num_classes).bool()
+    return target != target.amin(1, keepdim=True)
+
+
 def label_from_mass(log_mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Soft label over the non-target classes, p~_c = mass_c / sum_{m != y} mass_m, and its logarithm (Eq. 4).
 
     Args:
         log_mass: (N, C) log masses, normalised or not.
-        target: (N,) int64 in [0, C).
+        target: (N,) int64 in [0, C), or probabilities (N, C).
 
     Returns:
         p~ and log p~, (N, C) each: 0 and -inf at the target. Where every non-target mass is zero: uniform.
     """
-    at_target = F.one_hot(target, log_mass.shape[1]).bool()
+    at_target = target_classes(target, log_mass.shape[1])
     log_mass = log_mass.masked_fill(at_target, -torch.inf)
     massless = (log_mass == -torch.inf).all(1, keepdim=True)
     log_mass = torch.where(massless & ~at_target, 0.0, log_mass)
@@ -196,7 +207,7 @@ def zipf_term(logits: Tensor, target: Tensor, label: Tensor, log_label: Tensor) 
 
     p^ is the softmax over the non-target classes. Classes without mass are skipped.
     """
-    at_target = F.one_hot(target, logits.shape[1]).bool()
+    at_target = target_classes(target, logits.shape[1])
     log_nontarget = logits.masked_fill(at_target, -torch.inf).log_softmax(1)
     return torch.where(label > 0, label * (log_label - log_nontarget), 0.0).sum(1)
 
@@ -290,6 +301,21 @@ def loss_fwd(
     zipf = zipf.masked_fill(~zipf_rows, 0).masked_fill(bad & ~ignored, torch.nan)
     dz = dz.masked_fill(bad[:, None], torch.nan).masked_fill(ignored[:, None], 0)
 
+    weights, scales = (ce_weight, zipf_weight), (ce_scale, zipf_scale)
+    return _results((ce, zipf), dz, weights, scales, reduction, logits.dtype, with_grad)
+
+
+def _results(
+    parts: tuple[Tensor, Tensor],
+    dz: Tensor,
+    weights: tuple[float, float],
+    scales: tuple[Tensor, Tensor],
+    reduction: str,
+    dtype: torch.dtype,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``loss_fwd`` returns, from the (N,) losses of CE and Zipf and the whole gradient (N, C)."""
+    (ce, zipf), (ce_weight, zipf_weight), (ce_scale, zipf_scale) = parts, weights, scales
     if reduction != "none":
         ce, zipf = ce.sum(), zipf.sum()
     if reduction == "mean":
@@ -297,15 +323,81 @@ def loss_fwd(
         zipf = zipf * zipf_scale if zipf_weight != 0 else zipf
     loss = ce_weight * ce + zipf_weight * zipf
 
-    grad, grad_scale = logits.new_empty(0), z.new_empty(0)
+    grad, grad_scale = dz.new_empty(0, dtype=dtype), dz.new_empty(0)
     if with_grad:
-        if logits.dtype == torch.float16 and reduction == "mean":
+        if dtype == torch.float16 and reduction == "mean":
             grad_scale = ce_scale if ce_weight != 0 else zipf_scale
             usable = torch.isfinite(grad_scale) & (grad_scale != 0)
             grad_scale = torch.where(usable, grad_scale, 1.0)
             dz = dz / grad_scale
-        grad = dz.to(logits.dtype)
+        grad = dz.to(dtype)
     return loss, ce.clone(), zipf.clone(), grad, grad_scale
+
+
+def soft_loss_fwd(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None,
+    log_mass: Tensor,
+    weight: Tensor | None,
+    ce_weight: float,
+    zipf_weight: float,
+    label_smoothing: float,
+    only_correct: bool,
+    reduction: str,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``loss_fwd`` for targets that are probabilities (our extension; docs/MATH.md, "Soft targets").
+
+    CE = -sum_c w_c t'_c log p_c with t' = (1 - e) t + e / C, its gradient p_c sum_k w_k t'_k - w_c t'_c;
+    L_zipf = sum_{c in S} p~_c log(p~_c / p^_c), S = {c : t_c = min_k t_k}, its gradient p^_c - p~_c in S.
+
+    Args:
+        target: (N, C) probabilities t, in the accumulation dtype; a row with a NaN gives NaN.
+        The others as for ``loss_fwd``. ``only_correct``: where argmax z = argmax t, lowest index on ties.
+
+    Returns:
+        As ``loss_fwd``. Means divide by N, under ``only_correct`` the Zipf part's by the number correct.
+    """
+    N, C = logits.shape
+    dtype = accumulation_dtype(logits.dtype)
+    z, t = logits.to(dtype), target.contiguous()  # sums in one order, whatever the strides
+    bad = t.isnan().any(1)
+    if votes is not None:
+        if votes.device.type == "cpu":
+            raise_outside(None, votes, C)
+        bad = bad | outside(None, votes, C, None)
+    ce, zipf, dz = z.new_zeros(N), z.new_zeros(N), z.new_zeros(N, C)
+    samples = z.new_full((), N)
+    counted = torch.ones_like(bad)
+    if only_correct:
+        counted = is_correct(logits, _argmax_lowest(t).long().clamp(min=0))
+    ce_scale, zipf_scale = z.new_ones(()), z.new_ones(())
+    if reduction == "mean":
+        ce_scale = 1 / samples
+        number = counted.sum().to(dtype)
+        zipf_scale = torch.where((samples > 0) & (number == 0), 0.0, 1 / number)
+
+    if ce_weight != 0:
+        e = label_smoothing
+        u = t * (1 - e) + e / C if e > 0 else t
+        u = u if weight is None else u * weight
+        log_prob = z.log_softmax(1)
+        ce = -(u * log_prob).sum(1)  # 0 times -inf is NaN, as in F.cross_entropy
+        dz = dz + (ce_weight * ce_scale) * (log_prob.exp() * u.sum(1, keepdim=True) - u)
+    if zipf_weight != 0:
+        at_target = target_classes(t, C)
+        zipf_rows = counted & ((~at_target).sum(1) >= 2)
+        label, log_label = label_from_mass(_dense_log_mass(log_mass, votes, logits, C), t)
+        zipf = zipf_term(z, t, label, log_label).masked_fill(~zipf_rows, 0)
+        step = z.masked_fill(at_target, -torch.inf).softmax(1) - label
+        step = (zipf_weight * zipf_scale) * step
+        dz = dz + step.masked_fill(at_target | ~zipf_rows[:, None], 0)
+
+    ce, zipf = ce.masked_fill(bad, torch.nan), zipf.masked_fill(bad, torch.nan)
+    dz = dz.masked_fill(bad[:, None], torch.nan)
+    weights, scales = (ce_weight, zipf_weight), (ce_scale, zipf_scale)
+    return _results((ce, zipf), dz, weights, scales, reduction, logits.dtype, with_grad)
 
 
 def loss_bwd(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 
 #include "label_kernel.h"
 #include "loss_kernel.h"
+#include "soft_loss_kernel.h"
 #include "vote_kernel.h"
 
 namespace zipfls::ZIPFLS_ISA {
@@ -16,6 +17,7 @@ constexpr Kernels table(const char* name) {
   return {
       name,
       ZIPFLS_EVERY_TYPE(loss_fwd_kernel),
+      ZIPFLS_EVERY_TYPE(soft_loss_fwd_kernel),
       ZIPFLS_EVERY_TYPE(is_correct),
       ZIPFLS_EVERY_TYPE(scale_kernel),
       rank_row,

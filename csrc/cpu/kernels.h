@@ -45,7 +45,8 @@ struct Scratch {
   void* excess;          // (min(P, C) + 1 + W,) A, at the voted classes: label
   void* distance;        // (min(P, C) + 1 + W,) A, logit
   void* patch;           // (min(P, C) + 1 + W,) A, gradient at the voted classes
-  void* row[4];  // (C + W,) A each: exponentials; dense label; dense log mass; padded class weights
+  void* row[5];          // (C + W,) A each: exponentials; dense label; dense log mass; padded class
+                 // weights; one more for soft targets, which use them all (soft_loss_kernel.h)
   void* narrow[2];  // (W,) of the logits' type: a padded row where C < W, and its gradient
   void* sort[2];    // (C,) of 16 bytes each, for ranking by logits
 };
@@ -73,12 +74,34 @@ struct LossFwd {
   double* zipf_rows;       // (N,) float64, unscaled
 };
 
+/// soft_loss_fwd: one call serves rows [begin, end).
+struct SoftLossFwd {
+  int64_t C;
+  const void* logits;     // (N, C) T
+  int64_t logits_stride;  // elements from row to row
+  const void* target;     // (N, C) A, probabilities
+  int64_t target_stride;  // elements from row to row
+  Votes votes;
+  const void* log_mass;    // (R,) or (N, C) A
+  const void* weight;      // (C,) A, or null
+  const uint8_t* correct;  // (N,) bool, or null: the Zipf part of every sample counts
+  Mass mass;
+  bool ce, zipf;           // which parts are wanted
+  double label_smoothing;  // e
+  double ce_factor;        // what the gradient of a row's CE is multiplied with
+  double zipf_factor;      // and that of its Zipf part
+  void* grad;              // (N, C) T, contiguous; null: not wanted
+  double* ce_rows;         // (N,) float64, unscaled
+  double* zipf_rows;       // (N,) float64, unscaled
+};
+
 /// One table for each instruction set. A function that returns bool tells whether all votes were
 /// below C.
 struct Kernels {
   const char* name;
   /// loss and gradient of rows [begin, end).
   bool (*loss_fwd[kDtypes])(const LossFwd&, const Scratch&, int64_t begin, int64_t end);
+  bool (*soft_loss_fwd[kDtypes])(const SoftLossFwd&, const Scratch&, int64_t begin, int64_t end);
   /// Whether the target has the largest logit of its row (lowest index on ties).
   bool (*is_correct[kDtypes])(const void* row, int64_t C, int64_t y);
   /// out = in * scale, n elements, the product in A; in == out is allowed.

@@ -2,33 +2,15 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
-#include <optional>
-#include <string_view>
-#include <tuple>
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "parts.h"
 #include "recycle.h"
-#include "rows.h"
 
 namespace zipfls::cpu {
 namespace {
-
-using Parts = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-double element(const at::Tensor& x, int64_t i) {  // x float32 or float64, contiguous
-  return x.scalar_type() == at::kDouble ? x.const_data_ptr<double>()[i]
-                                        : x.const_data_ptr<float>()[i];
-}
-
-void set_element(const at::Tensor& x, int64_t i, double value) {
-  if (x.scalar_type() == at::kDouble)
-    x.mutable_data_ptr<double>()[i] = value;
-  else
-    x.mutable_data_ptr<float>()[i] = static_cast<float>(value);
-}
 
 /// What a mean divides by, from the targets alone.
 struct Totals {
@@ -60,30 +42,13 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
                    const std::optional<at::Tensor>& weight, double ce_weight, double zipf_weight,
                    double label_smoothing, bool only_correct, int64_t ignore_index,
                    std::string_view reduction, bool with_grad) {
-  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (N, C), got ", logits.sizes());
-  check_float(logits, "logits");
+  check_loss(logits, votes, log_mass, weight, reduction);
   const int64_t N = logits.size(0), C = logits.size(1);
   const auto type = accumulation_type(logits.scalar_type());
-  check_num_classes(C);
   check_target(target, N);
   check_same_device(target, "target", logits);
-  check_type(log_mass, "log_mass", type);
-  check_same_device(log_mass, "log_mass", logits);
-  if (votes.has_value()) {
-    check_votes(*votes, N);
-    check_same_device(*votes, "votes", logits);
-  }
   const int64_t P = votes.has_value() ? votes->size(1) : 0;
-  check_log_mass(log_mass, N, C, votes.has_value() ? P : -1);
-  if (weight.has_value()) {
-    TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == C, "weight must have shape (", C,
-                      ",), got ", weight->sizes());
-    check_type(*weight, "weight", type);
-    check_same_device(*weight, "weight", logits);
-  }
   const bool mean = reduction == "mean", none = reduction == "none";
-  TORCH_CHECK_VALUE(mean || none || reduction == "sum", "reduction must be mean, sum or none, got ",
-                    reduction);
 
   const Kernels& k = kernels();
   const Dtype dtype = dtype_of(logits);
@@ -119,20 +84,11 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
                                 ? 0.0
                                 : 1 / static_cast<double>(zipf_samples);
 
-  // A float16 mean: stored per sample, for 1/N to join the upstream gradient in float32, in
-  // loss_bwd.
   const auto options = logits.options().dtype(type);
-  at::Tensor grad, grad_scale;
-  double scale = 1;
-  if (with_grad && dtype == kFloat16 && mean) {
-    scale = ce_weight != 0 ? ce_scale : zipf_scale;
-    if (!std::isfinite(scale) || scale == 0) scale = 1;
-    grad_scale = at::empty({}, options);
-    set_element(grad_scale, 0, scale);
-  } else {
-    grad_scale = at::empty({0}, options);
-  }
-  grad = with_grad ? empty_gradient(N, C, logits.options()) : at::empty({0}, logits.options());
+  const double scale =
+      held_back(ce_weight != 0 ? ce_scale : zipf_scale, logits.scalar_type(), mean, with_grad);
+  const at::Tensor grad =
+      with_grad ? empty_gradient(N, C, logits.options()) : at::empty({0}, logits.options());
 
   LossFwd a{};
   a.C = C;
@@ -141,9 +97,7 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
   a.target = targets;
   if (votes.has_value()) a.votes = votes_of(v);
   a.log_mass = mass.const_data_ptr();
-  a.mass = log_mass.dim() == 2 ? Mass::kPerClass
-           : votes.has_value() ? Mass::kByVotes
-                               : Mass::kByLogits;
+  a.mass = mass_of(log_mass, votes.has_value());
   a.weight = w.has_value() ? w->const_data_ptr() : nullptr;
   a.weight_sum = static_cast<double>(C);
   if (w.has_value()) {
@@ -181,25 +135,10 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
   });
   if (!inside) raise_outside(&target, votes_or_null, C, &ignore_index);
 
-  const auto shape = none ? logits.sizes().slice(0, 1) : at::IntArrayRef();
-  at::Tensor loss = at::empty(shape, options), ce = at::empty(shape, options),
-             zipf = at::empty(shape, options);
-  auto finish = [&](int64_t i, double ce_, double zipf_) {
-    set_element(loss, i, ce_weight * ce_ + zipf_weight * zipf_);
-    set_element(ce, i, ce_);
-    set_element(zipf, i, zipf_);
-  };
-  if (none) {
-    for (int64_t i = 0; i < N; i++) finish(i, a.ce_rows[i], a.zipf_rows[i]);
-  } else {
-    double ce_sum = 0, zipf_sum = 0;  // in the order of the samples, whatever the number of threads
-    for (int64_t i = 0; i < N; i++) {
-      ce_sum += a.ce_rows[i];
-      zipf_sum += a.zipf_rows[i];
-    }
-    finish(0, a.ce ? ce_sum * ce_scale : ce_sum, a.zipf ? zipf_sum * zipf_scale : zipf_sum);
-  }
-  return {loss, ce, zipf, grad, grad_scale};
+  auto [loss, ce, zipf] = reduce_parts({a.ce_rows, ce_weight, ce_scale},
+                                       {a.zipf_rows, zipf_weight, zipf_scale}, N, none, options);
+  return {loss, ce, zipf, grad,
+          grad_scale_of(scale, logits.scalar_type(), mean, with_grad, options)};
 }
 
 /// out = in * grad_loss * grad_scale, row by row. in and out may be one tensor, which a scale of 1

@@ -63,12 +63,12 @@ ZIPFLS_INLINE A max_nontarget(const T* x, int64_t C, int64_t y) {
 /// Sums of S vectors' terms over the non-target classes, in double at the end.
 ///
 /// term(offset, x) gives one vector's terms x[0 .. S). A lane adds at most kRun vectors in A before
-/// it is folded, so that rounding does not grow with C.
-template <class A, int S, class Term>
+/// it is folded, so that rounding does not grow with C: few where one term may be far larger than
+/// thousands of others.
+template <class A, int S, int64_t kRun = 128, class Term>
 ZIPFLS_INLINE void sum_nontarget(int64_t C, int64_t y, double (&total)[S], Term term) {
   using V = Vec<A>;
   constexpr int W = Lanes<A>::W;
-  constexpr int64_t kRun = 128;
   V sum[S] = {};
   int64_t room = kRun;  // vectors that sum may still add
   for (double& t : total) t = 0;

@@ -34,6 +34,7 @@ class ThreadScratch {
                              size * C + room,
                              size * C + room,
                              size * C + room,
+                             size * C + room,
                              room,
                              room,
                              sort ? 16 * C : 0,
@@ -64,9 +65,9 @@ class ThreadScratch {
             part[7],
             part[8],
             part[9],
-            {part[10], part[11], part[12], part[13]},
-            {part[14], part[15]},
-            {part[16], part[17]}};
+            {part[10], part[11], part[12], part[13], part[14]},
+            {part[15], part[16]},
+            {part[17], part[18]}};
   }
 
  private:
