@@ -31,7 +31,7 @@ def test_names_and_defaults():
     assert defaults(zls.zipf_loss) == {"votes": None, **law, "only_correct": False, **tail, **last}
     assert defaults(zls.zipf_cross_entropy) == {
         **{"votes": None, "zipf_weight": 1.0, **law, "only_correct": False, "label_smoothing": 0.0},
-        **{"weight": None, **tail, "return_parts": False, **last},
+        **{"weight": None, **tail, "return_parts": False, "num_items": None, **last},
     }
     assert defaults(zls.ZipfLoss) == {
         **{"zipf_weight": 1.0, **law, "only_correct": False, "label_smoothing": 0.0, "weight": None},
@@ -70,6 +70,22 @@ BAD = [
     (lambda: zls.zipf_loss(X, Y, V.float()), TypeError, "votes must be int32 or int64, got torch.float32"),
     (lambda: zls.zipf_loss(X, Y, V.to("meta")), ValueError, "votes must be on the device of logits"),
     # options
+    (lambda: zls.zipf_cross_entropy(X, Y, V, num_items=0), ValueError, "num_items must be positive, got 0"),
+    (
+        lambda: zls.zipf_cross_entropy(X, Y, V, num_items="4"),
+        TypeError,
+        "num_items must be a number, got str",
+    ),
+    (
+        lambda: zls.zipf_cross_entropy(X, Y, V, num_items=torch.ones(2)),
+        ValueError,
+        r"num_items must be a number or a scalar tensor, got shape \(2,\)",
+    ),
+    (
+        lambda: zls.zipf_cross_entropy(X, Y, V, num_items=4, reduction="sum"),
+        ValueError,
+        "num_items is what a mean divides by, not for reduction='sum'",
+    ),
     (lambda: zls.zipf_loss(X, Y, V, alpha=-1), ValueError, "alpha must be finite and >= 0, got -1"),
     (lambda: zls.zipf_loss(X, Y, V, alpha=math.nan), ValueError, "alpha must be finite and >= 0, got nan"),
     (lambda: zls.zipf_loss(X, Y, V, alpha=math.inf), ValueError, "alpha must be finite and >= 0, got inf"),

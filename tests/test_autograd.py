@@ -299,3 +299,27 @@ def test_head_loss(backend, device):
     )
     logits = F.linear(features.mean((2, 3)), weight)
     torch.testing.assert_close(parts[1], F.cross_entropy(logits, target, class_weight))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_micro_batches_add_up_with_num_items(backend, device, dtype, as_tensor):
+    """Gradients accumulated over unequal micro-batches, some samples ignored: those of the whole batch."""
+    case = make(12, 10, 9, device=device, dtype=dtype)
+    case.target[[1, 5, 6]] = -100
+    deep = torch.randn(12, 10, device=device)
+    criterion = zls.ZipfLoss(0.7, label_smoothing=0.1, deep_weight=0.3)
+    with zls.use_backend(backend):
+        whole, parts = case.leaf(), case.leaf()
+        loss = criterion((whole, case.votes, deep), case.target)
+        loss.backward()
+        n = torch.tensor(9.0, device=device) if as_tensor else 9
+        total = 0
+        for rows in (slice(0, 5), slice(5, 7), slice(7, 12)):  # the second has ignored samples alone
+            output = (parts[rows], case.votes[rows], deep[rows])
+            share = criterion(output, case.target[rows], num_items=n)
+            share.backward()
+            total += share.detach()
+    torch.testing.assert_close(total, loss.detach())
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=tolerance, atol=tolerance / 12)

@@ -175,6 +175,19 @@ def loss_options(zipf_weight: float, label_smoothing: float, ignore_index: int, 
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
+def num_items(x: object, reduction: str) -> None:
+    """What a mean divides by; a tensor's value is not looked at, which would synchronise."""
+    if reduction != "mean":
+        raise ValueError(f"num_items is what a mean divides by, not for reduction={reduction!r}")
+    if isinstance(x, Tensor):
+        if x.dim() != 0:
+            raise ValueError(f"num_items must be a number or a scalar tensor, got shape {_shape(x)}")
+    else:
+        number("num_items", x)
+        if x <= 0:
+            raise ValueError(f"num_items must be positive, got {x}")
+
+
 def law(alpha: float, distribution: Distribution | None) -> Distribution:
     """The law asked for by ``alpha`` or by ``distribution``, never by both."""
     if distribution is None:

@@ -202,6 +202,7 @@ def zipf_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     return_parts: bool = False,
+    num_items: float | Tensor | None = None,
     backend: str | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -227,6 +228,8 @@ def zipf_cross_entropy(
             The mean of CE divides by the sum of the targets' class weights, that of L_zipf by the number of
             samples that count.
         return_parts: return (loss, ce, zipf) with the two parts detached and unweighted.
+        num_items: what a mean divides by instead of its own count: the sum over the samples / num_items. For
+            gradient accumulation, the samples of all micro-batches: a number, or a scalar tensor.
         backend: name of a backend, or None for the best one.
         process_group: logits (N, C/W) and weight (C/W,) are this rank's class shards, in rank order; target
             and votes (required) are of all classes and the same on every rank, and so is the loss. The
@@ -245,9 +248,14 @@ def zipf_cross_entropy(
     """
     law = checks.law(alpha, distribution)
     checks.loss_options(zipf_weight, label_smoothing, ignore_index, reduction)
+    if num_items is not None:
+        checks.num_items(num_items, reduction)
+        reduction = "sum"
     inputs = _loss_inputs(logits, target, votes, weight, law, backend, process_group)
     options = (1.0, float(zipf_weight), float(label_smoothing), only_correct, ignore_index, reduction)
     parts = _loss(*inputs, law, options, backend)
+    if num_items is not None:
+        parts = tuple(part / num_items for part in parts)
     return parts if return_parts else parts[0]
 
 

@@ -71,8 +71,13 @@ class ZipfLoss(nn.Module):
         output: Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[Tensor]],
         target: Tensor,
         votes: Tensor | None = None,
+        *,
+        num_items: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss of logits (N, C) and target (N,) or (N, C); see the class for the forms of ``output``."""
+        """The loss of logits (N, C) and target (N,) or (N, C); see the class for the forms of ``output``.
+
+        num_items: what means divide by, as in :func:`zls.zipf_cross_entropy`; of deep heads too.
+        """
         logits, votes, deep_logits = self._unpack(output, votes)
         loss = functional.zipf_cross_entropy(
             logits,
@@ -85,17 +90,19 @@ class ZipfLoss(nn.Module):
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            num_items=num_items,
             process_group=self.process_group,
         )
         for head in deep_logits:
-            loss = loss + self.deep_weight * self._cross_entropy(head, target, loss.dtype)
+            ce = self._cross_entropy(head, target, loss.dtype, self.reduction if num_items is None else "sum")
+            loss = loss + self.deep_weight * (ce if num_items is None else ce / num_items)
         return loss
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, target: Tensor, dtype: torch.dtype, reduction: str) -> Tensor:
         """Cross-entropy of a deep head."""
         options = {
             "ignore_index": self.ignore_index,
-            "reduction": self.reduction,
+            "reduction": reduction,
             "label_smoothing": self.label_smoothing,
         }
         if self.process_group is not None:  # of class shards: the whole loss without its Zipf term
