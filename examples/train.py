@@ -4,11 +4,13 @@
     python examples/train.py --data fractals --loss ce,zipf     # 100 generated fine-grained classes
     python examples/train.py --data folder:PATH --loss zipf      # your images, PATH/<class>/<image>
     python examples/train.py --data cifar100:PATH --loss ce,ls,zipf --epochs 100
+    python examples/train.py --preset cifar100 --data cifar100:PATH  # the authors' setting
     torchrun --nproc-per-node 2 examples/train.py --data fractals
 
 A training loop of your own needs the lines marked (1), (2) and (3): a network that also returns its
 dense feature map, one call that lets every position of that map vote, and the loss. All the rest is
-an ordinary training script.
+an ordinary training script. With --model timm:NAME, zls.attach takes the place of (1) and (2).
+docs/RECIPES.md has the authors' settings and the loops of other frameworks.
 
 Under --out, each loss gets a log with one JSON line per epoch (LOSS.jsonl) and a checkpoint
 (LOSS.pt) from which --resume goes on as if nothing had happened. At the end come summary.json and
@@ -71,8 +73,15 @@ class Split:
 
     def head(self, limit: int) -> "Split":
         """A random selection of at most `limit` images, always the same one."""
-        keep = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:limit]
+        keep = select(len(self), limit)
         return Split(self.images[keep], self.labels[keep])
+
+
+def select(count: int, limit: int | None) -> torch.Tensor:
+    """Indices of `limit` things out of `count`, random but always the same; all of them if not more."""
+    if limit is None or count <= limit:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
 
 
 @dataclass
@@ -85,13 +94,14 @@ class Data:
     mirror: bool  # does a mirrored image keep its class?
 
 
-def load_data(source: str, size: int, cache: Path) -> Data:
-    """Load what --data names: digits, fractals[:PER_CLASS], folder:PATH or cifar100:PATH.
+def load_data(source: str, size: int, cache: Path, limit: int | None = None) -> Data:
+    """Load what --data names; see data_source for the names.
 
     Args:
         source: the name of the data, with its argument after a colon.
         size: height and width of the images in pixels.
         cache: folder where generated data is kept.
+        limit: images of each set at most, where each is a file of its own.
     """
     kind, _, argument = source.partition(":")
     if kind == "digits":
@@ -99,7 +109,9 @@ def load_data(source: str, size: int, cache: Path) -> Data:
     if kind == "fractals":
         return load_fractals(int(argument or 100), size, cache)
     if kind == "folder":
-        return load_folder(Path(argument).expanduser(), size)
+        return load_folder(Path(argument).expanduser(), size, limit)
+    if kind == "tinyimagenet":
+        return load_tinyimagenet(Path(argument).expanduser(), size, limit)
     return load_cifar100(Path(argument).expanduser(), size)
 
 
@@ -136,7 +148,7 @@ def load_digits(size: int) -> Data:
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
-def load_folder(root: Path, size: int) -> Data:
+def load_folder(root: Path, size: int, limit: int | None = None) -> Data:
     """Images of any size from ROOT/<class>/, a quarter of each class being kept for testing.
 
     Where there are ROOT/train/<class>/ and ROOT/test/<class>/ (or val), they are used as they are.
@@ -157,8 +169,30 @@ def load_folder(root: Path, size: int) -> Data:
         files, labels = [every_file[i] for i in train], [every_label[i] for i in train]
         test_files, test_labels = [every_file[i] for i in test], [every_label[i] for i in test]
     return Data(
-        Split(read_images(files, size), torch.tensor(labels)),
-        Split(read_images(test_files, size), torch.tensor(test_labels)),
+        read_split(files, labels, size, limit),
+        read_split(test_files, test_labels, size, limit),
+        classes,
+        mirror=True,
+    )
+
+
+def load_tinyimagenet(root: Path, size: int, limit: int | None = None) -> Data:
+    """TinyImageNet as published: train/<class>/images/, and val/images/ with val_annotations.txt."""
+    if (root / "tiny-imagenet-200").is_dir():
+        root = root / "tiny-imagenet-200"
+    classes, files, labels = find_images(root / "train")
+    listing = root / "val" / "val_annotations.txt"
+    try:
+        rows = [line.split("\t") for line in listing.read_text().splitlines()]
+        test_labels = [classes.index(row[1]) for row in rows]
+    except FileNotFoundError:
+        raise DataError(f"there is no file {listing}") from None
+    except (IndexError, ValueError) as error:
+        raise DataError(f"{listing} is not a list of images and classes: {error}") from error
+    test_files = [root / "val" / "images" / row[0] for row in rows]
+    return Data(
+        read_split(files, labels, size, limit),
+        read_split(test_files, test_labels, size, limit),
         classes,
         mirror=True,
     )
@@ -181,21 +215,37 @@ def find_images(root: Path) -> tuple[list[str], list[Path], list[int]]:
     return classes, files, labels
 
 
+def read_split(files: Sequence[Path], labels: Sequence[int], size: int, limit: int | None) -> Split:
+    """Read at most `limit` of the images."""
+    keep = select(len(files), limit)
+    return Split(read_images([files[i] for i in keep], size), torch.tensor(labels)[keep])
+
+
 def read_images(files: Sequence[Path], size: int) -> torch.Tensor:
     """Read images, crop them to a square and resize: (N, 3, size, size) uint8."""
     from PIL import Image, ImageOps
 
-    def read(file: Path) -> np.ndarray:
+    needed = len(files) * 3 * size**2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 2:
+        raise DataError(
+            f"{len(files)} images of {size} x {size} pixels are {needed / 1e9:.1f} GB, too many to keep in "
+            f"the {memory / 1e9:.1f} GB of memory here, which this script does; see --limit and --size"
+        )
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+
+    def read(i: int) -> None:
         try:
-            with Image.open(file) as image:
+            with Image.open(files[i]) as image:
                 image = ImageOps.exif_transpose(image).convert("RGB")
-                return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+                pixels = np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"cannot read the image {file}: {error}") from error
+            raise DataError(f"cannot read the image {files[i]}: {error}") from error
+        images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
 
     with ThreadPoolExecutor() as pool:
-        pixels = np.stack(list(pool.map(read, files)))
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        list(pool.map(read, range(len(files))))
+    return images
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -446,9 +496,11 @@ class ResNet(nn.Module):
 
     Training mode returns (logits, features), eval mode plain logits:
         images (N, channels, size, size) -> logits (N, C), features (N, D, size/4, size/4).
+    With `deep`, training mode returns two more: the map of the stage before the last,
+        (N, D/2, size/2, size/2), and the logits (N, C) of a classifier of its own.
     """
 
-    def __init__(self, depth: int, channels: int, num_classes: int, width: int = 16):
+    def __init__(self, depth: int, channels: int, num_classes: int, width: int = 16, deep: bool = False):
         super().__init__()
         layers = [
             nn.Conv2d(channels, width, 3, padding=1, bias=False),
@@ -462,15 +514,53 @@ class ResNet(nn.Module):
                 layers.append(Block(inputs, outputs, stride=2 if stage and not block else 1))
                 inputs = outputs
         self.body = nn.Sequential(*layers)
+        self.last = len(layers) - (depth - 2) // 6  # where the last stage begins
         self.fc = nn.Linear(inputs, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.deep_fc = nn.Linear(inputs // 2, num_classes) if deep else None
 
     def forward(self, images: torch.Tensor):
-        features = self.body(images)  # (N, D, H, W): the dense feature map, before pooling
+        deep_features = self.body[: self.last](images)
+        features = self.body[self.last :](deep_features)  # (N, D, H, W): the dense map, before pooling
         logits = self.fc(features.mean((2, 3)))
+        if self.training and self.deep_fc is not None:
+            return logits, features, deep_features, self.deep_fc(deep_features.mean((2, 3)))
         return (logits, features) if self.training else logits  # (1)
+
+
+class ModelError(UsageError):
+    """The model does not exist, or its positions cannot vote."""
+
+    option = "--model"
+
+
+def make_network(args: argparse.Namespace, channels: int, num_classes: int, deep: bool) -> nn.Module:
+    """The network that --model names."""
+    if args.model == "resnet":
+        return ResNet(args.depth, channels, num_classes, args.width, deep)
+    try:
+        import timm
+
+        name = args.model.removeprefix("timm:")
+        known = timm.get_pretrained_cfg(name)
+        size = {"img_size": args.size} if known and known.fixed_input_size else {}
+        return timm.create_model(name, num_classes=num_classes, in_chans=channels, **size)
+    except (ImportError, RuntimeError) as error:
+        raise ModelError(f"cannot make {args.model}: {error}") from error
+
+
+def attach_votes(net: nn.Module, args: argparse.Namespace, example: torch.Tensor) -> None:
+    """Let a timm model return its votes too in training mode."""
+    stages = getattr(net, "feature_info", [])
+    stages = [stage["module"] for stage in getattr(stages, "info", stages)]
+    if args.deep and len(stages) < 2:
+        raise ModelError(f"{args.model} does not tell its stages, which --deep needs")
+    try:
+        zls.attach(net, deep=stages[-2:-1] if args.deep else (), upsample=args.upsample, example=example)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"{args.model}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------- losses
@@ -516,14 +606,15 @@ def make_loss(name: str, args: argparse.Namespace, num_classes: int) -> nn.Modul
         return nn.CrossEntropyLoss()
     if name == "ls":
         return nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    weights = {"zipf_weight": args.zipf_weight, "deep_weight": args.deep_weight}
     if args.distribution is None:
-        return zls.ZipfLoss(zipf_weight=args.zipf_weight, alpha=args.alpha)
+        return zls.ZipfLoss(alpha=args.alpha, **weights)
     law = make_law(args.distribution)
     try:  # some laws exist for few classes only
         zls.zipf_label(torch.zeros(1).long(), torch.zeros(1, 1).int(), num_classes, distribution=law)
     except ValueError as error:
         raise LawError(str(error)) from error
-    return zls.ZipfLoss(zipf_weight=args.zipf_weight, distribution=law)
+    return zls.ZipfLoss(distribution=law, **weights)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -616,12 +707,17 @@ class Trainer:
     """A network, the loss it is trained with, and all that a checkpoint must hold of them."""
 
     def __init__(self, loss: str, seed: int, data: Data, args: argparse.Namespace, place: Place):
-        self.place, self.amp = place, args.amp
+        self.place, self.amp, self.upsample = place, args.amp, args.upsample
         self.loader = Loader(data, args.batch_size, seed, place)
-        self.criterion = make_loss(loss, args, len(data.classes)).to(place.device)
+        self.num_classes = len(data.classes)
+        self.criterion = make_loss(loss, args, self.num_classes).to(place.device)
         torch.manual_seed(seed)  # equal seeds, equal weights, whatever the loss
-        net = ResNet(args.depth, data.train.images.shape[1], len(data.classes), args.width)
+        self.votes = loss == "zipf" and args.ranking == "votes"
+        shape = data.train.images.shape[1:]
+        net = make_network(args, shape[0], self.num_classes, self.votes and args.deep)
         self.net = net.to(place.device, memory_format=torch.channels_last)
+        if self.votes and args.model != "resnet":
+            attach_votes(net, args, torch.randn(2, *shape, device=place.device))
         self.model = nn.parallel.DistributedDataParallel(net) if place.processes > 1 else net
         torch.manual_seed(seed + place.rank)  # the random laws draw from here
         self.optimizer = torch.optim.SGD(
@@ -648,13 +744,13 @@ class Trainer:
         self.model.train()
         for images, labels in self.loader:
             with self.autocast():
-                logits, features = self.model(images)
-                if isinstance(self.criterion, zls.ZipfLoss):
-                    fc = self.net.fc
-                    votes = zls.dense_vote(features, fc.weight, fc.bias)  # (2)  (N, P) int32
-                    loss = self.criterion(logits, labels, votes)  # (3)
-                else:
-                    loss = self.criterion(logits, labels)
+                output = self.model(images)
+                logits = output[0] if isinstance(output, tuple) else output
+                if not self.votes:
+                    output = logits
+                elif isinstance(self.net, ResNet):  # others are attached and have voted
+                    output = self.vote(*output)
+                loss = self.criterion(output, labels)  # (3)
             self.optimizer.zero_grad()
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
@@ -669,11 +765,22 @@ class Trainer:
         names = "train_loss", "train_cross_entropy", "train_accuracy"
         return dict(zip(names, means.tolist(), strict=True))
 
+    def vote(self, logits: torch.Tensor, features: torch.Tensor, *deep: torch.Tensor) -> tuple:
+        """What ZipfLoss takes, (logits, votes) or (logits, votes, deep_logits), of what ResNet returned."""
+        fc = self.net.fc
+        votes = zls.dense_vote(features, fc.weight, fc.bias, upsample=self.upsample)  # (2)  (N, P) int32
+        if not deep:
+            return logits, votes
+        deep_features, deep_logits = deep
+        fc = self.net.deep_fc
+        deep_votes = zls.dense_vote(deep_features, fc.weight, fc.bias, upsample=self.upsample)
+        return logits, torch.cat([votes, deep_votes], 1), deep_logits
+
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) float32 in eval mode of images (N, channels, size, size) uint8."""
         self.net.eval()
-        logits = [torch.empty(0, self.net.fc.out_features, device=self.place.device)]
+        logits = [torch.empty(0, self.num_classes, device=self.place.device)]
         for batch in images.split(500):
             batch = normalise(batch.to(self.place.device), self.loader.mean, self.loader.std)
             with self.autocast():
@@ -969,7 +1076,18 @@ def report(runs: Sequence[Run], out: Path) -> None:
 
 # ----------------------------------------------------------------------------------- command line
 
-PRESETS = {  # values of the options below; what the command line says overrides them
+# The authors' settings: their lambda is --zipf-weight, their beta --deep-weight, and alpha is 1, the default.
+# Their data ends in a colon: its path is for --data to give.
+SMALL = {"width": 64, "batch_size": 128, "epochs": 200, "deep": True, "upsample": 2}
+LARGE = {"data": "folder:", "model": "timm:resnet50", "size": 224, "batch_size": 256, "epochs": 100}
+AUTHORS = {
+    "cifar100": SMALL | {"data": "cifar100:", "zipf_weight": 0.1, "deep_weight": 0.1},
+    "tinyimagenet": SMALL | {"data": "tinyimagenet:", "size": 64, "zipf_weight": 1.0, "deep_weight": 0.5},
+    "imagenet": LARGE | {"zipf_weight": 0.1},
+    "inat21": LARGE | {"zipf_weight": 1.0},
+}
+AUTHORS = {k: v | {"lr": 0.1, "weight_decay": 1e-4, "out": f"runs/{k}"} for k, v in AUTHORS.items()}
+PRESETS = AUTHORS | {  # values of the options below; what the command line says overrides them
     "demo": {"data": "digits", "loss": "ce,ls,zipf", "epochs": 15, "depth": 14, "out": "runs/demo"},
 }
 
@@ -985,7 +1103,7 @@ def make_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--preset", choices=PRESETS, help="a set of options; others beside it override its values")
     add("--data", type=data_source, default="digits", metavar="SOURCE",
-        help="digits, fractals[:PER_CLASS], folder:PATH or cifar100:PATH (default: digits)")
+        help="digits, fractals[:PER_CLASS], folder:PATH, cifar100:PATH, tinyimagenet:PATH (default: digits)")
     add("--loss", type=loss_list, default="zipf", metavar="LIST",
         help="of ce, ls and zipf, with commas: they are compared (default: zipf)")
     add("--zipf-weight", type=number(float, 0), default=0.1, metavar="X",
@@ -993,6 +1111,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--alpha", type=number(float, 0), metavar="X", help="exponent of the Zipf law (default: 1)")
     add("--distribution", metavar="NAME[:X]",
         help="another law: constant, linear[:SMALLEST], exponential[:RATE], uniform, pareto[:A]")
+    add("--ranking", choices=("votes", "logits"), default="votes",
+        help="what ranks the classes: the votes of the map's positions, or the logits (default: votes)")
+    add("--upsample", type=int, choices=(1, 2), default=1,
+        help="2 lets maps vote at twice their resolution (default: 1)")
+    add("--deep", action=argparse.BooleanOptionalAction, default=False,
+        help="the stage before the last votes too, through a classifier of its own")
+    add("--deep-weight", type=number(float, 0), default=0.1, metavar="X",
+        help="weight of that classifier's cross-entropy (default: 0.1)")
     add("--label-smoothing", type=number(float, 0, 1), default=0.1, metavar="X",
         help="smoothing of the loss ls (default: 0.1)")
     add("--epochs", type=number(int, 1), default=30, metavar="N", help="(default: 30)")
@@ -1002,9 +1128,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="highest learning rate (default: 0.1)")
     add("--weight-decay", type=number(float, 0), default=5e-4, metavar="X",
         help="(default: 0.0005)")
-    add("--depth", type=depth, default=20, metavar="6n+2", help="of the ResNet (default: 20)")
+    add("--model", type=model_name, default="resnet", metavar="NAME",
+        help="resnet, the one in this file, or timm:NAME (default: resnet)")
+    add("--depth", type=depth, default=20, metavar="6n+2", help="of resnet (default: 20)")
     add("--width", type=number(int, 1), default=16, metavar="N",
-        help="channels of the first stage (default: 16)")
+        help="channels of resnet's first stage (default: 16)")
     add("--size", type=number(int, 16), default=32, metavar="PIXELS",
         help="height and width of the images (default: 32)")
     add("--limit", type=number(int, 2), metavar="N", help="use N images of each set at most")
@@ -1030,6 +1158,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     if args.distribution:
         make_law(args.distribution)
     args.alpha = 1.0 if args.alpha is None else args.alpha
+    if args.ranking == "logits" and (args.deep or args.upsample > 1):
+        parser.error("argument --ranking: logits takes no votes, so it needs --no-deep and --upsample 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda is not available here")
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -1069,15 +1199,24 @@ def seed_list(text: str) -> list[int]:
 
 
 def data_source(text: str) -> str:
-    """The type of --data: digits, fractals[:PER_CLASS], folder:PATH or cifar100:PATH."""
+    """The type of --data: digits, fractals[:PER_CLASS], folder:PATH, cifar100:PATH or tinyimagenet:PATH."""
     kind, colon, argument = text.partition(":")
-    if kind in ("folder", "cifar100") and not argument:
-        raise argparse.ArgumentTypeError(f"{text!r} lacks its path: {kind}:PATH")
+    paths = "folder", "cifar100", "tinyimagenet"
+    if kind in paths and not argument:
+        raise argparse.ArgumentTypeError(f"{text!r} lacks its path: --data {kind}:PATH")
     if kind == "fractals" and colon:
         number(int, 1)(argument)
-    elif kind not in ("fractals", "folder", "cifar100") and text != "digits":
-        known = "digits, fractals, fractals:PER_CLASS, folder:PATH, cifar100:PATH"
+    elif kind not in ("fractals", *paths) and text != "digits":
+        known = "digits, fractals, fractals:PER_CLASS, " + ", ".join(f"{kind}:PATH" for kind in paths)
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}")
+    return text
+
+
+def model_name(text: str) -> str:
+    """The type of --model: resnet or timm:NAME."""
+    kind, _, name = text.partition(":")
+    if text != "resnet" and not (kind == "timm" and name):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither resnet nor timm:NAME")
     return text
 
 
@@ -1115,7 +1254,7 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
             args.out.mkdir(parents=True, exist_ok=True)
             if place.rank > 0:
                 dist.barrier()  # the first process makes what the others then find in the cache
-            data = load_data(args.data, args.size, args.cache)
+            data = load_data(args.data, args.size, args.cache, args.limit)
             if place.rank == 0 and place.processes > 1:
                 dist.barrier()
             if args.limit:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision_stub
 from PIL import Image
 
 import zipfls_cuda as zls
@@ -133,6 +134,59 @@ def test_folder_with_its_own_test_set(tmp_path):
     assert data.train.labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
     assert data.test.labels.tolist() == [1, 2, 2]
     assert torch.equal(data.test.images.float().mean((2, 3)).argmax(1), 2 - data.test.labels)
+
+
+def test_folder_reads_no_more_than_the_limit(tmp_path, monkeypatch):
+    write_folder(tmp_path, {"red": 8, "blue": 8})
+    whole = example.load_data(f"folder:{tmp_path}", 16, Path("unused"))
+    read, original = [], example.read_images
+    monkeypatch.setattr(
+        example, "read_images", lambda files, size: read.extend(files) or original(files, size)
+    )
+    data = example.load_data(f"folder:{tmp_path}", 16, Path("unused"), limit=3)
+    assert len(read) == 6
+    for part, other in ((data.train, whole.train), (data.test, whole.test)):
+        assert torch.equal(part.images, other.head(3).images)
+        assert torch.equal(part.labels, other.head(3).labels)
+
+
+def test_images_that_memory_cannot_hold(tmp_path, monkeypatch):
+    write_folder(tmp_path, {"red": 2, "blue": 2})
+    monkeypatch.setattr(os, "sysconf", lambda name: 50)
+    with pytest.raises(example.DataError, match=r"2 images of 32 x 32 pixels are .* GB, too many"):
+        example.load_data(f"folder:{tmp_path}", 32, Path("unused"))
+
+
+def write_tinyimagenet(root, count=4):
+    """The published layout: images of the training set by class, those of the test set in a list."""
+    write_folder(root / "train", {"blue": count, "green": count, "red": count})
+    (root / "val" / "images").mkdir(parents=True)
+    rows = []
+    for i, (name, colour) in enumerate((("red", (255, 0, 0)), ("blue", (0, 0, 255)), ("red", (255, 0, 0)))):
+        Image.new("RGB", (64, 64), colour).save(root / "val" / "images" / f"val_{i}.JPEG")
+        rows.append(f"val_{i}.JPEG\t{name}\t0\t0\t62\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(rows))
+
+
+@pytest.mark.parametrize("inner", ["", "tiny-imagenet-200"])
+def test_tinyimagenet(tmp_path, inner):
+    root = tmp_path / "set" / inner
+    source = f"tinyimagenet:{tmp_path / 'set'}"
+    write_tinyimagenet(root)
+    data = example.load_data(source, 64, Path("unused"))
+    assert data.classes == ["blue", "green", "red"]
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert data.test.labels.tolist() == [2, 0, 2]
+    assert torch.equal(data.test.images.float().mean((2, 3)).argmax(1), 2 - data.test.labels)
+    assert len(example.load_data(source, 64, Path("unused"), limit=2).train) == 2
+    listing = root / "val" / "val_annotations.txt"
+    for content in ("val_0.JPEG\n", "val_0.JPEG\tbrown\n"):
+        listing.write_text(content)
+        with pytest.raises(example.DataError, match="is not a list of images and classes"):
+            example.load_data(source, 64, Path("unused"))
+    listing.unlink()
+    with pytest.raises(example.DataError, match=r"there is no file .*val_annotations"):
+        example.load_data(source, 64, Path("unused"))
 
 
 class Python2Pickler(pickle._Pickler):
@@ -371,6 +425,41 @@ def test_network(depth, size):
     assert net.eval()(images).shape == (5, 7)
 
 
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_deep_votes(upsample):
+    args = arguments("--deep", "--deep-weight", "0.3", "--upsample", str(upsample))
+    trainer = example.Trainer("zipf", 0, small_data(), args, CPU)
+    net = trainer.net.train()
+    images, labels = next(iter(trainer.loader))
+    logits, features, deep_features, deep_logits = net(images)
+    assert features.shape == (32, 16, 4, 4)
+    assert deep_features.shape == (32, 8, 8, 8)
+    torch.testing.assert_close(deep_logits, net.deep_fc(deep_features.mean((2, 3))))
+    output = trainer.vote(logits, features, deep_features, deep_logits)
+    maps = ((features, net.fc), (deep_features, net.deep_fc))
+    votes = [zls.dense_vote(m, fc.weight, fc.bias, upsample=upsample) for m, fc in maps]
+    assert votes[1].shape == (32, 64 * upsample**2)
+    assert torch.equal(output[1], torch.cat(votes, 1))
+    expected = zls.zipf_cross_entropy(logits, labels, torch.cat(votes, 1), zipf_weight=0.1)
+    expected = expected + 0.3 * F.cross_entropy(deep_logits, labels)
+    torch.testing.assert_close(trainer.criterion(output, labels), expected)
+    trainer.criterion(output, labels).backward()
+    assert net.deep_fc.weight.grad.abs().sum() > 0
+    assert net.eval()(images).shape == (32, 10)
+    # the classifier of its own is drawn last: what the losses share stays the same
+    plain = dict(example.Trainer("ce", 0, small_data(), args, CPU).net.named_parameters())
+    weights = dict(net.named_parameters())
+    assert set(weights) - set(plain) == {"deep_fc.weight", "deep_fc.bias"}
+    assert all(torch.equal(weight, weights[name]) for name, weight in plain.items())
+
+
+def test_ranking_by_logits(tmp_path, monkeypatch):
+    monkeypatch.setattr(zls, "dense_vote", lambda *_, **__: pytest.fail("voted"))
+    argv = ["--data", "digits", "--limit", "40", "--epochs", "1", "--ranking", "logits"]
+    (run,) = example.main([*TINY, *argv, "--out", str(tmp_path)])
+    assert run.history[0]["train_loss"] > run.history[0]["train_cross_entropy"] + 1e-4
+
+
 def test_losses():
     logits, target = torch.randn(6, 10), torch.arange(6)
     votes = torch.randint(10, (6, 16))
@@ -442,9 +531,9 @@ def test_training_writes_its_files(tmp_path, capsys):
         assert row[4] == f"{run.alpha:.2f}"
 
 
-@pytest.mark.parametrize("loss", ["ce", "zipf"])
-def test_training_learns(tmp_path, loss):
-    argv = ["--data", "digits", "--limit", "600", "--epochs", "6", "--width", "8", "--loss", loss]
+@pytest.mark.parametrize("options", ["--loss ce", "--loss zipf", "--loss zipf --deep --upsample 2"])
+def test_training_learns(tmp_path, options):
+    argv = ["--data", "digits", "--limit", "600", "--epochs", "6", "--width", "8", *options.split()]
     (run,) = example.main([*TINY, *argv, "--out", str(tmp_path)])
     assert run.history[-1]["test_accuracy"] > 0.6  # chance is 0.1
     assert run.history[-1]["train_cross_entropy"] < 0.6 * run.history[0]["train_cross_entropy"]
@@ -462,15 +551,16 @@ def test_several_seeds(tmp_path, capsys):
     assert expected in table_row(capsys.readouterr().out, "ce")
 
 
-@pytest.mark.parametrize("source", ["folder", "cifar100", "fractals:1"])
+@pytest.mark.parametrize("source", ["folder", "cifar100", "tinyimagenet", "fractals:1"])
 def test_training_on_every_source(tmp_path, source):
     write_folder(tmp_path / "folder", {"red": 6, "blue": 6})
     write_cifar100(tmp_path / "cifar100")
+    write_tinyimagenet(tmp_path / "tinyimagenet")
     data = source if ":" in source else f"{source}:{tmp_path / source}"
     argv = ["--data", data, "--epochs", "1", "--out", str(tmp_path / "out"), "--limit", "40"]
     (run,) = example.main([*TINY, *argv, "--cache", str(tmp_path / "cache")])
     assert np.isfinite(run.history[0]["train_loss"])
-    assert len(run.spectrum) == (2 if source == "folder" else 100)
+    assert len(run.spectrum) == {"folder": 2, "tinyimagenet": 3}.get(source, 100)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -484,6 +574,72 @@ def test_mixed_precision(tmp_path, amp):
     for weight in weights.values():
         assert weight.dtype in (torch.float32, torch.int64)
         assert weight.isfinite().all()
+
+
+def import_timm():
+    try:
+        torchvision_stub.import_torchvision()  # which timm imports
+    except ImportError:
+        pytest.skip("torchvision is not installed")
+    return pytest.importorskip("timm")
+
+
+# Not narrower: 1x1 convolutions of stride 2 and few channels crash in PyTorch on CPUs (2.13, channels_last).
+SMALL_TIMM = {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 32], "stem_width": 16}
+
+
+def test_timm_models(tmp_path, monkeypatch):
+    timm = import_timm()
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **o: create(name, **o, **SMALL_TIMM))
+    argv = ["--data", "digits", "--limit", "64", "--epochs", "2", "--model", "timm:resnet18"]
+    argv = [*TINY, *argv, "--size", "64", "--loss", "ce,zipf"]
+    deep = ["--deep", "--upsample", "2"]
+    whole = example.main([*argv, *deep, "--out", str(tmp_path / "deep")])
+    example.main([*argv, "--out", str(tmp_path / "plain")])
+    names = {}
+    for run in ("plain", "deep"):
+        for loss in ("ce", "zipf"):
+            names[run, loss] = set(torch.load(tmp_path / run / f"{loss}.pt")["trainer"]["net"])
+    heads = {"zipf_heads.0.weight", "zipf_heads.0.bias"}
+    assert names["deep", "zipf"] - names["plain", "zipf"] == heads
+    assert names["plain", "ce"] == names["plain", "zipf"] == names["deep", "ce"]
+    # and an interrupted run goes on exactly
+    calls, original = [], example.Trainer.train_epoch
+    monkeypatch.setattr(example.Trainer, "train_epoch", lambda *a: calls.append(1) or original(*a))
+    monkeypatch.setattr(example, "write_log", lambda *a: interrupt_at(calls, 3))
+    with pytest.raises(KeyboardInterrupt):
+        example.main([*argv, *deep, "--out", str(tmp_path / "again")])
+    monkeypatch.setattr(example, "write_log", lambda *a: None)
+    resumed = example.main([*argv, *deep, "--out", str(tmp_path / "again"), "--resume"])
+    assert len(calls) == 4
+    for before, after in zip(whole, resumed, strict=True):
+        assert without_times(before.history) == without_times(after.history)
+
+
+def interrupt_at(calls, count):
+    if len(calls) == count:
+        raise KeyboardInterrupt
+
+
+def test_timm_models_made_for_one_size():
+    import_timm()
+    args = arguments("--model", "timm:vit_tiny_patch16_224", "--size", "32")
+    net = example.make_network(args, 1, 5, deep=False)
+    assert net(torch.randn(2, 1, 32, 32)).shape == (2, 5)
+
+
+def test_models_that_do_not_serve(tmp_path, message, monkeypatch):
+    assert "argument --model: cannot make timm:nothing" in message("--model", "timm:nothing")
+    timm = import_timm()
+    assert "Unknown model" in message("--model", "timm:nothing")
+    one = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10))
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: one)
+    said = message("--model", "timm:one")
+    assert "argument --model: timm:one: classifier must name the nn.Linear" in said
+    assert "does not tell its stages" in message("--model", "timm:one", "--deep")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "argument --model: cannot make timm:resnet18" in message("--model", "timm:resnet18")
 
 
 # ----------------------------------------------------------------------------------------- resume
@@ -554,6 +710,7 @@ def test_resume_of_a_finished_run(tmp_path, uninterrupted, monkeypatch):
         (["--lr", "0.2"], "--lr (0.1 there, 0.2 here)"),
         (["--epochs", "4"], "--epochs (3 there, 4 here)"),
         (["--limit", "95"], "--limit (96 there, 95 here)"),
+        (["--deep"], "--deep (False there, True here)"),
         (["--data", "fractals:1"], "another --data"),
     ],
 )
@@ -602,11 +759,11 @@ train.main([*argv, "--out", str(out / "whole")])
 torch.save(Recorder.latest.net.state_dict(), out / f"rank{{rank}}.pt")
 
 original, calls = train.zls.dense_vote, []
-def interrupted(*args):
+def interrupted(*args, **options):
     calls.append(1)
-    if len(calls) == 4:  # amid the second epoch
+    if len(calls) == 8:  # amid the second epoch
         raise KeyboardInterrupt
-    return original(*args)
+    return original(*args, **options)
 train.zls.dense_vote = interrupted
 try:
     train.main([*argv, "--out", str(out / "resumed")])
@@ -619,7 +776,7 @@ destroy()
 
 def test_two_processes(tmp_path):
     argv = [*TINY, "--data", "digits", "--limit", "101", "--epochs", "2"]
-    argv += ["--distribution", "uniform"]
+    argv += ["--distribution", "uniform", "--deep"]
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(folder=str(SCRIPT.parent), out=str(tmp_path), argv=argv))
     root = str(SCRIPT.parents[1])
@@ -648,7 +805,7 @@ def test_two_processes(tmp_path):
     history = read_log(tmp_path / "whole" / "zipf.jsonl")
     assert without_times(history) == without_times(read_log(tmp_path / "resumed" / "zipf.jsonl"))
     # the figures are those of the whole test set, not of one process's share
-    args = arguments("--limit", "101")
+    args = arguments("--limit", "101", "--deep")
     data = small_data(101)
     alone = example.Trainer("zipf", 0, data, args, CPU)
     alone.net.load_state_dict(ranks[0])
@@ -687,7 +844,14 @@ def test_two_processes(tmp_path):
         (["--depth", "18"], "argument --depth: '18' is not 6n+2"),
         (["--size", "8"], "argument --size: '8' is not a whole number of at least 16"),
         (["--seed", "1,x"], "argument --seed: 'x' is not a whole number"),
-        (["--preset", "imagenet"], "argument --preset"),
+        (["--preset", "mnist"], "argument --preset"),
+        (["--model", "resnet50"], "argument --model: 'resnet50' is neither resnet nor timm:NAME"),
+        (
+            ["--ranking", "logits", "--deep"],
+            "argument --ranking: logits takes no votes, so it needs --no-deep",
+        ),
+        (["--ranking", "logits", "--upsample", "2"], "argument --ranking: logits takes no votes"),
+        (["--upsample", "3"], "argument --upsample: invalid choice"),
         (["--amp", "fp8"], "argument --amp"),
         (["--los", "ce"], "unrecognized arguments: --los"),
     ],
@@ -756,8 +920,8 @@ def test_presets_give_way_to_the_command_line():
     assert (args.data, args.loss, args.out) == ("digits", ["ce", "ls", "zipf"], Path("runs/demo"))
     args = parse("--preset", "demo", "--loss", "zipf", "--epochs", "7")
     assert (args.data, args.loss, args.epochs) == ("digits", ["zipf"], 7)
-    for preset in example.PRESETS:
-        parse("--preset", preset)
+    args = parse("--preset", "cifar100", "--data", "digits", "--no-deep")
+    assert (args.deep, args.upsample, args.zipf_weight) == (False, 2, 0.1)
 
 
 def test_help_names_every_option(monkeypatch, capsys):

@@ -1,0 +1,206 @@
+"""docs/RECIPES.md: every snippet runs on tiny models and data and learns; every preset parses and trains."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import test_examples
+import torch
+import torchvision_stub
+from test_examples import example, write_cifar100, write_folder, write_tinyimagenet
+from torch.utils.data import DataLoader, TensorDataset
+
+import zipfls_cuda as zls
+from zipfls_cuda import functional
+
+PAGE = (Path(__file__).parents[1] / "docs" / "RECIPES.md").read_text()
+SNIPPETS = dict(re.findall(r"^### (.+?)\n(?:(?!###).)*?```python\n(.*?)```", PAGE, re.M | re.S))
+COMMANDS = re.findall(r"^python examples/train.py (.+)$", PAGE, re.M)
+CLASSES = 4
+
+one_thread = test_examples.one_thread
+
+
+# Snippets -------------------------------------------------------------------------------------------
+
+
+def coloured_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise around one colour per class: images (count, 3, 64, 64) and labels (count,)."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % CLASSES
+    colours = torch.randn(CLASSES, 3, 1, 1, generator=generator)
+    return colours[labels] + 0.5 * torch.randn(count, 3, 64, 64, generator=generator), labels
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch) -> dict:
+    """The names that the page says a reader brings along."""
+    monkeypatch.chdir(tmp_path)  # for what frameworks write
+    images, labels = coloured_images(32)
+    dataset = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
+    return {
+        "train_loader": DataLoader(TensorDataset(images, labels), batch_size=8, shuffle=True),
+        "test_loader": DataLoader(TensorDataset(images, labels), batch_size=16),
+        "train_dataset": dataset,
+        "test_dataset": dataset,
+        "num_classes": CLASSES,
+        "device": "cpu",
+        "output_dir": str(tmp_path / "output"),
+    }
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[dict]:
+    """What happened in every training step: the loss, its votes and the gradient of its logits."""
+    seen, original = [], functional.zipf_cross_entropy
+
+    def recorded(logits, target, votes=None, **options):
+        loss = original(logits, target, votes, **options)
+        step = {"loss": loss.item(), "votes": votes, "weight": options["zipf_weight"]}
+        logits.register_hook(lambda grad: step.update(grad=grad.abs().sum().item()))
+        seen.append(step)
+        return loss
+
+    monkeypatch.setattr(functional, "zipf_cross_entropy", recorded)
+    monkeypatch.setattr(zls, "zipf_cross_entropy", recorded)
+    return seen
+
+
+def torchvision():
+    try:
+        return torchvision_stub.import_torchvision()
+    except ImportError:
+        pytest.skip("torchvision is not installed")
+
+
+def small_timm(monkeypatch):
+    torchvision()  # which timm imports
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+
+    def create_small(name, **options):
+        assert timm.is_model(name)
+        return create("resnet18", **options, **test_examples.SMALL_TIMM)
+
+    monkeypatch.setattr(timm, "create_model", create_small)
+
+
+def small_torchvision(monkeypatch):
+    resnet = torchvision().models.resnet
+    assert callable(resnet.resnet50)
+    model = lambda **options: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], **options)  # noqa: E731
+    monkeypatch.setattr(torchvision().models, "resnet50", model)
+
+
+def small_lightning(monkeypatch):
+    pytest.importorskip("lightning")
+    small_timm(monkeypatch)
+
+
+def small_transformers(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    with contextlib.suppress(ImportError):
+        torchvision_stub.import_torchvision()  # which transformers imports if it is there
+
+    def from_pretrained(name, num_labels, ignore_mismatched_sizes):
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+        config = transformers.ResNetConfig(num_labels=num_labels, **sizes)
+        return transformers.ResNetForImageClassification(config)
+
+    monkeypatch.setattr(transformers.AutoModelForImageClassification, "from_pretrained", from_pretrained)
+
+
+SHRINK = {
+    "timm": small_timm,
+    "torchvision": small_torchvision,
+    "Lightning": small_lightning,
+    "Hugging Face": small_transformers,
+}
+
+
+def test_no_snippet_is_forgotten():
+    assert list(SNIPPETS) == list(SHRINK)
+    assert PAGE.count("```python") == len(SNIPPETS)
+    for name, code in SNIPPETS.items():
+        lines = [line for line in code.splitlines() if line.strip()]
+        assert len(lines) <= 25, f"{name} has {len(lines)} lines"
+
+
+@pytest.mark.parametrize("name", SHRINK)
+def test_snippet(name, given, steps, monkeypatch):
+    SHRINK[name](monkeypatch)
+    exec(compile(SNIPPETS[name], f"docs/RECIPES.md, {name}", "exec"), given)
+    assert len(steps) == 10 * 4  # epochs, batches
+    for step in steps:
+        assert step["votes"].shape[0] == 8
+        assert step["votes"].shape[1] > 1
+        assert step["weight"] == 0.1
+        assert step["grad"] > 0
+    first, last = (torch.tensor([step["loss"] for step in part]).mean() for part in (steps[:4], steps[-4:]))
+    assert last < 0.8 * first, (first, last)
+
+
+# Presets --------------------------------------------------------------------------------------------
+
+
+def parse(*argv):
+    return example.parse_arguments(example.make_parser(), argv)
+
+
+def test_every_preset_has_its_line():
+    lines = [shlex.split(command) for command in COMMANDS]
+    assert {line[1] for line in lines} == set(example.AUTHORS)
+    for line in lines:
+        args = parse(*line)
+        assert args.alpha == 1.0
+        assert args.loss == ["zipf"]
+        assert args.data.endswith(":PATH")
+
+
+@pytest.mark.parametrize(
+    "preset, zipf_weight, deep_weight",
+    [("cifar100", 0.1, 0.1), ("tinyimagenet", 1.0, 0.5), ("imagenet", 0.1, None), ("inat21", 1.0, None)],
+)
+def test_numbers_of_the_presets(preset, zipf_weight, deep_weight):
+    args = parse("--preset", preset, "--data", "folder:PATH")
+    assert args.zipf_weight == zipf_weight
+    assert (args.deep, args.upsample) == ((False, 1) if deep_weight is None else (True, 2))
+    assert deep_weight in (None, args.deep_weight)
+    (row,) = re.findall(rf"^\| `{preset}` \| (.*) \|$", PAGE, re.M)
+    cells = row.split(" | ")
+    assert cells[:3] == [str(zipf_weight), str(deep_weight or "-"), "1"]
+    assert cells[3] == ("last stage" if deep_weight is None else "last two stages, upsampled")
+    assert cells[5] == f"{args.epochs}, {args.batch_size}"
+
+
+@pytest.mark.parametrize("preset", example.AUTHORS)
+def test_a_preset_without_data_asks_for_it(preset, capsys):
+    with pytest.raises(SystemExit):
+        parse("--preset", preset)
+    assert re.search(r"argument --data: '\w+:' lacks its path: --data \w+:PATH", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("preset", example.AUTHORS)
+def test_tiny_run_of_a_preset(preset, tmp_path, monkeypatch, steps):
+    kind = example.PRESETS[preset]["data"].removesuffix(":")
+    write = {"cifar100": write_cifar100, "tinyimagenet": write_tinyimagenet}.get(kind)
+    if write:
+        write(tmp_path / "data")
+    else:
+        small_timm(monkeypatch)
+        write_folder(tmp_path / "data", {"red": 8, "blue": 8, "green": 8})
+    argv = ["--preset", preset, "--data", f"{kind}:{tmp_path / 'data'}", "--limit", "8", "--epochs", "1"]
+    argv += ["--depth", "8", "--width", "16", "--device", "cpu", "--out", str(tmp_path / "out")]
+    (run,) = example.main(argv)
+    assert run.loss == "zipf"
+    assert run.history[0]["train_loss"] > run.history[0]["train_cross_entropy"]
+    (step,) = steps
+    assert step["weight"] == example.PRESETS[preset]["zipf_weight"]
+    # all positions of both maps at twice their resolution; or those of the last map, 224 / 32 a side
+    positions = {"cifar100": 16**2 + 32**2, "tinyimagenet": 32**2 + 64**2}
+    assert step["votes"].shape == (8, positions.get(preset, 7**2))
