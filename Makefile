@@ -59,7 +59,8 @@ mutants: build
 	@$(PY) tests/mutants.py
 
 kernel-report: build
-	@$(PY) benchmarks/nvcc_report.py || test $$? -eq 2
+	@$(PY) benchmarks/nvcc_report.py --jobs $(JOBS) || test $$? -eq 2
+	@$(PY) benchmarks/kernel_report.py --jobs $(JOBS)
 
 bench: build
 	@$(PYTEST) benchmarks

@@ -21,23 +21,50 @@ def pytest_addoption(parser):
     parser.addoption("--backend", action="append", help="run the backend tests over this one only")
 
 
-def pytest_report_header(config):
+# Cases of each test that run over Triton's interpreter, which is slow, unless --backend triton asks for all.
+INTERPRETED_CASES = 3
+
+
+def _abridged(config) -> bool:
+    """Whether tests run over Triton in part only."""
+    interpreted = ops.triton_interpreted() and "triton" in zls.backends()
+    return interpreted and not config.getoption("--backend")
+
+
+def pytest_sessionstart(session):
+    """What is tested, and what is not: a header that -q does not hide."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is None:  # a worker of xdist
+        return
     reasons = (f"{b}: {ops.reason_against(b) or 'tested'}" for b in ops.BACKENDS)
-    return "zipfls_cuda backends: " + "; ".join(reasons)
-
-
-# Triton's interpreter is slow: unless asked for with --backend triton, it runs these files only.
-INTERPRETED = ("test_golden", "test_label", "test_api")
+    terminal.write_line("zipfls_cuda backends: " + "; ".join(reasons))
+    if _abridged(session.config):
+        terminal.write_line(
+            f"triton is interpreted and slow: {INTERPRETED_CASES} cases of each test over it are run and the "
+            "others deselected; pytest --backend triton runs them all"
+        )
 
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        names = metafunc.config.getoption("--backend")
-        if not names:
-            names = list(zls.backends())
-            if ops.triton_interpreted() and metafunc.module.__name__ not in INTERPRETED and "triton" in names:
-                names.remove("triton")
-        metafunc.parametrize("backend", names)
+        metafunc.parametrize("backend", metafunc.config.getoption("--backend") or zls.backends())
+
+
+def pytest_collection_modifyitems(config, items):
+    if not _abridged(config):
+        return
+    tests = {}
+    for item in items:
+        if hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
+            tests.setdefault((item.path, item.originalname), []).append(item)
+    left_out = set()
+    for cases in tests.values():
+        n, k = len(cases), INTERPRETED_CASES
+        left_out.update(cases)
+        left_out.difference_update(cases[i * (n - 1) // (k - 1)] for i in range(k))  # first, last, between
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,7 @@ class Mutant(NamedTuple):
 REFERENCE = "zipfls_cuda/reference.py"
 FUNCTIONAL = "zipfls_cuda/functional.py"
 LAWS = "zipfls_cuda/distributions.py"
+TRITON = "zipfls_cuda/triton_kernels"
 
 MUTANTS = [
     Mutant("gradient of the wrong sign", REFERENCE, "(p_nontarget - label)", "(label - p_nontarget)", LOSS),
@@ -124,6 +126,16 @@ MUTANTS = [
         "~(logits > z_y).any(1)",
         LOSS,
     ),
+    *(
+        Mutant(f"soft target: {name}", REFERENCE, old, new, ("tests/test_soft.py",))
+        for name, old, new in (
+            ("least probability taken as zero", "target != target.amin(1, keepdim=True)", "target != 0"),
+            ("classes of the least probability counted from one", "(~at_target).sum(1) >= 2", "~bad"),
+            ("class weights forgotten", "u = u if weight is None else u * weight", "pass"),
+            ("probabilities taken to sum to 1", "log_prob.exp() * u.sum(1, keepdim=True)", "log_prob.exp()"),
+            ("only_correct by the logits' own argmax", "_argmax_lowest(t).long()", "logits.argmax(1)"),
+        )
+    ),
     Mutant(
         "float16 mean divided before the scaler",
         REFERENCE,
@@ -180,35 +192,111 @@ MUTANTS = [
         "((num_classes + 1 - rank) * g + s)",
         LABEL,
     ),
+    *(
+        Mutant(f"Triton: {name}", f"{TRITON}/{file}.py", old, new, ("tests/test_triton.py",), "triton")
+        for name, file, old, new in (
+            (
+                "rank by >= instead of >",
+                "label",
+                "rank_at = 1 + classes_from - classes_at",
+                "rank_at = 1 + classes_from",
+            ),
+            ("target left in the label", "label", "exception = live & ~at_target", "exception = live"),
+            ("binary of another alignment", "label", "(x.dtype, x.data_ptr() & 15 == 0)", "x.dtype"),
+            ("sum not rescaled to a new maximum", "loss_long", "t += finite * shift + tl.sum", "t += tl.sum"),
+            ("classes past the end vote", "vote", 'other=float("nan")).to(SCORES)', "other=0).to(SCORES)"),
+            ("ties to the highest class tile", "vote", "(score > top)", "(score >= top)"),
+        )
+    ),
+    *(
+        Mutant(f"C++: {name}", f"csrc/{file}", old, new, tests, "cpu")
+        for name, file, old, new, tests in (
+            ("rank by >= instead of >", "label.h", "return 1 + above;", "return above;", LABEL),
+            ("target counted among its like", "label.h", "(n == n_target ? 1 : 0)", "0", LABEL),
+            ("target counted among the unvoted", "label.h", "(n_target == 0 ? 1 : 0)", "0", LABEL),
+            (
+                "entropy without its class count",
+                "label.h",
+                "+= together * Sum(rel",
+                "+= Sum(mass_) * Sum(rel",
+                LOSS,
+            ),
+            ("target joined by subtraction", "softmax.h", "z_target > largest ||", "false &&", LOSS),
+            (
+                "target left in the sums",
+                "cpu/row.h",
+                "(index != static_cast<int32_t>(y))",
+                "(index >= 0)",
+                LOSS,
+            ),
+            (
+                "target's gradient unwritten",
+                "cpu/loss_kernel.h",
+                "put(out + y, static_cast<A>(at_target));",
+                "",
+                LOSS,
+            ),
+            ("masses that underflow together", "cpu/label_kernel.h", "largest < shift_ - 40", "false", LOSS),
+            ("bound of the rounded scores too tight", "cpu/vote_kernel.h", "0x1.01p-8f", "0x1p-12f", VOTE),
+            (
+                "ties to the highest class",
+                "cpu/vote_kernel.h",
+                "class_of_lane < at",
+                "class_of_lane > at",
+                VOTE,
+            ),
+            (
+                "a soft target's step outside S",
+                "cpu/soft_loss_kernel.h",
+                "in_s(c) ? step : V{}",
+                "step",
+                ("tests/test_soft.py",),
+            ),
+            ("a soft target's NaN", "cpu/soft_loss_kernel.h", "odd |= y != y;", "", ("tests/test_soft.py",)),
+            (
+                "infinite mean left out of the gradient",
+                "cpu/loss.cpp",
+                "k.scale[dtype](row, row, C, ce_scale);",
+                "",
+                LOSS,
+            ),
+        )
+    ),
 ]
 
 
-def caught_by(mutant: Mutant) -> str:
-    """Name of the first test that fails against the mutant; empty if it survives."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        shutil.copytree(
-            ROOT,
-            copy,
-            dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns(".git", ".venv", "build", "runs", ".*cache", "results"),
-        )
-        path = copy / mutant.path
-        source = path.read_text()
-        if source.count(mutant.old) != 1:
-            sys.exit(
-                f"mutant {mutant.name!r}: its text stands {source.count(mutant.old)} times in {mutant.path}"
-            )
-        path.write_text(source.replace(mutant.old, mutant.new))
-        env = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
-        if mutant.path.startswith("csrc"):
-            build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-            subprocess.run(
-                build, cwd=copy, env={**env, "ZIPFLS_BUILD": "cpu"}, check=True, capture_output=True
-            )
-        run = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
-        run += ["--backend", mutant.backend, *mutant.tests]
-        result = subprocess.run(run, cwd=copy, env=env, capture_output=True, text=True)
+class Tree:
+    """A copy of the source in a temporary folder, in which faults take turns."""
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.root = Path(self.folder.name)
+        self.lock = threading.Lock()
+        ignored = shutil.ignore_patterns(".git", ".venv", "build", "runs", ".*cache", "results")
+        shutil.copytree(ROOT, self.root, dirs_exist_ok=True, ignore=ignored)
+        self.env = {**os.environ, "PYTHONPATH": self.folder.name, "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def build(self) -> None:
+        """Compile what changed since the last time."""
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        env = {**self.env, "ZIPFLS_BUILD": "cpu"}
+        subprocess.run(command, cwd=self.root, env=env, check=True, capture_output=True)
+
+    def caught_by(self, mutant: Mutant) -> str:
+        """Name of the first test that fails against the mutant; empty if it survives."""
+        with self.lock:
+            path = self.root / mutant.path
+            source = path.read_text()
+            found = source.count(mutant.old)
+            if found != 1:
+                sys.exit(f"mutant {mutant.name!r}: its text stands {found} times in {mutant.path}")
+            path.write_text(source.replace(mutant.old, mutant.new))
+            if mutant.path.startswith("csrc"):
+                self.build()
+            run = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+            run += ["--backend", mutant.backend, *mutant.tests]
+            result = subprocess.run(run, cwd=self.root, env=self.env, capture_output=True, text=True)
+            path.write_text(source)
         failed = re.findall(r"^FAILED (\S+)", result.stdout, re.M)
         if result.returncode not in (0, 1) or bool(failed) != (result.returncode == 1):
             sys.exit(
@@ -225,9 +313,12 @@ def main() -> None:
     survivors = []
     chosen = [m for m in MUTANTS if word in m.name]
 
+    compiled = Tree()  # for all faults in C++, one after the other: only what changed is compiled
+
     def timed(mutant: Mutant) -> tuple[Mutant, str, float]:
         start = time.monotonic()
-        return mutant, caught_by(mutant), time.monotonic() - start
+        tree = compiled if mutant.path.startswith("csrc") else Tree()
+        return mutant, tree.caught_by(mutant), time.monotonic() - start
 
     for mutant, test, seconds in ThreadPoolExecutor(2).map(timed, chosen):
         print(

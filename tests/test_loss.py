@@ -57,11 +57,9 @@ def check_against_oracle(backend, device, case, *, dtype=torch.float32, mass=Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("C", "P"), [(10, 16), (100, 80), (1000, 49), (9973, 49)])
+@pytest.mark.parametrize(("C", "P"), [(10, 16), (100, 80), (9973, 49), (1000, 49)])
 def test_error_budget(backend, device, dtype, C, P):
     """Over many samples, no worse than twice the error of plain PyTorch in the same dtype."""
-    if backend == "triton" and C > 1000:
-        pytest.skip("the interpreter is slow")
     case = make(64, C, P, device=device, dtype=dtype, scale=3.0)
     options = {"reduction": "none", "label_smoothing": 0.1}
     got = run(case.logits, case.target, case.votes, backend=backend, **options)
@@ -331,8 +329,6 @@ def test_long_row_with_a_masked_tile(backend, device):
 
 @pytest.mark.parametrize("C", [*range(2, 40), 63, 64, 65, 127, 129, 255, 257, 1023, 1025])
 def test_every_width(backend, device, C):
-    if backend == "triton" and C not in (2, 3, 7, 16, 17, 31, 33, 64, 65, 257, 1025):
-        pytest.skip("the interpreter is slow: a selection")
     case = make(3, C, 10, seed=C, device=device)
     got = run(case.logits, case.target, case.votes, backend=backend)
     exact = run(case.logits.double(), case.target, case.votes, backend="reference")

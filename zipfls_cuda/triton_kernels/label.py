@@ -31,6 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+INTERPRET: bool = triton.knobs.runtime.interpret  # whether kernels run in Triton's interpreter
+
 PAIRWISE_VOTES = 256  # 256^2 pairs * 2 instructions / 128 lanes: 1024 cycles; an L2 atomic takes about 700
 PAIRWISE_BLOCK = 16  # votes compared with all P at a time: (P, 16) comparisons live in registers
 MOST_VOTES = 4096  # P above is refused: a row of votes must fit in a program's registers
@@ -68,7 +70,8 @@ def count_pairwise(v, votes, votes_stride_n, votes_stride_p, row, row_ok, P, BLO
     for first in range(0, P, BLOCK):
         j = first + tl.arange(0, BLOCK)
         at = row[:, None] * votes_stride_n + j[None, :].to(tl.int64) * votes_stride_p
-        other = tl.load(votes + at, mask=row_ok[:, None] & (j < P)[None, :], other=-1).to(tl.int32)
+        other = tl.load(votes + at, mask=row_ok[:, None] & (j < P)[None, :], other=-1)
+        other = tl.maximum(other, -1).to(tl.int32)  # -2^32 + 3 is not class 3
         count += tl.sum((v[:, :, None] == other[:, None, :]).to(tl.int32), 2)
     return count
 
@@ -284,20 +287,23 @@ def label_fwd_kernel(
         if DENSE:
             _, _, bad_votes = load_votes(votes, votes_stride_n, votes_stride_p, row, row < N, C, P, P2)
             masses = log_mass + row[:, None] * mass_stride_n
-            top = tl.full([1], -float("inf"), dtype)
+            # Lanes meet after the loops: sooner, Triton 3.6 fails to compile.
+            tops = tl.full([1, BLOCK], -float("inf"), dtype)
             for first in range(0, C, BLOCK):
                 c = first + tl.arange(0, BLOCK).to(tl.int64)[None, :]
                 counted = (c < C) & (c != y[:, None])
                 a = tl.load(masses + c * mass_stride_c, mask=counted, other=-float("inf"))
-                top = tl.maximum(top, tl.max(a, 1))
+                tops = tl.maximum(tops, a)
+            top = tl.max(tops, 1)
             massless = top == -float("inf")
-            total = tl.zeros([1], dtype)
+            totals = tl.zeros([1, BLOCK], dtype)
             for first in range(0, C, BLOCK):
                 c = first + tl.arange(0, BLOCK).to(tl.int64)[None, :]
                 counted = (c < C) & (c != y[:, None])
                 a = tl.load(masses + c * mass_stride_c, mask=counted, other=-float("inf"))
                 a = tl.where(massless[:, None], tl.zeros_like(a), a - top[:, None])
-                total += tl.sum(tl.where(counted, tl.exp(a), tl.zeros_like(a)), 1)
+                totals += tl.where(counted, tl.exp(a), tl.zeros_like(a))
+            total = tl.sum(totals, 1)
         else:
             v, share, log_p, log_q, _, bad_votes = votes_label(
                 votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row < N, y, C, P, scratch,
@@ -388,11 +394,11 @@ def rank_fwd(votes: Tensor, num_classes: int) -> Tensor:
     BLOCK = min(2048, triton.next_power_of_2(num_classes))
     with device_of(votes):
         programs = N if pairwise else min(N, HASHING_PROGRAMS)
-        rank_fwd_kernel[(programs,)](
+        args = (
             votes, votes.stride(0), votes.stride(1), ranks, vote_scratch(programs, P2, pairwise, votes),
-            N, num_classes, P,
-            P2, pairwise, PAIRWISE_BLOCK, BLOCK, num_warps=_warps(P2, BLOCK),
+            N, num_classes, P, P2, pairwise, PAIRWISE_BLOCK, BLOCK,
         )  # fmt: skip
+        launch(rank_fwd_kernel, (programs, 1, 1), args, (votes,), _warps(P2, BLOCK))
     return ranks
 
 
@@ -408,12 +414,13 @@ def label_fwd(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int,
     with device_of(label):
         programs = N if pairwise or dense else min(N, HASHING_PROGRAMS)
         scratch = vote_scratch(programs, P2, pairwise or dense, votes)
-        label_fwd_kernel[(programs,)](
+        args = (
             target, target.stride(0), votes, votes.stride(0), votes.stride(1),
             log_mass, log_mass.shape[0], log_mass.stride(0), log_mass.stride(-1), label,
             scratch, N, num_classes, P, ignore_index, P2, pairwise, PAIRWISE_BLOCK, dense, BLOCK,
-            num_warps=_warps(P2, BLOCK),
         )  # fmt: skip
+        inputs = (target, votes, log_mass)
+        launch(label_fwd_kernel, (programs, 1, 1), args, inputs, _warps(P2, BLOCK))
     return label
 
 
@@ -430,11 +437,13 @@ def logits_mass(logits: Tensor, log_mass: Tensor) -> Tensor:
     with device_of(dense):
         for first in range(0, N, 65535):
             rows = slice(first, min(N, first + 65535))
-            z = logits[rows]
-            logits_mass_kernel[(triton.cdiv(C, BLOCK), z.shape[0])](
-                z, z.stride(0), z.stride(1), ordered[rows], log_mass, log_mass.shape[0], dense[rows],
-                C, C.bit_length(), BLOCK, num_warps=4,
+            z, sorted_z, out = logits[rows], ordered[rows], dense[rows]
+            args = (
+                z, z.stride(0), z.stride(1), sorted_z, log_mass, log_mass.shape[0], out,
+                C, C.bit_length(), BLOCK,
             )  # fmt: skip
+            grid = (triton.cdiv(C, BLOCK), z.shape[0], 1)
+            launch(logits_mass_kernel, grid, args, (z, sorted_z, log_mass, out), 4)
     return dense
 
 
@@ -444,13 +453,13 @@ _compiled: dict[tuple, object] = {}
 
 def launch(
     kernel: triton.JITFunction,
-    programs: int,
+    grid: tuple[int, int, int],
     args: tuple,
     inputs: tuple[Tensor, ...],
     warps: int,
     stages: int = 3,
 ) -> None:
-    """kernel[(programs,)](*args), remembering what was compiled.
+    """kernel[grid](*args), remembering what was compiled.
 
     Triton examines some fifty arguments at every launch to find the binary they need. Here one look-up finds
     it, by all that decides: integers and constants, types and 16-byte alignment of the ``inputs``. Results
@@ -466,9 +475,10 @@ def launch(
     )
     compiled = _compiled.get(key)
     if compiled is not None:
-        compiled[programs, 1, 1](*args)
+        compiled[grid](*args)
         return
-    compiled = kernel[programs, 1, 1](*args, num_warps=warps, num_stages=stages)
+    # Multiply-adds said aloud: Triton 3.10 would leave them out.
+    compiled = kernel[grid](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
     if compiled is not None:  # None: interpreted
         if len(_compiled) > 4096:  # shapes that never return
             _compiled.clear()

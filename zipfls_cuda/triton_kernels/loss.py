@@ -28,7 +28,17 @@ import triton
 from torch import Tensor
 
 from . import loss_mean
-from .label import HASHING_PROGRAMS, PAIRWISE_BLOCK, device_of, launch, logits_mass, vote_scratch, vote_tile
+from .label import (
+    HASHING_PROGRAMS,
+    INTERPRET,
+    PAIRWISE_BLOCK,
+    PAIRWISE_VOTES,
+    device_of,
+    launch,
+    logits_mass,
+    vote_scratch,
+    vote_tile,
+)
 from .loss_bwd import loss_bwd, loss_bwd_
 from .loss_long import loss_fwd_long_kernel
 from .loss_rows import loss_fwd_kernel
@@ -76,6 +86,8 @@ def is_long(C: int, itemsize: int) -> bool:
 def row_tile(N: int, C: int, P2: int) -> tuple[int, int, int]:
     """(B, R, warps) for rows of C classes kept in registers, with P2 votes each."""
     B = max(16, triton.next_power_of_2(C))
+    if INTERPRET:  # several rows in the time of one, and some of them past the last
+        return B, 4 if P2 <= PAIRWISE_VOTES else 1, 1
     R, warps = FEW_ROW_TILES.get(B, ROW_TILES[B]) if N < FEW_ROWS else ROW_TILES[B]
     while R > 1 and R * P2 > 128:  # votes live in registers too: 8 rows of 64 spilled
         R //= 2
@@ -176,7 +188,7 @@ def loss_fwd(
         )  # fmt: skip
         inputs = (logits, target, votes_or_target, log_mass, log_mass if weight is None else weight)
         if long:
-            launch(loss_fwd_long_kernel, programs, (*args, B // V), inputs, warps)
+            launch(loss_fwd_long_kernel, (programs, 1, 1), (*args, B // V), inputs, warps)
         else:
-            launch(loss_fwd_kernel, programs, (*args, R, B), inputs, warps)
+            launch(loss_fwd_kernel, (programs, 1, 1), (*args, R, B), inputs, warps)
     return loss, ce, zipf, grad, grad_scale

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .label import device_of, launch
+from .loss_math import narrow
 
 BWD_BLOCK, BWD_PROGRAMS = 4096, 1056  # eight programs per multiprocessor walk through all elements
 
@@ -43,11 +44,11 @@ def loss_bwd_kernel(
         for first in range(pid * BLOCK, whole, tl.num_programs(0).to(tl.int64) * BLOCK):
             i = first + tl.arange(0, BLOCK)
             g = tl.load(grad + i, mask=i < whole, other=0).to(D)
-            tl.store(out + i, (g * scale).to(out.dtype.element_ty), mask=i < whole)
+            tl.store(out + i, narrow(g * scale, out.dtype.element_ty), mask=i < whole)
         if pid == 0:
             i = whole + tl.arange(0, V)
             g = tl.load(grad + i, mask=i < numel, other=0).to(D)
-            tl.store(out + i, (g * scale).to(out.dtype.element_ty), mask=i < numel)
+            tl.store(out + i, narrow(g * scale, out.dtype.element_ty), mask=i < numel)
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def loss_bwd_rows_kernel(
             c = first + tl.arange(0, B)[None, :]
             inside = (c < C // V * V) & row_ok[:, None]
             g = tl.load(grad + start + c, mask=inside, other=0).to(D)
-            tl.store(out + start + c, (g * scale[:, None]).to(out.dtype.element_ty), mask=inside)
+            tl.store(out + start + c, narrow(g * scale[:, None], out.dtype.element_ty), mask=inside)
 
 
 def _scale(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor, out: Tensor) -> None:
@@ -93,31 +94,19 @@ def _scale(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor, out: Tensor) -> 
         return
     scaled, inplace = grad_scale.numel() > 0, out is grad
     V = 16 // grad.element_size()
+    inputs = (grad, grad_loss, grad_scale)
     with device_of(grad):
         if grad_loss.dim() == 0:
             programs = min(BWD_PROGRAMS, -(-numel // BWD_BLOCK))
             args = (grad, grad_loss, grad_scale, out, numel, V, scaled, inplace, BWD_BLOCK)
-            launch(loss_bwd_kernel, programs, args, (grad, grad_loss, grad_scale), 8)
+            launch(loss_bwd_kernel, (programs, 1, 1), args, inputs, 8)
         else:
             N, C = grad.shape
             V = V if C % V == 0 else 1
             B = min(4096, max(16, triton.next_power_of_2(C)))
             R = max(1, 2048 // B)
-            loss_bwd_rows_kernel[(-(-N // R),)](
-                grad,
-                grad_loss,
-                grad_loss.stride(0),
-                grad_scale,
-                out,
-                N,
-                C,
-                V,
-                scaled,
-                inplace,
-                R,
-                B,
-                num_warps=4,
-            )
+            args = (grad, grad_loss, grad_loss.stride(0), grad_scale, out, N, C, V, scaled, inplace, R, B)
+            launch(loss_bwd_rows_kernel, (-(-N // R), 1, 1), args, inputs, 4)
 
 
 def loss_bwd(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from .loss_math import (
     infinity_to_zero,
     load_masses,
     load_weights,
+    narrow,
     row_vectors,
     zipf_of_masses,
     zipf_of_votes,
@@ -383,7 +384,7 @@ def loss_fwd_long_kernel(
                     spoilt_value, masses, mass_stride_c, top, total, weight, C,
                     HAS_CE and SMOOTH, HAS_WEIGHT, DENSE,
                 )  # fmt: skip
-                tl.store(grad + grad_start[:, None, None] + j, g.to(grad.dtype.element_ty), mask=inside)
+                tl.store(grad + grad_start[:, None, None] + j, narrow(g, grad.dtype.element_ty), mask=inside)
             if EDGES:
                 at = (row * stride)[:, None, None] + edge_column
                 edge_x = tl.load(logits + at, mask=edge_inside, other=0).to(D)
@@ -393,14 +394,14 @@ def loss_fwd_long_kernel(
                     HAS_CE and SMOOTH, HAS_WEIGHT, DENSE,
                 )  # fmt: skip
                 at = (row * C)[:, None, None] + edge_column
-                tl.store(grad + at, edge_g.to(grad.dtype.element_ty), mask=edge_inside)
+                tl.store(grad + at, narrow(edge_g, grad.dtype.element_ty), mask=edge_inside)
             if LABEL == VOTES_LABEL:
                 gv = tl.exp(zv - safe_m[:, None]) * k1[:, None] - label_scale[:, None] * tl.exp(log_p)
                 if HAS_CE and SMOOTH:
                     gv -= smooth_scale * load_weights(weight, v, voted, HAS_WEIGHT)
                 tl.debug_barrier()
                 at = (row * C)[:, None] + v
-                tl.store(grad + at, gv.to(grad.dtype.element_ty), mask=voted & ~spoilt[:, None])
+                tl.store(grad + at, narrow(gv, grad.dtype.element_ty), mask=voted & ~spoilt[:, None])
     if REDUCTION != NONE:
         fold_losses(
             ce_sum, zipf_sum, ce_scale, zipf_scale, ce_weight, zipf_weight, loss, ce, zipf, sums, counter,

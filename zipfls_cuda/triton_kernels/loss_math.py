@@ -9,14 +9,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .label import INTERPRET
+
 NONE, SUM, MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # reduction
 NO_LABEL, VOTES_LABEL, DENSE_LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+INTERPRETED = tl.constexpr(INTERPRET)
 
 
 @triton.jit
 def infinity_to_zero(x):
     """-inf becomes 0: a maximum to subtract where there may be nothing to take it over."""
     return tl.where(x == -float("inf"), tl.zeros_like(x), x)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x in the type of the gradient, to nearest even. The interpreter would cut float32 off to bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .label import launch
 from .loss_math import MEAN
 
 SCAN_ROWS = 1024  # rows whose targets every program adds up itself: 8 KB from L2 each
@@ -283,10 +284,8 @@ def correct_samples(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor
     R = 2048 // B
     groups = -(-N // R)
     steps = -(-groups // CORRECT_PROGRAMS)
-    correct_kernel[(-(-groups // steps),)](
-        logits, logits.stride(0), target, target.stride(0), correct, N, C, steps, ignore_index, V, R, B,
-        num_warps=4,
-    )  # fmt: skip
+    args = (logits, logits.stride(0), target, target.stride(0), correct, N, C, steps, ignore_index, V, R, B)
+    launch(correct_kernel, (-(-groups // steps), 1, 1), args, (logits, target), 4)
     return correct
 
 
@@ -304,8 +303,10 @@ def partial_totals(
     per_program = max(1024, -(-N // TOTALS_PROGRAMS))
     programs = -(-N // per_program)
     totals = torch.empty((3, programs), dtype=dtype, device=target.device)
-    totals_kernel[(programs,)](
-        target, target.stride(0), correct, target if weight is None else weight, totals,
-        N, C, per_program, ignore_index, weight is not None, only_correct, 1024, num_warps=4,
+    weight_or_target = target if weight is None else weight
+    args = (
+        target, target.stride(0), correct, weight_or_target, totals,
+        N, C, per_program, ignore_index, weight is not None, only_correct, 1024,
     )  # fmt: skip
+    launch(totals_kernel, (programs, 1, 1), args, (target, correct, weight_or_target), 4)
     return totals

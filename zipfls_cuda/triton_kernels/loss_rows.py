@@ -20,6 +20,7 @@ from .loss_math import (
     infinity_to_zero,
     load_masses,
     load_weights,
+    narrow,
     row_vectors,
     zipf_of_masses,
     zipf_of_votes,
@@ -293,19 +294,19 @@ def loss_fwd_kernel(
             g = tl.where(column == y[:, None], gy[:, None], g)
             g = tl.where(spoilt, spoilt_value, g)
             grad_start = row_vectors(row, C, C, V, EDGES)[1]
-            tl.store(grad + grad_start[:, None] + j, g.to(grad.dtype.element_ty), mask=inside)
+            tl.store(grad + grad_start[:, None] + j, narrow(g, grad.dtype.element_ty), mask=inside)
             if EDGES:
                 edge_g = tl.where(edge_column == y[:, None], gy[:, None], edge_g)
                 edge_g = tl.where(spoilt, spoilt_value, edge_g)
                 at = (row * C)[:, None] + edge_column
-                tl.store(grad + at, edge_g.to(grad.dtype.element_ty), mask=edge_inside)
+                tl.store(grad + at, narrow(edge_g, grad.dtype.element_ty), mask=edge_inside)
             if LABEL == VOTES_LABEL:
                 gv = tl.exp(zv - safe_m[:, None]) * k1[:, None] - label_scale[:, None] * tl.exp(log_p)
                 if HAS_CE and SMOOTH:
                     gv -= smooth_scale * load_weights(weight, v, voted, HAS_WEIGHT)
                 tl.debug_barrier()
                 at = (row * C)[:, None] + v
-                tl.store(grad + at, gv.to(grad.dtype.element_ty), mask=voted & ~spoilt)
+                tl.store(grad + at, narrow(gv, grad.dtype.element_ty), mask=voted & ~spoilt)
     if REDUCTION != NONE:
         fold_losses(
             ce_sum, zipf_sum, ce_scale, zipf_scale, ce_weight, zipf_weight, loss, ce, zipf, sums, counter,

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .label import device_of, launch
+from .label import INTERPRET, device_of, launch
 
 # Tuning ----------------------------------------------------------------------------------------------
 
@@ -52,6 +52,14 @@ class Config(NamedTuple):
     specialize: bool = False  # warps of their own for loads and products
     per_sm: int = 1  # programs per multiprocessor
 
+
+# Triton 3.6 fails to compile warp specialisation for sm_100, and without it 128 x 256 spill there.
+SPECIALIZES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
+LARGE_100 = (
+    Config(128, 256, 64, 8, 3, tma=True, specialize=True)
+    if SPECIALIZES
+    else Config(128, 128, 64, 8, 3, tma=True, per_sm=2)
+)
 
 # (architecture, bytes per element) -> regime -> (relative rate, Config). choose() takes the regime with the
 # least waves * tile size / rate. "large": most reuse, but nothing to do while it refills its pipeline and
@@ -78,7 +86,7 @@ TUNING: dict[tuple[int, int], dict[str, tuple[float, Config]]] = {
         "small": (0.8, Config(64, 64, 32, 4, 3, tma=True, per_sm=2)),
     },
     (100, 2): {
-        "large": (1.0, Config(128, 256, 64, 8, 3, tma=True, specialize=True)),
+        "large": (1.0, LARGE_100),
         "small": (0.7, Config(64, 128, 64, 4, 4, tma=True, per_sm=2)),
     },
     (100, 4): {
@@ -445,11 +453,6 @@ def transpose_kernel(
 # Launchers -----------------------------------------------------------------------------------------
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter."""
-    return not isinstance(vote_fwd_kernel, triton.JITFunction)
-
-
 def position_rows(features: Tensor) -> tuple[Tensor, int, int, int, int]:
     """The positions as rows of a matrix with a fixed distance between rows, copied only if need be.
 
@@ -489,10 +492,9 @@ def channels_last(features: Tensor) -> Tensor:
     out = torch.empty((N, T, D), dtype=features.dtype, device=features.device)
     V = 16 // features.element_size()
     BT = min(64, max(16, triton.next_power_of_2(T)))
-    transpose_kernel[(N, triton.cdiv(D, 64))](
-        features, stride_n, stride_d, stride_w if W > 1 else stride_h, out, D, T,
-        V if D % V == 0 else 1, 64, BT, num_warps=4,
-    )  # fmt: skip
+    stride_t = stride_w if W > 1 else stride_h
+    args = (features, stride_n, stride_d, stride_t, out, D, T, V if D % V == 0 else 1, 64, BT)
+    launch(transpose_kernel, (N, triton.cdiv(D, 64), 1), args, (features,), 4)
     return out
 
 
@@ -592,14 +594,14 @@ def _launch(
         config.tma, config.specialize, config.BM, config.BN, config.BK,
     )  # fmt: skip
     inputs = (x, weight, weight if bias is None else bias)
-    launch(vote_fwd_kernel, programs, args, inputs, config.warps, config.stages)
+    launch(vote_fwd_kernel, (programs, 1, 1), args, inputs, config.warps, config.stages)
     if tiles > 1:
         _fold(best, winners, votes, M, rows, T, tiles)
 
 
 def _fold(best: Tensor, winners: Tensor, votes: Tensor, M: int, rows: int, T: int, tiles: int) -> None:
     args = (best, winners, votes, M, rows, T, tiles, rows != T, FOLD_BLOCK)
-    launch(vote_fold_kernel, triton.cdiv(M, FOLD_BLOCK), args, (best,), 4)
+    launch(vote_fold_kernel, (triton.cdiv(M, FOLD_BLOCK), 1, 1), args, (best,), 4)
 
 
 def _vote_upsampled(
@@ -622,16 +624,14 @@ def _vote_upsampled(
     best = torch.empty((tiles, M), dtype=scores, device=x.device)
     winners = torch.empty((tiles, M), dtype=torch.int32, device=x.device)
     scratch = torch.empty((programs, images * area, config.BN), dtype=scores, device=x.device)
-    vote_upsample_kernel[(programs,)](
-        x, weight, weight if bias is None else bias, best, winners, scratch, stride, weight.stride(0),
+    inputs = (x, weight, weight if bias is None else bias)
+    args = (
+        *inputs, best, winners, scratch, stride, weight.stride(0),
         N, C, D, H, W, images, tiles, bias is not None, C % config.BN != 0, D % config.BK == 0, V, precision,
-        tl_scores, INTERPRET, config.BM, config.BN, config.BK, 32, num_warps=config.warps,
-        num_stages=config.stages,
+        tl_scores, INTERPRET, config.BM, config.BN, config.BK, 32,
     )  # fmt: skip
+    launch(vote_upsample_kernel, (programs, 1, 1), args, inputs, config.warps, config.stages)
     _fold(best, winners, votes, M, area * 4, area * 4, tiles)
-
-
-INTERPRET = interpreted()
 
 
 # Tuning on a GPU: python -m zipfls_cuda.triton_kernels.vote 12544x2048x1000 ... ------------------------
@@ -646,7 +646,7 @@ def candidates(arch: int) -> list[Config]:
     return [
         Config(BM, BN, BK, warps, stages, tma, special, per_sm)
         for (BM, BN), BK, warps, stages, per_sm in cuts
-        for special in ((False, True) if tma else (False,))
+        for special in ((False, True) if tma and SPECIALIZES else (False,))
     ]
 
 

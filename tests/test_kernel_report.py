@@ -1,0 +1,115 @@
+"""The ahead-of-time report: one configuration of each kind compiled, faults planted and found.
+
+Compiling needs Triton without its interpreter, so the report runs in processes of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import kernel_report  # noqa: E402
+import nvcc_report  # noqa: E402
+
+from zipfls_cuda.triton_kernels import loss, vote  # noqa: E402
+
+compiles = pytest.mark.skipif(
+    nvcc_report.tool("cuobjdump") is None, reason="no cuobjdump to look into the binaries with"
+)
+
+
+def report(*arguments: str, plant: str = "") -> subprocess.CompletedProcess:
+    """The report in a process of its own, after the statement ``plant``."""
+    program = (
+        f"import sys; sys.path[:0] = {[str(ROOT / 'benchmarks'), str(ROOT)]}; import kernel_report; "
+        f"from zipfls_cuda.triton_kernels import loss, vote; {plant or 'pass'}; "
+        f"sys.exit(kernel_report.main({list(arguments)}))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+
+@compiles
+def test_quick_report_is_clean():
+    """Every kernel on every architecture; products by tensor cores, loss and gradient 16 bytes at a time."""
+    done = report("--quick", "--jobs", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [row.split() for row in done.stdout.splitlines() if re.match(r"\w+_kernel ", row)]
+    quick = [case for case in kernel_report.cases() if case.quick]
+    assert len(rows) == 3 * len(quick)
+    assert {row[0] for row in rows} >= {"vote_fwd_kernel", "loss_fwd_kernel", "loss_fwd_long_kernel"}
+    for row in rows:
+        tensor, wide = row[-2], int(row[-4].split("/")[0])
+        assert (tensor == "-") == (not row[0].startswith("vote_fwd")), row
+        if row[0].startswith(("loss_fwd", "loss_bwd")):
+            assert wide >= 2, row
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("plant", "case", "fault"),
+    [
+        ("loss.ROW_TILES[4096] = 1, 1", "loss 4096x4096 bf16", "spill instructions"),
+        (
+            "vote.TUNING[90, 2] = {'small': (1.0, vote.Config(32, 64, 64, 4, 3))}",
+            "vote 784x512x1000 bf16",
+            "a Hopper product without wgmma",
+        ),
+        (
+            "vote.TUNING[90, 2] = {'small': (1.0, vote.Config(64, 128, 64, 4, 12, True))}",
+            "vote 784x512x1000 bf16",
+            "bytes of shared memory",
+        ),
+    ],
+    ids=["spill", "no wgmma", "shared memory"],
+)
+def test_report_fails(plant, case, fault):
+    done = report("--arch", "90", "--only", case, "--jobs", "1", plant=plant)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert fault in done.stdout.rsplit("faults", 1)[1]
+
+
+def test_report_fails_where_a_kernel_does_not_compile(monkeypatch, capsys):
+    def broken(call, arch):
+        raise ValueError("no such type")
+
+    monkeypatch.setattr(kernel_report, "compiled_launches", broken)
+    assert kernel_report.main(["--arch", "90", "--only", "ranks 64x1000 P=49", "--jobs", "1"]) == 1
+    assert "1 faults\nsm_90 ranks 64x1000 P=49: ValueError: no such type" in capsys.readouterr().out
+
+
+def test_report_reaches_every_configuration(monkeypatch):
+    """The calls of the cases lead to each entry of the tuning tables."""
+    products, tiles = set(), set()
+    for module in (loss, vote):
+        monkeypatch.setattr(module, "INTERPRET", False)
+    monkeypatch.setattr(vote, "_launch", lambda *args: products.add(args[8]))
+    monkeypatch.setattr(loss, "launch", lambda *a: tiles.add((a[2][-1], a[2][-2], a[4])))
+    for case in kernel_report.cases():
+        if "loss_fwd_kernel" in case.kernels and "everything" not in case.name:
+            case.call()
+        if "vote_fwd_kernel" in case.kernels and not re.search("NCHW|upsampled", case.name):
+            for arch in kernel_report.ARCHITECTURES:
+                monkeypatch.setattr(vote, "_device", lambda x, arch=arch: (arch, 132))
+                case.call()
+    assert products >= {config for table in vote.TUNING.values() for _, config in table.values()}
+    assert products >= {vote.EXACT, vote.FLOAT64}
+    assert tiles >= {(B, *tile) for B, tile in [*loss.ROW_TILES.items(), *loss.FEW_ROW_TILES.items()]}
+
+
+def test_model_knows_waves_and_tails():
+    whole = kernel_report.vote_model(256 * 49, 2048, 1000, 128, 256, 132)
+    assert whole["tiles"] == 392
+    assert 2.9 < whole["waves"] < 3.0
+    assert 60e-6 < whole["ideal"] < 70e-6
+    half = kernel_report.vote_model(128 * 49, 2048, 1000, 128, 256, 132)
+    assert half["tail"] > 0.3 * half["ideal"]  # one and a half waves take two

@@ -1,0 +1,528 @@
+"""What only the Triton backend has: its tilings, loops, alignments and hazards.
+
+The shared suite compares every backend with the reference; here tiles are shrunk so that each loop turns more
+than once and each edge occurs, and the launchers are called directly. Without a GPU everything runs
+interpreted.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib import import_module
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from zipfls_cuda import reference, triton_kernels
+from zipfls_cuda.triton_kernels import label as label_file
+from zipfls_cuda.triton_kernels import loss as loss_file
+from zipfls_cuda.triton_kernels import loss_mean
+from zipfls_cuda.triton_kernels import vote as vote_file
+
+if not vote_file.INTERPRET and not torch.cuda.is_available():
+    pytest.skip("Triton was imported without its interpreter, and there is no GPU", allow_module_level=True)
+
+DEVICE = "cpu" if vote_file.INTERPRET else "cuda"
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+INF, NAN = float("inf"), float("nan")
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf - inf in the interpreter
+
+
+def table(length, dtype=torch.float32, alpha=1.0):
+    return (-alpha * torch.arange(1, length + 1, dtype=torch.float64).log()).to(dtype)
+
+
+def loss_args(
+    N,
+    C,
+    P=7,
+    dtype=torch.float32,
+    *,
+    logits=None,
+    votes=None,
+    alpha=1.0,
+    weight=False,
+    dense=False,
+    ce=1.0,
+    zipf=0.7,
+    smoothing=0.0,
+    only_correct=False,
+    reduction="mean",
+    with_grad=True,
+):
+    """Arguments of loss_fwd: random, with one ignored sample from N = 3 on."""
+    D = reference.accumulation_dtype(dtype)
+    z = (2 * torch.randn(N, C, dtype=torch.float64)).to(dtype) if logits is None else logits
+    target = torch.randint(0, C, (N,))
+    if N > 1:
+        target[0] = z[0].argmax()
+    if N > 2:
+        target[1] = -100
+    if votes is None and P is not None:
+        votes = torch.randint(-1, max(2, C // 2), (N, P), dtype=torch.int32)
+    mass = torch.randn(N, C, dtype=D) if dense else table(C if P is None else min(P, C) + 1, D, alpha)
+    args = [z, target, votes, mass, torch.rand(C, dtype=D) if weight else None]
+    args = [x if x is None else x.to(DEVICE) for x in args]
+    return (*args, ce, zipf, smoothing, only_correct, -100, reduction, with_grad)
+
+
+def on_cpu(args):
+    return [x.cpu() if isinstance(x, torch.Tensor) else x for x in args]
+
+
+def assert_same(args, tolerance=None):
+    """triton_kernels.loss_fwd equals reference.loss_fwd."""
+    tolerance = tolerance or TOLERANCE[args[0].dtype]
+    ours, theirs = triton_kernels.loss_fwd(*args), reference.loss_fwd(*on_cpu(args))
+    for name, x, y in zip(("loss", "ce", "zipf", "grad", "grad_scale"), ours, theirs, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), name
+        torch.testing.assert_close(
+            x.cpu().double(),
+            y.double(),
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    return ours
+
+
+SHORT = {
+    "LONGEST_ROW": 32,
+    "LONG_TILES": ((32, (32, 4)), (INF, (32, 4))),
+}  # from 33 classes long, 32 at a time
+
+
+@pytest.fixture(params=["registers", "long"])
+def row_kernel(request, monkeypatch):
+    """Both loss kernels, on the same rows."""
+    if request.param == "long":
+        for name, value in SHORT.items():
+            monkeypatch.setattr(loss_file, name, value)
+
+
+# The loss --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("C", [64, 77])
+def test_loss_kernels(row_kernel, dtype, C):
+    assert_same(loss_args(3, C, dtype=dtype, weight=True, smoothing=0.1, only_correct=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dense": True, "smoothing": 0.2},
+        {"P": None, "reduction": "none"},
+        {"zipf": 0.0, "reduction": "sum", "smoothing": 0.3},
+        {"ce": 0.0, "only_correct": True, "reduction": "none"},
+        {"alpha": 150.0, "reduction": "sum"},
+        {"with_grad": False},
+    ],
+    ids=str,
+)
+def test_loss_options(row_kernel, options):
+    assert_same(loss_args(3, 83, dtype=torch.float64, **options))
+
+
+@pytest.mark.parametrize("R", [1, 8])
+@pytest.mark.parametrize("N", [1, 5, 13])
+def test_loss_several_rows_per_program(monkeypatch, N, R):
+    """R rows at once, groups of rows walked through, and partial sums folded."""
+    monkeypatch.setattr(loss_file, "INTERPRET", False)
+    monkeypatch.setattr(loss_file, "FEW_ROWS", 0 if R == 8 else 99)
+    monkeypatch.setattr(loss_file, "PROGRAMS", 2)
+    assert loss_file.row_tile(N, 10, 16)[1] == R
+    assert_same(loss_args(N, 10, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("weight", [False, True])
+def test_loss_totals_from_partial_sums(monkeypatch, weight):
+    monkeypatch.setattr(loss_mean, "SCAN_ROWS", 2)
+    monkeypatch.setattr(loss_mean, "CORRECT_PROGRAMS", 2)
+    assert_same(loss_args(6, 20, dtype=torch.float64, weight=weight, only_correct=True))
+
+
+@pytest.mark.parametrize("P", [0, 1, 16, 17, 256, 257, 600])
+def test_loss_vote_counts(P):
+    """Pairwise counting up to 256 votes, hashed above; classes that collide in the table included."""
+    C = 1500
+    votes = torch.randint(-1, 40, (2, P), dtype=torch.int64) * 32 + torch.randint(0, 2, (2, P))
+    votes = votes.clamp(max=C - 1)
+    assert_same(loss_args(2, C, P, torch.float64, votes=votes))
+
+
+def test_loss_of_a_row_beyond_262144_classes():
+    """As tuned: many steps, odd rows, vectors that begin elsewhere in each row."""
+    assert_same(loss_args(2, 262151, dtype=torch.bfloat16, smoothing=0.1))
+
+
+def test_loss_refuses_more_votes_than_it_holds():
+    with pytest.raises(RuntimeError, match="4096"):
+        triton_kernels.loss_fwd(*loss_args(1, 8, 4097))
+
+
+@pytest.mark.parametrize("view", ["rows", "columns", "unaligned", "expanded", "transposed", "same phase"])
+def test_loss_views_of_logits(row_kernel, view):
+    """Rows at any distance and alignment: whole vectors only where logits and gradient agree."""
+    z = (2 * torch.randn(8, 101)).bfloat16()
+    z = {
+        "rows": lambda: z[::2, :72],
+        "columns": lambda: z[:, ::2],
+        "unaligned": lambda: z[:, 3:100],
+        "expanded": lambda: z[:1, :66].expand(4, 66),
+        "transposed": lambda: z.t(),
+        "same phase": lambda: z[:, 5:98],
+    }[view]()
+    args = loss_args(z.shape[0], z.shape[1], logits=z[:2])
+    assert_same((*args[:1], args[1][:2], args[2][:2], *args[3:]))
+
+
+def corner_rows(C):
+    """Rows of awkward logits, with targets."""
+    z = torch.randn(12, C, dtype=torch.float64)
+    z[0, 3] = -INF  # a non-target of mass
+    z[1, :] = -INF
+    z[1, 5] = 1.0  # only the target is there
+    z[2, 7] = INF  # a non-target
+    z[3, 5] = INF  # the target
+    z[4, 5] = -INF  # the target
+    z[5, 9] = NAN
+    z[6, 5] = NAN
+    z[7, 5] = 300.0  # the target dominates
+    z[8] += 1e4
+    z[9] = -INF
+    z[10, : C // 2] = -1e4
+    z[11] -= 1e3
+    return z, torch.full((12,), 5)
+
+
+@pytest.mark.parametrize(
+    "dense,ce,zipf,smoothing",
+    [(False, 1.0, 0.5, 0.0), (True, 1.0, 0.5, 0.0), (False, 1.0, 0.0, 0.1), (False, 0.0, 1.0, 0.0)],
+)
+def test_loss_corners(row_kernel, dense, ce, zipf, smoothing):
+    z, y = corner_rows(48)
+    args = list(
+        loss_args(12, 48, logits=z, dtype=torch.float64, dense=dense, ce=ce, zipf=zipf, reduction="none")
+    )
+    args[1], args[7], args[8] = y.to(DEVICE), smoothing, ce == 0
+    assert_same(args)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_loss_without_mass_is_uniform(row_kernel, dense):
+    args = list(loss_args(3, 48, dtype=torch.float64, reduction="none"))
+    args[3] = torch.full((3, 48) if dense else (8,), -INF, dtype=torch.float64, device=DEVICE)
+    if dense:
+        args[3][1] = 0.0
+    assert_same(args)
+
+
+@pytest.mark.parametrize("only_correct", [False, True])
+def test_loss_float16_mean_leaves_the_denominator_to_backward(only_correct):
+    grad, scale = assert_same(loss_args(5, 40, dtype=torch.float16, only_correct=only_correct))[3:]
+    assert scale.item() == 0.25
+    assert grad.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("zipf", [0.7, 0.0])
+def test_loss_out_of_range_poisons_its_row_alone(row_kernel, zipf):
+    args = list(loss_args(7, 40, dtype=torch.float64, reduction="none", zipf=zipf))
+    args[2] = args[2].long()
+    expected = reference.loss_fwd(*on_cpu(args))
+    args[1][2:5] = torch.tensor([-7, 40, 2**40])
+    args[2][5, 4], args[2][6, 0] = 40, 2**40
+    ours = triton_kernels.loss_fwd(*args)
+    for x, y in zip(ours[:4], expected[:4], strict=True):
+        assert x[2:].isnan().all()
+        torch.testing.assert_close(x[:2].cpu(), y[:2])
+    args[10] = "mean"
+    assert triton_kernels.loss_fwd(*args)[0].isnan()
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN and the largest integers."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.mark.parametrize("C", [40, 77])
+def test_outputs_are_written_in_full(row_kernel, poisoned_memory, C):
+    for reduction in ("mean", "none"):
+        assert_same(loss_args(4, C, reduction=reduction, only_correct=True))
+    assert_same(loss_args(2, 50, 300))
+    votes = torch.randint(-1, C, (3, 20), dtype=torch.int32, device=DEVICE)
+    assert torch.equal(triton_kernels.rank_fwd(votes, C).cpu(), reference.rank_fwd(votes.cpu(), C))
+    x, w = torch.randn(2, 9, 40, device=DEVICE), torch.randn(C, 40, device=DEVICE)
+    assert torch.equal(
+        triton_kernels.vote_fwd(x, w, None, 1).cpu(), reference.vote_fwd(x.cpu(), w.cpu(), None, 1)
+    )
+    x = torch.randn(2, 40, 3, 4, device=DEVICE)
+    assert torch.equal(
+        triton_kernels.vote_fwd(x, w, None, 2).cpu(), reference.vote_fwd(x.cpu(), w.cpu(), None, 2)
+    )
+    grad = torch.randn(4, C, device=DEVICE)
+    scale = torch.full((), 3.0, device=DEVICE)
+    assert torch.equal(triton_kernels.loss_bwd(grad, scale, scale.new_empty(0)), 3 * grad)
+
+
+def test_loss_is_repeatable_and_leaves_its_counter_at_zero(monkeypatch):
+    monkeypatch.setattr(loss_file, "PROGRAMS", 3)
+    args = loss_args(9, 50, 300)
+    first, second = triton_kernels.loss_fwd(*args), triton_kernels.loss_fwd(*args)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert all(c.item() == 0 for c in loss_mean._counters.values())
+
+
+# Backward --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype,shape", [(torch.float32, (3, 7)), (torch.bfloat16, (5, 64)), (torch.float64, (1, 4500))]
+)
+@pytest.mark.parametrize("upstream", ["scalar", "rows", "expanded", "strided"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_backward_scales(dtype, shape, upstream, scaled):
+    N = shape[0]
+    D = reference.accumulation_dtype(dtype)
+    grad = torch.randn(shape).to(dtype).to(DEVICE)
+    g = {
+        "scalar": torch.full((), 0.3),
+        "rows": torch.randn(N),
+        "expanded": torch.full((), 0.7).expand(N),
+        "strided": torch.randn(3 * N)[::3],
+    }[upstream].to(DEVICE)
+    scale = torch.full((), 1.5, dtype=D, device=DEVICE) if scaled else torch.empty(0, dtype=D, device=DEVICE)
+    expected = reference.loss_bwd(grad, g, scale)
+    before = grad.clone()
+    out = triton_kernels.loss_bwd(grad, g, scale)
+    assert torch.equal(grad, before)
+    torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=0)
+    triton_kernels.loss_bwd_(grad, g, scale)
+    assert torch.equal(grad, out)
+
+
+def test_backward_in_place_of_a_view():
+    grad = torch.randn(6, 9, device=DEVICE).t()
+    expected = 2 * grad
+    triton_kernels.loss_bwd_(grad, torch.full((), 2.0, device=DEVICE), torch.empty(0, device=DEVICE))
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_backward_by_one_writes_nothing(rows):
+    grad = torch.full((4, 20), NAN, device=DEVICE)
+    one = torch.ones(4 if rows else (), device=DEVICE)
+    bits = grad.view(torch.int32)
+    bits[:] = 0x7F800001  # a signalling NaN: any arithmetic quiets it
+    triton_kernels.loss_bwd_(grad, one, torch.empty(0, device=DEVICE))
+    assert (bits == 0x7F800001).all()
+
+
+# Ranks and label -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("C,P", [(5, 3), (40, 60), (3000, 300)])
+def test_ranks_and_label(C, P):
+    votes = torch.randint(-1, min(C, 50), (3, P), device=DEVICE)
+    votes *= (C - 1) // votes.max()  # beyond the hash table, too
+    target = torch.randint(0, C, (3,), device=DEVICE)
+    target[1] = -100
+    assert torch.equal(triton_kernels.rank_fwd(votes, C).cpu(), reference.rank_fwd(votes.cpu(), C))
+    for mass in (table(min(P, C) + 1, torch.float64, 2.0), torch.randn(3, C, dtype=torch.float64)):
+        ours = triton_kernels.label_fwd(target, votes, mass.to(DEVICE), C, -100)
+        torch.testing.assert_close(ours.cpu(), reference.label_fwd(target.cpu(), votes.cpu(), mass, C, -100))
+
+
+def test_logits_ranking_with_ties_and_nan():
+    z = torch.tensor([[1.0, 3.0, 1.0, NAN, -INF, 3.0, INF], [0.0] * 7], device=DEVICE)
+    mass = table(7)
+    expected = mass[reference.competition_rank(z.cpu()).long() - 1]
+    assert torch.equal(label_file.logits_mass(z, mass.to(DEVICE)).cpu(), expected)
+
+
+# Votes -----------------------------------------------------------------------------------------------
+
+
+def assert_votes(features, weight, bias=None, upsample=1):
+    """Votes equal the reference's. Scores are small integers: every sum is exact, and ties are real."""
+    features, weight = features.to(DEVICE), weight.to(DEVICE)
+    bias = None if bias is None else bias.to(DEVICE)
+    votes = triton_kernels.vote_fwd(features, weight, bias, upsample)
+    cpu = [x if x is None else x.cpu() for x in (features, weight, bias)]
+    assert torch.equal(votes.cpu(), reference.vote_fwd(*cpu, upsample))
+    return votes
+
+
+def integers(*shape, dtype=torch.bfloat16, spread=3):
+    return torch.randint(-spread, spread + 1, shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("D", [32, 40, 33])
+def test_vote_tiles_and_types(dtype, D):
+    """Several tiles both ways, ragged in C, D and M; descriptors and pointers; ties everywhere."""
+    assert_votes(integers(3, 23, D, dtype=dtype), integers(70, D, dtype=dtype), integers(70, dtype=dtype))
+    assert_votes(integers(1, 5, D, dtype=dtype), integers(9, D, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "layout", ["channels_last", "nchw", "rows", "class token", "one position", "half", "expanded"]
+)
+def test_vote_layouts(layout):
+    x = integers(3, 24, 5, 7)
+    copied = layout in ("nchw", "half", "expanded", "rows")
+    x = {
+        "channels_last": lambda: x.contiguous(memory_format=torch.channels_last),
+        "nchw": lambda: x,
+        "rows": lambda: x.contiguous(memory_format=torch.channels_last)[:, :, :, 1:6],
+        "class token": lambda: integers(2, 96, 24)[
+            :, 1:
+        ],  # the gap and the row after it: in different programs
+        "one position": lambda: x[:, :, :1, :1].contiguous(memory_format=torch.channels_last),
+        "half": lambda: integers(3, 36, 24)[:, 18:],
+        "expanded": lambda: integers(1, 36, 24).expand(3, 36, 24),
+    }[layout]()
+    assert_votes(x, integers(20, 24))
+    rows = vote_file.position_rows(x)[0]
+    assert (rows.data_ptr() != x.data_ptr()) == copied
+
+
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_vote_special_scores(upsample):
+    """Ties go to the lowest class, NaN never wins, -inf may, and all NaN is no vote."""
+    x = torch.ones(1, 16, 1, 3).contiguous(memory_format=torch.channels_last)
+    x[0, :, 0, 2] = NAN
+    weight = torch.zeros(70, 16)
+    bias = torch.full((70,), -INF)
+    assert assert_votes(x, weight, bias, upsample).unique().tolist() == [-1, 0]
+    bias[3] = NAN
+    bias[[40, 66]] = 1.0
+    assert assert_votes(x, weight, bias, upsample).unique().tolist() == [-1, 40]
+    weight[40] = NAN
+    assert assert_votes(x, weight, bias, upsample).unique().tolist() == [-1, 66]
+
+
+@pytest.mark.parametrize("D", [16, 17])
+def test_vote_what_lies_outside_the_classes_never_wins(D):
+    """Negative scores all over: zeros from beyond the last class would win."""
+    votes = assert_votes(-torch.ones(1, 4, D).bfloat16(), integers(40, D).abs() + 1)
+    assert votes.max() < 40
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 4, 4), (2, 20, 7, 5), (1, 20, 9, 1), (5, 20, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_vote_upsampled(shape, dtype):
+    for x in (
+        integers(*shape, dtype=dtype),
+        integers(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last),
+    ):
+        assert_votes(x, integers(40, 20, dtype=dtype), integers(40, dtype=dtype), upsample=2)
+
+
+def test_vote_follows_the_precision_setting():
+    setting = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert vote_file.precision_of(torch.float32) == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert vote_file.precision_of(torch.float32) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = setting
+
+
+def test_vote_configurations_fit_the_shape():
+    """The choice takes waves into account, and pointers where descriptors cannot serve."""
+    choose = vote_file.choose
+    large, programs = choose(90, 132, 2, False, 256 * 49, 2048, 1000, True)
+    assert (large.BM, large.BN, programs) == (128, 256, 132)
+    assert choose(90, 132, 2, False, 256 * 49, 512, 1000, True)[0].per_sm == 2
+    assert choose(90, 132, 2, False, 4 * 49, 2048, 100, True)[0].BM == 64
+    assert not choose(90, 132, 2, False, 256 * 49, 2047, 1000, False)[0].tma
+    assert choose(90, 132, 4, True, 256 * 49, 2048, 1000, True)[0] == vote_file.EXACT
+
+
+def test_vote_tuned_configurations_come_first(monkeypatch, tmp_path):
+    config = vote_file.Config(64, 64, 64, 4, 2)
+    tuned = tmp_path / "tuned.json"
+    tuned.write_text(f'{{"{vote_file.tuned_key(90, 2, 999, 64, 50)}": [64, 64, 64, 4, 2]}}')
+    monkeypatch.setattr(vote_file, "TUNED", tuned)
+    vote_file.tuned.cache_clear()
+    vote_file.choose.cache_clear()
+    try:
+        assert vote_file.choose(90, 132, 2, False, 999, 64, 50, True)[0] == config
+    finally:
+        vote_file.tuned.cache_clear()
+        vote_file.choose.cache_clear()
+
+
+# Launching -------------------------------------------------------------------------------------------
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.WAITS, name
+        return function(*args, **(kwargs or {}))
+
+
+def test_launchers_never_wait_for_the_device(monkeypatch):
+    launched = []
+    for name in ("label", "loss", "loss_bwd", "loss_mean", "vote"):
+        module = import_module(f"zipfls_cuda.triton_kernels.{name}")
+        monkeypatch.setattr(module, "launch", lambda kernel, *args: launched.append(kernel.__name__))
+    grad, votes = torch.empty(3, 40), torch.zeros(3, 300, dtype=torch.int32)
+    features, weight = torch.empty(3, 16, 4, 4), torch.empty(40, 16)
+    with NoWaiting():
+        for C, N in ((40, 3), (5000, 2000)):
+            for options in ({"only_correct": True, "weight": True}, {"P": None}, {"reduction": "none"}):
+                triton_kernels.loss_fwd(*loss_args(N, C, logits=torch.empty(N, C), **options))
+        for upstream in (torch.ones(()), torch.ones(3)):
+            triton_kernels.loss_bwd(grad, upstream, torch.empty(0))
+            triton_kernels.loss_bwd_(grad, upstream, torch.ones(()))
+        triton_kernels.rank_fwd(votes, 40)
+        triton_kernels.label_fwd(torch.zeros(3, dtype=torch.int64), votes, table(41), 40, -100)
+        for upsample in (1, 2):
+            triton_kernels.vote_fwd(features, weight, None, upsample)
+    kernels = "correct logits_mass loss_bwd loss_bwd_rows loss_fwd loss_fwd_long rank_fwd label_fwd totals "
+    kernels += "transpose vote_fold vote_fwd vote_upsample"
+    assert set(launched) == {f"{kernel}_kernel" for kernel in kernels.split()}
+
+
+class OnGrid:
+    """Something launched as f[grid](*args)."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __getitem__(self, grid):
+        return partial(self.call, grid)
+
+
+def test_launch_remembers_binaries_by_all_that_decides():
+    """A binary serves again for the same integers, types and alignment, whatever the floats, and not else."""
+    compiled, run = [], []
+    binary = OnGrid(lambda grid, *args: run.append((grid, args)))
+    kernel = OnGrid(lambda grid, *args, **options: compiled.append(args) or binary)
+    x = torch.empty(32)
+    calls = [(x, 7, 0.5, True), (x[4:], 7, 0.25, True)]
+    calls += [(x[1:], 7, 0.5, True), (x.half(), 7, 0.5, True), (x, 8, 0.5, True), (x, 7, 0.5, False)]
+    for args in calls:
+        label_file.launch(kernel, (2, 1, 1), args, args[:1], 4)
+    assert [args[1:] for args in compiled] == [args[1:] for args in calls[:1] + calls[2:]]
+    assert [(grid, args[2]) for grid, args in run] == [((2, 1, 1), 0.25)]
