@@ -436,6 +436,27 @@ def test_votes_of_ignored_samples_are_not_read(backend, device):
     assert loss.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mean_of_targets_without_weight(backend, device, smoothing, dtype):
+    """Class weights of 0 at every target: loss and gradient are NaN as F.cross_entropy's, smoothed or not."""
+    case = make(5, 9, 4, device=device, dtype=dtype)
+    case.target[1:] = 3
+    case.target[0] = -100
+    weight = torch.rand(9, device=device)
+    weight[3] = 0
+    options = {"weight": weight.to(dtype), "label_smoothing": smoothing}
+    x, z = case.leaf(), case.leaf()
+    loss = zls.zipf_cross_entropy(x, case.target, case.votes, backend=backend, **options)
+    loss.backward()
+    expected = F.cross_entropy(z.float(), case.target, weight, label_smoothing=smoothing)
+    expected.backward()
+    assert loss.isnan()
+    assert expected.isnan()
+    assert torch.equal(x.grad.isnan(), z.grad.isnan())
+    assert (x.grad[0] == 0).all()
+
+
 # Memory ----------------------------------------------------------------------------------------------
 
 

@@ -275,7 +275,7 @@ def loss_fwd(
     if only_correct:
         zipf_rows = zipf_rows & is_correct(logits, y)
     if reduction == "mean":
-        ce_scale = 1 / ce_total
+        ce_scale = torch.where(ce_total == 0, torch.nan, 1 / ce_total)  # as F.cross_entropy, smoothed or not
         correct_total = zipf_rows.sum().to(dtype)
         none_correct = (zipf_total > 0) & (correct_total == 0)
         zipf_scale = torch.where(none_correct, 0.0, 1 / correct_total)

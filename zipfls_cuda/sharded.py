@@ -392,7 +392,7 @@ def loss_fwd(
     if only_correct:
         zipf_rows = zipf_rows & ~((m > z_y) | ((m == z_y) & (leader >= 0) & (leader < y)))
     if reduction == "mean":
-        ce_scale = 1 / ce_total
+        ce_scale = torch.where(ce_total == 0, torch.nan, 1 / ce_total)
         correct_total = zipf_rows.sum().to(dtype)
         none_correct = (zipf_total > 0) & (correct_total == 0)
         zipf_scale = torch.where(none_correct, 0.0, 1 / correct_total)

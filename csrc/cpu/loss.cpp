@@ -78,7 +78,8 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
     zipf_samples = 0;
     for (int64_t i = 0; i < N; i++) zipf_samples += correct[i];
   }
-  const double ce_scale = mean ? 1 / totals.weight : 1;
+  // Of targets without any weight the mean is NaN, as F.cross_entropy's, not infinite.
+  const double ce_scale = !mean ? 1.0 : totals.weight == 0 ? NAN : 1 / totals.weight;
   const double zipf_scale = !mean ? 1.0
                             : totals.samples > 0 && zipf_samples == 0
                                 ? 0.0
@@ -110,12 +111,8 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
   a.zipf = zipf_weight != 0;
   a.only_correct = only_correct;
   a.label_smoothing = label_smoothing;
-  // Where the targets' weights sum to 0, 1/0 would be infinity minus infinity at every class
-  // instead of an infinity with a sign at some: it multiplies the finished rows. Beside it the Zipf
-  // part does not show.
-  const bool infinite = a.ce && std::isinf(ce_scale);
-  a.ce_factor = ce_weight * (infinite ? 1 : ce_scale / scale);
-  a.zipf_factor = infinite ? 0 : zipf_weight * (zipf_scale / scale);
+  a.ce_factor = ce_weight * (ce_scale / scale);
+  a.zipf_factor = zipf_weight * (zipf_scale / scale);
   a.grad = with_grad ? grad.mutable_data_ptr() : nullptr;
   const auto row_losses = std::make_unique_for_overwrite<double[]>(2 * N);  // (2, N) float64
   a.ce_rows = row_losses.get();
@@ -126,12 +123,6 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
   at::parallel_for(0, N, grain(C, P), [&](int64_t begin, int64_t end) {
     const Scratch scratch = thread_scratch().get(C, P, type == at::kDouble ? 8 : 4, sort);
     if (!k.loss_fwd[dtype](a, scratch, begin, end)) inside = false;
-    if (!infinite || !with_grad) return;
-    for (int64_t i = begin; i < end; i++) {
-      if (targets[i] == ignore_index) continue;
-      char* const row = static_cast<char*>(a.grad) + i * C * grad.element_size();
-      k.scale[dtype](row, row, C, ce_scale);
-    }
   });
   if (!inside) raise_outside(&target, votes_or_null, C, &ignore_index);
 

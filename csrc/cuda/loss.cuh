@@ -221,7 +221,7 @@ ZIPFLS_DEVICE void mean_scales(const LossFwd& a, const BlockArea<A>& block) {
     }
     totals.reduce(block.partial);
     if (threadIdx.x == 0) {
-      scales.ce = A(1) / static_cast<A>(totals.ce);
+      scales.ce = totals.ce == 0 ? static_cast<A>(NAN) : A(1) / static_cast<A>(totals.ce);
       // No sample is correct: the Zipf part is 0. No sample at all: NaN, by 0 times infinity.
       const bool none_correct = totals.kept > 0 && totals.counted == 0;
       scales.zipf = none_correct ? A(0) : A(1) / static_cast<A>(totals.counted);
