@@ -236,7 +236,14 @@ MUTANTS = [
                 "",
                 LOSS,
             ),
-            ("masses that underflow together", "cpu/label_kernel.h", "largest < shift_ - 40", "false", LOSS),
+            ("masses that underflow together", "cpu/label_kernel.h", "&& largest >= usual_ - 40", "", LOSS),
+            (
+                "a row's shift left to the next",
+                "cpu/label_kernel.h",
+                "largest <= usual_ && largest >= usual_ - 40 ? usual_ :",
+                "largest <= shift_ && largest >= shift_ - 40 ? shift_ :",
+                LOSS,
+            ),
             ("bound of the rounded scores too tight", "cpu/vote_kernel.h", "0x1.01p-8f", "0x1p-12f", VOTE),
             (
                 "ties to the highest class",

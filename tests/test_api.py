@@ -82,6 +82,11 @@ BAD = [
         r"num_items must be a number or a scalar tensor, got shape \(2,\)",
     ),
     (
+        lambda: zls.zipf_cross_entropy(X, Y, V, num_items=torch.tensor(True)),
+        TypeError,
+        r"num_items must be a real number, got torch\.bool",
+    ),
+    (
         lambda: zls.zipf_cross_entropy(X, Y, V, num_items=4, reduction="sum"),
         ValueError,
         "num_items is what a mean divides by, not for reduction='sum'",

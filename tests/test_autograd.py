@@ -313,13 +313,15 @@ def test_micro_batches_add_up_with_num_items(backend, device, dtype, as_tensor):
         whole, parts = case.leaf(), case.leaf()
         loss = criterion((whole, case.votes, deep), case.target)
         loss.backward()
-        n = torch.tensor(9.0, device=device) if as_tensor else 9
+        n = torch.tensor(9.0, device=device, dtype=torch.float64, requires_grad=True) if as_tensor else 9
         total = 0
         for rows in (slice(0, 5), slice(5, 7), slice(7, 12)):  # the second has ignored samples alone
             output = (parts[rows], case.votes[rows], deep[rows])
             share = criterion(output, case.target[rows], num_items=n)
             share.backward()
+            assert share.dtype == torch.float32
             total += share.detach()
     torch.testing.assert_close(total, loss.detach())
+    assert not as_tensor or n.grad is None
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(parts.grad, whole.grad, rtol=tolerance, atol=tolerance / 12)

@@ -182,6 +182,8 @@ def num_items(x: object, reduction: str) -> None:
     if isinstance(x, Tensor):
         if x.dim() != 0:
             raise ValueError(f"num_items must be a number or a scalar tensor, got shape {_shape(x)}")
+        if x.is_complex() or x.dtype == torch.bool:
+            raise TypeError(f"num_items must be a real number, got {x.dtype}")
     else:
         number("num_items", x)
         if x <= 0:

@@ -255,7 +255,8 @@ def zipf_cross_entropy(
     options = (1.0, float(zipf_weight), float(label_smoothing), only_correct, ignore_index, reduction)
     parts = _loss(*inputs, law, options, backend)
     if num_items is not None:
-        parts = tuple(part / num_items for part in parts)
+        n = num_items.detach().to(parts[0].dtype) if isinstance(num_items, Tensor) else num_items
+        parts = tuple(part / n for part in parts)
     return parts if return_parts else parts[0]
 
 

@@ -79,6 +79,8 @@ class ZipfLoss(nn.Module):
         num_items: what means divide by, as in :func:`zls.zipf_cross_entropy`; of deep heads too.
         """
         logits, votes, deep_logits = self._unpack(output, votes)
+        if isinstance(num_items, Tensor):
+            num_items = num_items.detach()
         loss = functional.zipf_cross_entropy(
             logits,
             target,
@@ -95,7 +97,7 @@ class ZipfLoss(nn.Module):
         )
         for head in deep_logits:
             ce = self._cross_entropy(head, target, loss.dtype, self.reduction if num_items is None else "sum")
-            loss = loss + self.deep_weight * (ce if num_items is None else ce / num_items)
+            loss = loss + self.deep_weight * (ce if num_items is None else (ce / num_items).to(loss.dtype))
         return loss
 
     def _cross_entropy(self, logits: Tensor, target: Tensor, dtype: torch.dtype, reduction: str) -> Tensor:
@@ -135,4 +137,6 @@ class ZipfLoss(nn.Module):
         options += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
         if self.weight is not None:
             options.append(f"weight=({self.weight.numel()},)")
+        if self.process_group is not None:
+            options.append(f"process_group of {dist.get_world_size(self.process_group)} ranks")
         return ", ".join([*options, f"deep_weight={self.deep_weight}"])

@@ -191,7 +191,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first
 
 
 def build_info() -> dict[str, object]:
-    """What ``csrc`` was built with (compiler, CUDA, architectures, instruction sets); {} if not built."""
+    """What ``csrc`` was built with (compiler, CUDA, OpenMP, instruction sets); {} if not built."""
     return dict(_C.build_info()) if _C is not None else {}
 
 

@@ -12,7 +12,7 @@ Plain PyTorch, next to docs/MATH.md; ``reference`` decides what a corner case me
   of W / 2 times the bytes.
 * Gradient: each rank writes its own shard. No collective.
 
-Every call first gathers a table of the shards' sizes (40 bytes a rank), which the host reads.
+Every call first gathers a table of the shards' sizes (40 bytes a rank at most), which the host reads.
 """
 
 from __future__ import annotations

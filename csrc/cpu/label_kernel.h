@@ -135,13 +135,15 @@ class MassTable {
   MassTable(const A* log_mass, int64_t R, A* mass) : log_mass_(log_mass), mass_(mass), R_(R) {
     A largest = log_mass[0];
     for (int64_t r = 1; r < R; r++) largest = log_mass[r] > largest ? log_mass[r] : largest;
-    if (largest > -static_cast<A>(INFINITY)) rebuild(largest);
+    if (largest > -static_cast<A>(INFINITY)) rebuild(usual_ = largest);
   }
 
   /// Makes `largest`, which is finite, a mass that the shift suits: 1 when exact, else within
   /// [e^-40, 1].
   ZIPFLS_INLINE void reach(A largest, bool exact) {
-    if (largest > shift_ || largest < shift_ - 40 || (exact && largest != shift_)) rebuild(largest);
+    // By this row alone, never by those before it: where a thread's rows begin must not show.
+    const A suited = !exact && largest <= usual_ && largest >= usual_ - 40 ? usual_ : largest;
+    if (suited != shift_) rebuild(suited);
   }
 
   ZIPFLS_INLINE A mass(int32_t rank) const { return mass_[rank - 1]; }
@@ -162,7 +164,7 @@ class MassTable {
   const A* log_mass_;
   A* mass_;
   int64_t R_;
-  A shift_ = 0;
+  A usual_ = 0, shift_ = 0;
 };
 
 /// Labels by number of votes, label[n] = p~ of a non-target class with n votes, for the n that

@@ -1,6 +1,7 @@
 // Memory for large gradients, used again at the next step.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -11,6 +12,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -19,8 +21,8 @@
 namespace zipfls::cpu {
 
 /// PyTorch's CPU allocator with a memory of one block: the one given back last serves the next
-/// request of its size; any other request frees it first, so that no more memory is ever in use at
-/// once than without.
+/// request of its size; any other request here frees it first. The price: the last large gradient's
+/// memory stays with the process when its tensor is gone, as memory of smaller ones does in malloc.
 ///
 /// malloc keeps what it frees for later up to 32 MiB a block. Beyond, a gradient of the same size
 /// is mapped afresh at every step, and taking its pages from the system one by one, 4 KiB at a
@@ -85,8 +87,13 @@ inline at::Tensor empty_gradient(int64_t N, int64_t C, const at::TensorOptions& 
   const auto type = c10::typeMetaToScalarType(options.dtype());
   if (static_cast<size_t>(N * C) * c10::elementSize(type) < Recycler::kLeast)
     return at::empty({N, C}, options);
-  return at::detail::empty_generic({N, C}, &Recycler::instance(),
-                                   c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
+  at::Tensor grad =
+      at::detail::empty_generic({N, C}, &Recycler::instance(),
+                                c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
+  const auto& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
+    grad.fill_(NAN);  // as at::empty does, so that what is left unwritten shows
+  return grad;
 }
 
 }  // namespace zipfls::cpu

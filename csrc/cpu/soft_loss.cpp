@@ -1,5 +1,7 @@
 // soft_loss_fwd: the loss where targets are probabilities.
+#include <algorithm>
 #include <atomic>
+#include <limits>
 #include <memory>
 
 #include <torch/library.h>

@@ -3,7 +3,7 @@
 // ATen's own matrix product makes the scores of one tile of positions and classes at a time; an
 // argmax kernel takes each tile while it is in cache. The dense scores never exist: extra memory is
 // a tile of scores, and, where features must be packed or converted first, a tile of those and of
-// the weights (48 MiB at most).
+// the weights: 48 MiB at most, unless upsampling has to keep the scores of a larger image together.
 #include <algorithm>
 #include <optional>
 
@@ -112,8 +112,10 @@ void vote_by_sums(const at::Tensor& features, const at::Tensor& weight, const at
   // Upsampling needs an image's scores together. Classes are split only where a few rows would not
   // fit.
   const int64_t together = upsample == 2 ? S : 1;
-  const int64_t Q =
-      std::min(C, std::max<int64_t>(1, tile_bytes / size / std::max<int64_t>(together, 256)));
+  const bool convert = weight.scalar_type() != type, keep = convert && C * D * size <= kPackBytes;
+  int64_t Q = tile_bytes / size / std::max<int64_t>(together, 256);
+  if (convert && !keep) Q = std::min(Q, kPackBytes / size / std::max<int64_t>(1, D));
+  Q = std::clamp<int64_t>(Q, 1, C);
   int64_t limit = tile_bytes / size / Q;
   if (!positions.direct()) limit = std::min(limit, kPackBytes / size / std::max<int64_t>(1, D));
   const int64_t R = rows_of_tile(rows, limit, upsample == 2 || S <= limit ? S : 1);
@@ -123,7 +125,6 @@ void vote_by_sums(const at::Tensor& features, const at::Tensor& weight, const at
   const at::Tensor packed = scratch(positions.direct() ? 0 : R * D, options);  // (R, D) A
   const at::Tensor lines =
       scratch(upsample == 2 ? at::get_num_threads() * (W * Q + kSpare) : 0, options);
-  const bool convert = weight.scalar_type() != type, keep = convert && C * D * size <= kPackBytes;
   const at::Tensor wide = keep ? weight.to(type) : weight;  // (C, D)
   const auto* const biases =
       bias.defined() ? static_cast<const char*>(bias.const_data_ptr()) : nullptr;
