@@ -96,7 +96,9 @@ def mean_scales(
             counted_lanes += tl.load(totals + 2 * partials + i, mask=i < partials, other=0)
         ce, kept, counted = tl.sum(ce_lanes, 0), tl.sum(kept_lanes, 0), tl.sum(counted_lanes, 0)
     one = tl.full([1], 1, DTYPE)
-    ce_scale = tl.where(ce == 0, float("nan"), one / (one * ce))  # of no weight: NaN, not infinite
+    ce_scale = one / (one * ce)
+    if HAS_WEIGHT:  # targets without any: NaN, not infinite
+        ce_scale = tl.where(ce == 0, float("nan"), ce_scale)
     zipf_scale = one / (one * counted)
     # No sample is correct: the Zipf term is 0. No sample at all: NaN, by 0 * inf.
     zipf_scale = tl.where((kept > 0) & (counted == 0), tl.zeros_like(one), zipf_scale)
