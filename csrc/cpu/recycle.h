@@ -26,7 +26,7 @@ namespace zipfls::cpu {
 ///
 /// malloc keeps what it frees for later up to 32 MiB a block. Beyond, a gradient of the same size
 /// is mapped afresh at every step, and taking its pages from the system one by one, 4 KiB at a
-/// time, costs more than the arithmetic: two thirds of the time at 64 x 131072 float32.
+/// time, can cost more than the arithmetic.
 class Recycler final : public c10::Allocator {
  public:
   static constexpr size_t kLeast = size_t{32} << 20;  // bytes
