@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import spawn
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -879,7 +880,7 @@ def fsdp2_process(rank, processes, file):
 
 def test_attach_trains_under_fsdp2(tmp_path):
     """Head and classifier are shards (DTensor) outside of the model's forward, whichever came first."""
-    torch.multiprocessing.spawn(fsdp2_process, (2, tmp_path / "store"), 2)
+    spawn(fsdp2_process, (2, tmp_path / "store"), 2)
 
 
 # What is refused ------------------------------------------------------------------------------------------

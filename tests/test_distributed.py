@@ -19,6 +19,7 @@ import torch.autograd.forward_ad as fwd
 import torch.distributed as dist
 import torch.nn.functional as F
 from cases import KINDS, Case, make
+from processes import spawn
 from torch import nn
 
 import zipfls_cuda as zls
@@ -68,7 +69,7 @@ def outcomes(tmp_path_factory):
     def of(world):
         if world not in known:
             folder = tmp_path_factory.mktemp(f"world{world}")
-            torch.multiprocessing.spawn(process, (world, str(folder)), world)
+            spawn(process, (world, str(folder)), world)
             known[world] = [torch.load(folder / str(rank)) for rank in range(world)]
         return known[world]
 
