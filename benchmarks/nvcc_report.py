@@ -38,6 +38,7 @@ class Row:
     shared: int  # bytes a block, static
     wide_loads: int  # LDG and LDGSTS of 16 bytes
     loads: int
+    read_only: int  # loads past coherence (ld.global.nc): wrong where a kernel may write what it reads
     wide_stores: int  # STG of 16 bytes
     stores: int
     bulk: int  # bulk tensor copies
@@ -139,6 +140,7 @@ def rows(cubin: Path, arch: str) -> list[Row]:
                 shared=int(shared),
                 wide_loads=count(r"(LDG|LDGSTS)\..*\b128\b"),
                 loads=count(r"(LDG|LDGSTS)\b"),
+                read_only=count(r"LDG\..*\bCONSTANT\b"),
                 wide_stores=count(r"STG\..*\b128\b"),
                 stores=count(r"STG\b"),
                 bulk=count(r"(UTMALDG|UTMASTG)\b"),

@@ -591,11 +591,11 @@ def test_backward(harnesses, tmp_path, build):
 # Memory, races, order -----------------------------------------------------------------------------
 
 
-def hard_cases() -> list[Case]:
+def hard_cases(dtypes=(torch.float32, torch.bfloat16), **header) -> list[Case]:
     """Every path through the loss kernels, small: for the builds that look at every access."""
     weight = torch.rand(41, generator=torch.Generator().manual_seed(1))
     cases = []
-    for dtype, shape in itertools.product((torch.float32, torch.bfloat16), SHAPES.values()):
+    for dtype, shape in itertools.product(dtypes, SHAPES.values()):
         for options in (
             {},
             {"label_smoothing": 0.1, "weight": weight, "only_correct": True, "reduction": "none"},
@@ -605,14 +605,15 @@ def hard_cases() -> list[Case]:
         ):
             case = make(5, 41, 20, dtype=dtype, kind=KINDS[len(cases) % len(KINDS)])
             case.target[2] = -100
-            schedule = SCHEDULES[len(cases) % 4]
+            schedule = SCHEDULES[len(cases) % 4] | header
             cases.append(loss_case(case, shape=shape, blocks=2, phase=dtype.itemsize, **schedule, **options))
             if shape[0] >= BLOCK and not options:
                 wide = make(3, 2200, 40, dtype=dtype)
                 wide_shape = (shape[0], 512 if shape[0] == LONG else 320, shape[2])
-                cases.append(loss_case(wide, shape=wide_shape, blocks=1, **schedule))
-        dense = torch.rand(5, 41).log()
-        cases.append(loss_case(make(5, 41, 20, dtype=dtype), dense=dense, **SCHEDULES[len(cases) % 4]))
+                cases.append(loss_case(wide, shape=wide_shape, blocks=1, **(schedule | header)))
+        dense = torch.rand(5, 41, generator=torch.Generator().manual_seed(2)).log()
+        schedule = SCHEDULES[len(cases) % 4] | header
+        cases.append(loss_case(make(5, 41, 20, dtype=dtype), dense=dense, **schedule))
     return cases
 
 
@@ -620,6 +621,19 @@ def hard_cases() -> list[Case]:
 def test_every_access_is_in_bounds_and_ordered(harnesses, tmp_path, build):
     for faults, _ in execute(harnesses[build], hard_cases(), tmp_path):
         assert not faults, faults
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_gradient_over_the_logits(harnesses, tmp_path, build):
+    """In place is out of place bit for bit, on every path; no logit is read after it has been written over."""
+    dtypes = DTYPES if build == "plain" else (torch.float32, torch.bfloat16)
+    for schedule in SCHEDULES if build == "plain" else ({},):
+        apart = execute(harnesses[build], hard_cases(dtypes, **schedule), tmp_path)
+        over = execute(harnesses[build], hard_cases(dtypes, in_place=True, **schedule), tmp_path)
+        for (faults, got), (_, expected) in zip(over, apart):
+            assert not faults, faults
+            for a, b in zip(got, expected):
+                assert torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

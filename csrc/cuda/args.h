@@ -53,12 +53,13 @@ struct LossFwd {
   int32_t reduction;  // Reduction
   bool scaled;        // a float16 mean: the gradient's 1/N is left to backward, as grad_scale
   Denominators denominators;
-  void* loss;        // (1,), or (N,) for kNone; A
-  void* ce_out;      // as loss
-  void* zipf_out;    // as loss
-  void* grad;        // (N, C) T, contiguous, rows at the same phase of 16 bytes as logits; or null
-  void* grad_scale;  // (1,) A where scaled
-  double* sums;      // (2, blocks) float64 scratch; null for kNone
+  void* loss;      // (1,), or (N,) for kNone; A
+  void* ce_out;    // as loss
+  void* zipf_out;  // as loss
+  void* grad;  // (N, C) T, contiguous, rows at the same phase of 16 bytes as logits; may be logits;
+               // or null
+  void* grad_scale;    // (1,) A where scaled
+  double* sums;        // (2, blocks) float64 scratch; null for kNone
   uint32_t* arrivals;  // (1,) uint32, 0 before and after; null for kNone
 };
 

@@ -15,6 +15,10 @@
 //   loss_totals_kernel, loss_correct_kernel   what a mean divides by, where it must come first
 //   loss_bwd_kernel       the upstream gradient joins
 //
+// The gradient may be written over the logits (LossFwd::grad == logits): a row belongs to one block
+// (or cluster), and between its last reading of a logit that another thread overwrites and the
+// first gradient stands a barrier. No pointer here promises not to alias.
+//
 // Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
 // tests' harness.
 #pragma once
@@ -733,7 +737,9 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
         if (Group::kWholeBlock) *area.finished = f;
       }
     }
-    Group::sync();  // from here on nobody reads the logits
+    Group::sync();  // from here on nobody reads the logits in shared memory
+    // In place, a peer that still looks up a vote outside its slice must not find a gradient there.
+    if (CLUSTER && a.grad == a.logits) cluster_sync();
     if constexpr (Group::kWholeBlock) f = *area.finished;
 
     // 5. The gradient, over the logits in shared memory, patched there and stored as it then lies.
@@ -962,7 +968,8 @@ loss_fwd_long_kernel(LossFwd a) {
 /// - Threads: 256 a row, rows by grid stride, element by element: an ablation's kernel, kept plain.
 /// - The row: in L2.
 /// - Accumulators: float (float64: double); sums over rows: double.
-/// - Hazards: none, each thread writes the columns it read.
+/// - Hazards: each thread writes the columns it read; all read the target's logit, barriers before
+///   the first gradient.
 /// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
 ///   harness.
 template <class T>

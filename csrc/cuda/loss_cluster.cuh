@@ -15,7 +15,8 @@ namespace zipfls::cuda {
 ///   slice.
 /// - Accumulators: as loss_fwd_kernel.
 /// - Hazards: as loss_fwd_kernel, and a peer's statistics are read after the cluster's barrier and
-///   overwritten two barriers later; the cluster leaves together.
+///   overwritten two barriers later; a gradient in place waits for the peers' last look at the
+///   logits; the cluster leaves together.
 /// - Never run on a GPU yet: compiled for sm_90a and sm_100a (on sm_80 it is empty and never
 ///   launched); logic run on the CPU by the harness.
 template <class T>

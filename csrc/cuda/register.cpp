@@ -27,6 +27,8 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Parts =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // loss, ce, zipf, grad, grad_scale
 
 Dtype dtype_of(at::ScalarType type) {
   switch (type) {
@@ -117,12 +119,15 @@ Tensor arrivals_of(const c10::cuda::CUDAStream& stream, const at::TensorOptions&
   return counter;
 }
 
-/// reference.loss_fwd on CUDA tensors: (loss, ce, zipf, grad, grad_scale).
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_fwd(
-    const Tensor& given_logits, const Tensor& given_target, const OptionalTensor& given_votes,
-    const Tensor& given_log_mass, const OptionalTensor& given_weight, double ce_weight,
-    double zipf_weight, double label_smoothing, bool only_correct, int64_t ignore_index,
-    std::string_view reduction_name, bool with_grad) {
+enum class Gradient { kNone, kNew, kInPlace };
+
+/// reference.loss_fwd on CUDA tensors: (loss, ce, zipf, grad, grad_scale). In place, the logits are
+/// contiguous and aligned, and grad is the same memory.
+Parts loss_parts(const Tensor& given_logits, const Tensor& given_target,
+                 const OptionalTensor& given_votes, const Tensor& given_log_mass,
+                 const OptionalTensor& given_weight, double ce_weight, double zipf_weight,
+                 double label_smoothing, bool only_correct, int64_t ignore_index,
+                 std::string_view reduction_name, Gradient gradient) {
   TORCH_CHECK_VALUE(given_logits.dim() == 2, "logits must have shape (N, C), got ",
                     given_logits.sizes());
   check_float(given_logits, "logits");
@@ -165,9 +170,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_fwd(
   const auto shape = reduction == kNone ? at::DimVector({N}) : at::DimVector();
   const Tensor loss = at::empty(shape, options), ce = at::empty(shape, options),
                zipf = at::empty(shape, options);
+  const bool with_grad = gradient != Gradient::kNone;
   const Tensor grad =
-      with_grad ? at::empty({N, C}, logits.options().memory_format(at::MemoryFormat::Contiguous))
-                : at::empty({0}, logits.options());
+      gradient == Gradient::kInPlace ? logits
+      : with_grad ? at::empty({N, C}, logits.options().memory_format(at::MemoryFormat::Contiguous))
+                  : at::empty({0}, logits.options());
   const bool scaled = with_grad && dtype == kFloat16 && reduction == kMean;
   const Tensor grad_scale = scaled ? at::empty({}, options) : at::empty({0}, options);
 
@@ -228,6 +235,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_fwd(
     C10_CUDA_CHECK(dense ? loss_dense_cuda(a, dtype, blocks, stream)
                          : loss_fwd_cuda(a, dtype, blocks, stream));
   return {loss, ce, zipf, grad, grad_scale};
+}
+
+Parts loss_fwd(const Tensor& logits, const Tensor& target, const OptionalTensor& votes,
+               const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
+               double zipf_weight, double label_smoothing, bool only_correct, int64_t ignore_index,
+               std::string_view reduction, bool with_grad) {
+  return loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
+                    label_smoothing, only_correct, ignore_index, reduction,
+                    with_grad ? Gradient::kNew : Gradient::kNone);
+}
+
+/// Writes the gradient that f(logits, how) gives over the logits; returns its grad_scale.
+template <class F>
+Tensor write_over(Tensor& logits, F f) {
+  const bool aligned = reinterpret_cast<uintptr_t>(logits.const_data_ptr()) % 16 == 0;
+  if (logits.is_contiguous() && aligned) return std::get<4>(f(logits, Gradient::kInPlace));
+  const Parts parts = f(logits, Gradient::kNew);
+  logits.copy_(std::get<3>(parts));
+  return std::get<4>(parts);
+}
+
+/// loss_fwd's gradient over the logits; returns grad_scale.
+Tensor loss_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& votes,
+                  const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
+                  double zipf_weight, double label_smoothing, bool only_correct,
+                  int64_t ignore_index, std::string_view reduction) {
+  return write_over(logits, [&](const Tensor& z, Gradient gradient) {
+    return loss_parts(z, target, votes, log_mass, weight, ce_weight, zipf_weight, label_smoothing,
+                      only_correct, ignore_index, reduction, gradient);
+  });
 }
 
 /// out = grad * grad_loss * grad_scale, all on one device; out may be grad.
@@ -339,6 +376,7 @@ Tensor label_fwd(const Tensor& given_target, const Tensor& given_votes,
 
 TORCH_LIBRARY_IMPL(zipfls, CUDA, m) {
   m.impl("loss_fwd", TORCH_FN(loss_fwd));
+  m.impl("loss_grad_", TORCH_FN(loss_grad_));
   m.impl("loss_bwd", TORCH_FN(loss_bwd));
   m.impl("loss_bwd_", TORCH_FN(loss_bwd_));
   m.impl("rank_fwd", TORCH_FN(rank_fwd));

@@ -115,8 +115,9 @@ void run_loss(const Header& h, const Numbers& x, const harness::Schedule& schedu
   LossFwd a = {};
   const Device device{static_cast<int>(h.multiprocessors), 227 * 1024, h.clusters != 0};
   a.logits_stride = h.C + h.row_gap;
-  a.logits = read_array(((h.N > 0 ? (h.N - 1) * a.logits_stride + h.C : 0)) * sizeof(T), "logits",
-                        h.phase);
+  unsigned char* const logits = read_array(
+      ((h.N > 0 ? (h.N - 1) * a.logits_stride + h.C : 0)) * sizeof(T), "logits", h.phase);
+  a.logits = logits;
   a.target = reinterpret_cast<int64_t*>(read_array(h.N * 8, "target"));
   a.votes = read_votes(h);
   a.log_mass = read_array((h.dense != 0 ? h.N * h.C : h.R) * sizeof(A), "log_mass");
@@ -136,7 +137,8 @@ void run_loss(const Header& h, const Numbers& x, const harness::Schedule& schedu
   a.loss = new_array(results * sizeof(A), "loss");
   a.ce_out = new_array(results * sizeof(A), "ce");
   a.zipf_out = new_array(results * sizeof(A), "zipf");
-  if (h.with_grad != 0) a.grad = new_array(h.N * h.C * sizeof(T), "grad", h.phase);
+  if (h.with_grad != 0)
+    a.grad = h.in_place != 0 ? logits : new_array(h.N * h.C * sizeof(T), "grad", h.phase);
   a.grad_scale = new_array(sizeof(A), "grad_scale");
 
   LossLaunch l = loss_launch<T>(a, device);
