@@ -71,4 +71,9 @@ inline void check_type(const at::Tensor& x, const char* name, at::ScalarType typ
   TORCH_CHECK_TYPE(x.scalar_type() == type, name, " must be ", type, ", got ", x.scalar_type());
 }
 
+/// For what is written in place.
+inline void check_contiguous(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(x.is_contiguous(), name, " must be contiguous, got strides ", x.strides());
+}
+
 }  // namespace zipfls

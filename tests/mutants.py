@@ -169,6 +169,14 @@ MUTANTS = [
         LOSS,
     ),
     Mutant(
+        "logits overwritten in secret",
+        FUNCTIONAL,
+        "torch.autograd.graph.increment_version(logits)",
+        "pass",
+        ("tests/test_inplace.py",),
+        "cpu",
+    ),
+    Mutant(
         "second derivative let through", FUNCTIONAL, "grad = _RefuseSecond.apply(grad, anchor)", "pass", LOSS
     ),
     Mutant(
@@ -260,6 +268,13 @@ MUTANTS = [
                 ("tests/test_soft.py",),
             ),
             ("a soft target's NaN", "cpu/soft_loss_kernel.h", "odd |= y != y;", "", ("tests/test_soft.py",)),
+            (
+                "exponentials over the logits",
+                "cpu/loss_kernel.h",
+                "static_cast<const void*>(out) != static_cast<const void*>(z)",
+                "true",
+                ("tests/test_inplace.py",),
+            ),
             ("weightless mean infinite", "cpu/loss.cpp", "totals.weight == 0 ? NAN :", "", LOSS),
         )
     ),

@@ -27,7 +27,7 @@ def test_names_and_defaults():
     assert defaults(zls.dense_vote) == {"bias": None, "upsample": 1, "backend": None, **group}
     law = {"alpha": 1.0, "distribution": None}
     tail = {"ignore_index": -100, "reduction": "mean"}
-    last = {"backend": None, **group}
+    last = {"inplace": False, "backend": None, **group}
     assert defaults(zls.zipf_loss) == {"votes": None, **law, "only_correct": False, **tail, **last}
     assert defaults(zls.zipf_cross_entropy) == {
         **{"votes": None, "zipf_weight": 1.0, **law, "only_correct": False, "label_smoothing": 0.0},
@@ -35,7 +35,7 @@ def test_names_and_defaults():
     }
     assert defaults(zls.ZipfLoss) == {
         **{"zipf_weight": 1.0, **law, "only_correct": False, "label_smoothing": 0.0, "weight": None},
-        **{**tail, "deep_weight": 0.1, **group},
+        **{**tail, "deep_weight": 0.1, "inplace": False, **group},
     }
     assert defaults(zls.check_inputs) == {"votes": None, "ignore_index": -100}
     for name in zls.__all__:

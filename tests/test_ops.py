@@ -55,6 +55,8 @@ def samples(stage, device):
             (case.logits, case.target, case.votes, dense, weight, 1.0, 1.0, 0.0, True, 3, "mean", False)
         )
         return out
+    if stage.endswith("loss_grad_"):
+        return [args[:-1] for args in samples(stage.replace("grad_", "fwd"), device)]
     if stage == "soft_loss_fwd":
         out = []
         for dtype, reduction in ((torch.float32, "none"), (torch.float16, "mean"), (torch.float64, "sum")):
@@ -78,7 +80,7 @@ def test_opcheck(backend, device, stage):
     if backend == "triton" and ops.triton_interpreted():
         chosen = chosen[:2]
     for args in chosen:
-        args = tuple(a.clone() if torch.is_tensor(a) and stage == "loss_bwd_" else a for a in args)
+        args = tuple(a.clone() if torch.is_tensor(a) and stage.endswith("_") else a for a in args)
         torch.library.opcheck(operator(stage, backend), args)
 
 

@@ -132,6 +132,19 @@ def no_ignore_index(ignore_index: int) -> None:
         )
 
 
+def inplace(x: Tensor, sharded: bool) -> None:
+    """Logits that the gradient may be written over."""
+    if sharded:
+        raise ValueError("inplace must be False for class shards (process_group)")
+    if x.is_leaf:
+        raise ValueError(
+            "inplace needs logits that an operation made: these are a leaf of the graph, and their .grad "
+            "would be their own memory"
+        )
+    if not x.is_contiguous():
+        raise ValueError(f"inplace needs contiguous logits, got strides {x.stride()}")
+
+
 def label_inputs(t: Tensor, v: Tensor) -> None:
     """``target`` and ``votes`` of zipf_label."""
     target(t)

@@ -170,6 +170,7 @@ def zipf_loss(
     only_correct: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
+    inplace: bool = False,
     backend: str | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -185,7 +186,7 @@ def zipf_loss(
     checks.loss_options(1.0, 0.0, ignore_index, reduction)
     inputs = _loss_inputs(logits, target, votes, None, law, backend, process_group)
     options = (0.0, 1.0, 0.0, only_correct, ignore_index, reduction)
-    return _loss(*inputs, law, options, backend)[0]
+    return _loss(*inputs, law, options, inplace, backend)[0]
 
 
 def zipf_cross_entropy(
@@ -203,6 +204,7 @@ def zipf_cross_entropy(
     reduction: str = "mean",
     return_parts: bool = False,
     num_items: float | Tensor | None = None,
+    inplace: bool = False,
     backend: str | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -230,6 +232,10 @@ def zipf_cross_entropy(
         return_parts: return (loss, ce, zipf) with the two parts detached and unweighted.
         num_items: what a mean divides by instead of its own count: the sum over the samples / num_items. For
             gradient accumulation, the samples of all micro-batches: a number, or a scalar tensor.
+        inplace: keep no gradient beside the logits: backward computes it over them. Whoever looks at the
+            logits afterwards finds the gradient there; a graph that still needs them raises, and so does a
+            second backward. They must be contiguous and no leaf. For a third pass over the logits it saves
+            memory of their size; under torch.compile and torch.func nothing changes.
         backend: name of a backend, or None for the best one.
         process_group: logits (N, C/W) and weight (C/W,) are this rank's class shards, in rank order; target
             and votes (required) are of all classes and the same on every rank, and so is the loss. The
@@ -253,7 +259,7 @@ def zipf_cross_entropy(
         reduction = "sum"
     inputs = _loss_inputs(logits, target, votes, weight, law, backend, process_group)
     options = (1.0, float(zipf_weight), float(label_smoothing), only_correct, ignore_index, reduction)
-    parts = _loss(*inputs, law, options, backend)
+    parts = _loss(*inputs, law, options, inplace, backend)
     if num_items is not None:
         n = num_items.detach().to(parts[0].dtype) if isinstance(num_items, Tensor) else num_items
         parts = tuple(part / n for part in parts)
@@ -343,6 +349,7 @@ def _loss(
     shard: sharded.Shard | None,
     law: Distribution,
     options: tuple,
+    inplace: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ce, zipf) by the chosen backend, with the gradient attached where one is wanted."""
@@ -366,10 +373,16 @@ def _loss(
         backward = ops.select("loss_bwd", backend, logits)
         return function.apply(logits, *tensors, options, forward, backward)[:3]
     _refuse_tangents(logits)
+    # Inside a Function this would be wrong under no_grad: there, grad mode is always off.
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and wanted and not torch.compiler.is_compiling():
+        checks.inplace(logits, shard is not None)
+        backward_ = ops.select("soft_loss_grad_" if soft else "loss_grad_", backend, logits)
+        scale_ = ops.select("loss_bwd_", backend, logits)
+        return _LossInPlace.apply(logits, *tensors, options, forward, backward_, scale_)
     if forward is ops.NATIVE_LOSS_FWD and not torch.compiler.is_compiling():
         return ops.native_loss(logits, *tensors, *options)  # the rest of this function, in C++
-    # Inside the Function this would be wrong under no_grad: there, grad mode is always off.
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if wanted:
         backward, scale_ = ops.select("loss_bwd", backend, logits), ops.select("loss_bwd_", backend, logits)
         anchor = logits.narrow(0, 0, 0).clone()  # narrow_copy has no derivative in torch 2.11
         return _Loss.apply(logits, anchor, tensors, options, forward, backward, scale_)
@@ -441,6 +454,35 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grad = _RefuseSecond.apply(grad, anchor)
         return grad, None, None, None, None, None, None
+
+
+class _LossInPlace(torch.autograd.Function):
+    """The loss alone in forward; in backward the gradient, over the saved logits.
+
+    Written in forward it would turn every later use of the logits silently wrong. Here the logits' version
+    counter tells on whoever saved them too, and on a second backward.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, votes, log_mass, weight, options, forward, backward_, scale_):
+        loss, ce, zipf = forward(logits, target, votes, log_mass, weight, *options, False)[:3]
+        ctx.save_for_backward(logits, target, votes, log_mass, weight)
+        ctx.options, ctx.backward_, ctx.scale_ = options, backward_, scale_
+        ctx.mark_non_differentiable(ce, zipf)
+        ctx.set_materialize_grads(False)
+        return loss, ce, zipf
+
+    @staticmethod
+    def backward(ctx, grad_loss, _ce, _zipf):
+        if grad_loss is None:
+            return (None,) * 9
+        if torch.is_grad_enabled():
+            raise RuntimeError(_NO_SECOND)
+        logits, *tensors = ctx.saved_tensors
+        grad = logits.detach()  # the same memory and version counter
+        ctx.scale_(grad, grad_loss, ctx.backward_(grad, *tensors, *ctx.options))
+        torch.autograd.graph.increment_version(logits)  # operators written in C++ do not
+        return grad, *(None,) * 8
 
 
 class _LossInTransforms(torch.autograd.Function):

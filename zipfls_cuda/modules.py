@@ -27,6 +27,7 @@ class ZipfLoss(nn.Module):
         label_smoothing, weight, ignore_index, reduction: as in F.cross_entropy; smoothing and the class
             weights (C,), a buffer, touch the cross-entropy alone.
         deep_weight: beta, the weight of the cross-entropy of every deep head (``deep_logits``).
+        inplace: write the gradient over the logits, in backward, as :func:`zls.zipf_cross_entropy` tells.
         process_group: logits, deep_logits and weight are this rank's class shards (docs/DISTRIBUTED.md).
 
     Raises:
@@ -49,6 +50,7 @@ class ZipfLoss(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         deep_weight: float = 0.1,
+        inplace: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -63,6 +65,7 @@ class ZipfLoss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.deep_weight = deep_weight
+        self.inplace = inplace
         self.process_group = process_group
         self.register_buffer("weight", weight)
 
@@ -93,6 +96,7 @@ class ZipfLoss(nn.Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             num_items=num_items,
+            inplace=self.inplace,
             process_group=self.process_group,
         )
         for head in deep_logits:
@@ -137,6 +141,8 @@ class ZipfLoss(nn.Module):
         options += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
         if self.weight is not None:
             options.append(f"weight=({self.weight.numel()},)")
+        if self.inplace:
+            options.append("inplace=True")
         if self.process_group is not None:
             options.append(f"process_group of {dist.get_world_size(self.process_group)} ranks")
         return ", ".join([*options, f"deep_weight={self.deep_weight}"])

@@ -48,6 +48,15 @@ SCHEMAS = {
         "float zipf_weight, float label_smoothing, bool only_correct, str reduction, bool with_grad) "
         "-> (Tensor loss, Tensor ce, Tensor zipf, Tensor grad, Tensor grad_scale)"
     ),
+    "loss_grad_": (
+        "(Tensor(a!) logits, Tensor target, Tensor? votes, Tensor log_mass, Tensor? weight, float ce_weight, "
+        "float zipf_weight, float label_smoothing, bool only_correct, int ignore_index, str reduction) "
+        "-> Tensor"
+    ),
+    "soft_loss_grad_": (
+        "(Tensor(a!) logits, Tensor target, Tensor? votes, Tensor log_mass, Tensor? weight, float ce_weight, "
+        "float zipf_weight, float label_smoothing, bool only_correct, str reduction) -> Tensor"
+    ),
     "loss_bwd": "(Tensor grad, Tensor grad_loss, Tensor grad_scale) -> Tensor",
     "loss_bwd_": "(Tensor(a!) grad, Tensor grad_loss, Tensor grad_scale) -> ()",
 }
@@ -98,6 +107,14 @@ def _soft_loss_fake(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tens
     return _loss_fake(logits, *tensors_and_weights, -100, reduction, with_grad)
 
 
+def _loss_grad_fake(logits: Tensor, *args) -> Tensor:
+    return _loss_fake(logits, *args, True)[4]
+
+
+def _soft_loss_grad_fake(logits: Tensor, *args) -> Tensor:
+    return _soft_loss_fake(logits, *args, True)[4]
+
+
 def _loss_bwd_fake(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:
     return torch.empty_like(grad)
 
@@ -112,6 +129,8 @@ FAKES: dict[str, Callable] = {
     "label_fwd": _label_fake,
     "loss_fwd": _loss_fake,
     "soft_loss_fwd": _soft_loss_fake,
+    "loss_grad_": _loss_grad_fake,
+    "soft_loss_grad_": _soft_loss_grad_fake,
     "loss_bwd": _loss_bwd_fake,
     "loss_bwd_": _loss_bwd_inplace_fake,
 }
@@ -122,15 +141,13 @@ STAGES = tuple(SCHEMAS)
 UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...] | None] = {
     ("cuda", "vote_fwd"): (torch.float64,),
     ("cuda", "soft_loss_fwd"): None,
-    ("triton", "soft_loss_fwd"): None,
+    ("cuda", "soft_loss_grad_"): None,
+    ("triton", "loss_grad_"): None,
+    ("triton", "soft_loss_grad_"): None,
 }
 
 
 # Registration --------------------------------------------------------------------------------------
-
-
-def _reference_loss_bwd_(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> None:
-    grad.copy_(reference.loss_bwd(grad, grad_loss, grad_scale))
 
 
 def _triton_stage(stage: str) -> Callable:
@@ -171,11 +188,10 @@ for _stage, _schema in SCHEMAS.items():
             for _key in ("CUDA", "CPU"):  # CPU tensors: under Triton's interpreter only, see reason_against
                 _library.impl(_name, _triton_stage(_stage), _key)
         elif _suffix == "_reference":
-            _function = _reference_loss_bwd_ if _stage == "loss_bwd_" else getattr(reference, _stage)
-            _library.impl(_name, _function, "CompositeExplicitAutograd")
+            _library.impl(_name, getattr(reference, _stage), "CompositeExplicitAutograd")
         torch.library.register_fake(f"zipfls::{_name}", FAKES[_stage], lib=_library)
         _op = getattr(torch.ops.zipfls, _name).default
-        if _stage != "loss_bwd_":
+        if not _stage.endswith("_"):  # in place
             torch.library.register_vmap(f"zipfls::{_name}", _vmap_by_loop(_op), lib=_library)
         for _backend in _names:
             OPERATORS[_stage, _backend] = _op

@@ -400,6 +400,27 @@ def soft_loss_fwd(
     return _results((ce, zipf), dz, weights, scales, reduction, logits.dtype, with_grad)
 
 
+def loss_grad_(logits: Tensor, *args) -> Tensor:
+    """The gradient that ``loss_fwd`` computes, written over the logits; kernels want them contiguous.
+
+    Args:
+        logits and the others as for ``loss_fwd``, but for ``with_grad``.
+
+    Returns:
+        grad_scale, as ``loss_fwd``.
+    """
+    *_, grad, grad_scale = loss_fwd(logits, *args, True)
+    logits.copy_(grad)
+    return grad_scale
+
+
+def soft_loss_grad_(logits: Tensor, *args) -> Tensor:
+    """``loss_grad_`` for targets that are probabilities; arguments as for ``soft_loss_fwd``."""
+    *_, grad, grad_scale = soft_loss_fwd(logits, *args, True)
+    logits.copy_(grad)
+    return grad_scale
+
+
 def loss_bwd(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:
     """grad * grad_loss * grad_scale in the dtype of grad, the product taken in at least float32.
 
@@ -410,3 +431,8 @@ def loss_bwd(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:
     if grad_scale.numel():
         scale = scale * grad_scale
     return (grad * scale.unsqueeze(-1)).to(grad.dtype)
+
+
+def loss_bwd_(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> None:
+    """``loss_bwd`` in place."""
+    grad.copy_(loss_bwd(grad, grad_loss, grad_scale))

@@ -1,4 +1,4 @@
-// loss_fwd, loss_bwd, loss_bwd_: cross-entropy and the Zipf term with their gradient.
+// loss_fwd, loss_grad_, loss_bwd, loss_bwd_: cross-entropy and the Zipf term with their gradient.
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -37,18 +37,21 @@ Totals total(const int64_t* target, int64_t N, int64_t C, int64_t ignore_index,
 }
 
 /// loss, ce, zipf, grad, grad_scale: as reference.loss_fwd, to the letter.
-Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
-                   const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
-                   const std::optional<at::Tensor>& weight, double ce_weight, double zipf_weight,
-                   double label_smoothing, bool only_correct, int64_t ignore_index,
-                   std::string_view reduction, bool with_grad) {
+///
+/// Args: grad (N, C), contiguous, uninitialised or the logits themselves: a row's logits are read
+/// before its gradient is written. (0,) for no gradient.
+Parts loss_into(const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& target,
+                const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
+                const std::optional<at::Tensor>& weight, double ce_weight, double zipf_weight,
+                double label_smoothing, bool only_correct, int64_t ignore_index,
+                std::string_view reduction) {
   check_loss(logits, votes, log_mass, weight, reduction);
   const int64_t N = logits.size(0), C = logits.size(1);
   const auto type = accumulation_type(logits.scalar_type());
   check_target(target, N);
   check_same_device(target, "target", logits);
   const int64_t P = votes.has_value() ? votes->size(1) : 0;
-  const bool mean = reduction == "mean", none = reduction == "none";
+  const bool mean = reduction == "mean", none = reduction == "none", with_grad = grad.dim() == 2;
 
   const Kernels& k = kernels();
   const Dtype dtype = dtype_of(logits);
@@ -88,8 +91,6 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
   const auto options = logits.options().dtype(type);
   const double scale =
       held_back(ce_weight != 0 ? ce_scale : zipf_scale, logits.scalar_type(), mean, with_grad);
-  const at::Tensor grad =
-      with_grad ? empty_gradient(N, C, logits.options()) : at::empty({0}, logits.options());
 
   LossFwd a{};
   a.C = C;
@@ -130,6 +131,27 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
                                        {a.zipf_rows, zipf_weight, zipf_scale}, N, none, options);
   return {loss, ce, zipf, grad,
           grad_scale_of(scale, logits.scalar_type(), mean, with_grad, options)};
+}
+
+Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
+                   const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
+                   const std::optional<at::Tensor>& weight, double ce_weight, double zipf_weight,
+                   double label_smoothing, bool only_correct, int64_t ignore_index,
+                   std::string_view reduction, bool with_grad) {
+  return loss_into(gradient_like(logits, with_grad), logits, target, votes, log_mass, weight,
+                   ce_weight, zipf_weight, label_smoothing, only_correct, ignore_index, reduction);
+}
+
+/// As reference.loss_grad_.
+at::Tensor loss_grad__cpu(at::Tensor& logits, const at::Tensor& target,
+                          const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
+                          const std::optional<at::Tensor>& weight, double ce_weight,
+                          double zipf_weight, double label_smoothing, bool only_correct,
+                          int64_t ignore_index, std::string_view reduction) {
+  check_contiguous(logits, "logits");
+  return std::get<4>(loss_into(logits, logits, target, votes, log_mass, weight, ce_weight,
+                               zipf_weight, label_smoothing, only_correct, ignore_index,
+                               reduction));
 }
 
 /// out = in * grad_loss * grad_scale, row by row. in and out may be one tensor, which a scale of 1
@@ -192,6 +214,7 @@ void loss_bwd__cpu(at::Tensor& grad, const at::Tensor& grad_loss, const at::Tens
 
 TORCH_LIBRARY_IMPL(zipfls, CPU, m) {
   m.impl("loss_fwd", loss_fwd_cpu);
+  m.impl("loss_grad_", loss_grad__cpu);
   m.impl("loss_bwd", loss_bwd_cpu);
   m.impl("loss_bwd_", loss_bwd__cpu);
 }

@@ -168,7 +168,9 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratc
   const A shift = largest == -static_cast<A>(INFINITY) ? A(0) : largest;
 
   // Pass 2: exponentials, their sum and the sum of z - shift.
-  A* const exps = sizeof(T) == sizeof(A) && out != nullptr
+  // They wait where the gradient will be, unless that is where the logits are.
+  const bool apart = static_cast<const void*>(out) != static_cast<const void*>(z);
+  A* const exps = sizeof(T) == sizeof(A) && out != nullptr && apart
                       ? reinterpret_cast<A*>(out)
                       : static_cast<A*>(scratch.row[0]);  // (C,) A
   double sum[2];

@@ -82,14 +82,13 @@ class Recycler final : public c10::Allocator {
   std::unique_ptr<Block> kept_;
 };
 
-/// at::empty for a gradient: (N, C) in a type, uninitialised.
-inline at::Tensor empty_gradient(int64_t N, int64_t C, const at::TensorOptions& options) {
-  const auto type = c10::typeMetaToScalarType(options.dtype());
-  if (static_cast<size_t>(N * C) * c10::elementSize(type) < Recycler::kLeast)
-    return at::empty({N, C}, options);
-  at::Tensor grad =
-      at::detail::empty_generic({N, C}, &Recycler::instance(),
-                                c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
+/// at::empty for a gradient of logits, (N, C) in their type, or (0,) if none is wanted.
+inline at::Tensor gradient_like(const at::Tensor& logits, bool wanted) {
+  if (!wanted) return at::empty({0}, logits.options());
+  if (logits.nbytes() < Recycler::kLeast) return at::empty(logits.sizes(), logits.options());
+  at::Tensor grad = at::detail::empty_generic(logits.sizes(), &Recycler::instance(),
+                                              c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                              logits.scalar_type(), std::nullopt);
   const auto& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
     grad.fill_(NAN);  // as at::empty does, so that what is left unwritten shows

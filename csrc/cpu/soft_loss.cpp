@@ -1,4 +1,4 @@
-// soft_loss_fwd: the loss where targets are probabilities.
+// soft_loss_fwd, soft_loss_grad_: the loss where targets are probabilities.
 #include <algorithm>
 #include <atomic>
 #include <limits>
@@ -27,11 +27,12 @@ int64_t argmax(const A* x, int64_t C) {
 
 /// loss, ce, zipf, grad, grad_scale: as reference.soft_loss_fwd. Under only_correct the logits and
 /// the target are read a second time.
-Parts soft_loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
-                        const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
-                        const std::optional<at::Tensor>& weight, double ce_weight,
-                        double zipf_weight, double label_smoothing, bool only_correct,
-                        std::string_view reduction, bool with_grad) {
+///
+/// Args: grad as in loss_into.
+Parts soft_loss_into(const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& target,
+                     const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
+                     const std::optional<at::Tensor>& weight, double ce_weight, double zipf_weight,
+                     double label_smoothing, bool only_correct, std::string_view reduction) {
   check_loss(logits, votes, log_mass, weight, reduction);
   const int64_t N = logits.size(0), C = logits.size(1);
   const int64_t P = votes.has_value() ? votes->size(1) : 0;
@@ -43,7 +44,7 @@ Parts soft_loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
 
   const Kernels& k = kernels();
   const Dtype dtype = dtype_of(logits);
-  const bool mean = reduction == "mean", wide = type == at::kDouble;
+  const bool mean = reduction == "mean", wide = type == at::kDouble, with_grad = grad.dim() == 2;
   const at::Tensor z = with_contiguous_rows(logits), t = with_contiguous_rows(target);
   const at::Tensor mass = log_mass.contiguous();
   const at::Tensor v = votes.has_value() ? with_contiguous_rows(*votes) : at::Tensor();
@@ -87,8 +88,6 @@ Parts soft_loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
       held_back(a.ce ? ce_scale : zipf_scale, logits.scalar_type(), mean, with_grad);
   a.ce_factor = ce_weight * (ce_scale / held);
   a.zipf_factor = zipf_weight * (zipf_scale / held);
-  const at::Tensor grad = with_grad ? empty_gradient(N, C, logits.options())
-                                    : at::empty({0}, logits.options());  // (N, C) T
   a.grad = with_grad ? grad.mutable_data_ptr() : nullptr;
   const auto row_losses = std::make_unique_for_overwrite<double[]>(2 * N);  // (2, N) float64
   a.ce_rows = row_losses.get();
@@ -110,8 +109,31 @@ Parts soft_loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
           grad_scale_of(held, logits.scalar_type(), mean, with_grad, options)};
 }
 
+Parts soft_loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
+                        const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
+                        const std::optional<at::Tensor>& weight, double ce_weight,
+                        double zipf_weight, double label_smoothing, bool only_correct,
+                        std::string_view reduction, bool with_grad) {
+  return soft_loss_into(gradient_like(logits, with_grad), logits, target, votes, log_mass, weight,
+                        ce_weight, zipf_weight, label_smoothing, only_correct, reduction);
+}
+
+/// As reference.soft_loss_grad_.
+at::Tensor soft_loss_grad__cpu(at::Tensor& logits, const at::Tensor& target,
+                               const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
+                               const std::optional<at::Tensor>& weight, double ce_weight,
+                               double zipf_weight, double label_smoothing, bool only_correct,
+                               std::string_view reduction) {
+  check_contiguous(logits, "logits");
+  return std::get<4>(soft_loss_into(logits, logits, target, votes, log_mass, weight, ce_weight,
+                                    zipf_weight, label_smoothing, only_correct, reduction));
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(zipfls, CPU, m) { m.impl("soft_loss_fwd", soft_loss_fwd_cpu); }
+TORCH_LIBRARY_IMPL(zipfls, CPU, m) {
+  m.impl("soft_loss_fwd", soft_loss_fwd_cpu);
+  m.impl("soft_loss_grad_", soft_loss_grad__cpu);
+}
 
 }  // namespace zipfls::cpu
