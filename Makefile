@@ -14,11 +14,11 @@ demo test mutants: export OMP_WAIT_POLICY ?= passive
 
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test lint format mutants kernel-report bench gpu-check clean
+.PHONY: help build demo test lint format mutants kernel-report bench efficacy gpu-check clean
 
 help:
 	@sed -n 's/^# //p' Makefile
-	@echo "also: build lint format mutants kernel-report bench gpu-check clean"
+	@echo "also: build lint format mutants kernel-report bench efficacy gpu-check clean"
 
 # The environment: torch first, so that nothing else pulls another one; torchvision without its own idea of torch.
 $(VENV)/.deps: requirements-dev.txt
@@ -64,6 +64,11 @@ kernel-report: build
 
 bench: build
 	@$(PYTEST) benchmarks
+	@$(PY) benchmarks/report.py
+
+# Does it help? Trains what has no record yet: about an hour from none.
+efficacy: build
+	@$(PY) benchmarks/efficacy.py
 	@$(PY) benchmarks/report.py
 
 # On a machine with a GPU: uses that machine's own Python, builds, tests, sanitizes, measures. DRY=1 walks through it.

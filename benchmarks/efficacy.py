@@ -2,7 +2,7 @@
 
     python benchmarks/efficacy.py                  what a CPU can do: one thread, about an hour
     python benchmarks/efficacy.py --preset gpu     the larger plan: all fractals, more epochs and seeds, bf16
-    python benchmarks/efficacy.py --seeds 0,1,2,3  more seeds; a run that has its record is skipped
+    python benchmarks/efficacy.py --seeds 10       more seeds; a run that has its record is skipped
 
 Every run is one command line of examples/train.py, which its record names. Records go to
 benchmarks/results/efficacy/PRESET.json as runs finish, whole seeds first; benchmarks/report.py makes the
@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +33,11 @@ import train
 
 FOLDER = harness.RESULTS / "efficacy"
 
-BASELINE = "cross-entropy"
+BASELINE, SMOOTHING, ZIPF = "cross-entropy", "label smoothing, 0.1", "Zipf, ranks by dense votes"
 METHODS = {  # what is compared, with its options; the laws of the paper's Table 6 come after Zipf's
     BASELINE: "--loss ce",
-    "label smoothing, 0.1": "--loss ls --label-smoothing 0.1",
-    "Zipf, ranks by dense votes": "--loss zipf --zipf-weight 0.1",
+    SMOOTHING: "--loss ls --label-smoothing 0.1",
+    ZIPF: "--loss zipf --zipf-weight 0.1",
     "Zipf, ranks by logits": "--loss zipf --zipf-weight 0.1 --ranking logits",
     "constant": "--loss zipf --zipf-weight 0.1 --distribution constant",
     "linear decay": "--loss zipf --zipf-weight 0.1 --distribution linear:0",
@@ -54,15 +54,22 @@ class Plan:
 
     options: str  # of every run
     data: dict[str, str]  # data set -> its options
-    seeds: tuple[int, ...]
+    seeds: dict[str, int]  # data set -> how many
 
-    def runs(self, seeds: Sequence[int] | None = None) -> Iterator[dict]:
-        """What names each run, whole seeds first: a plan cut short still compares like with like."""
-        for seed in self.seeds if seeds is None else seeds:
-            for data, of_data in self.data.items():
-                for method, of_method in METHODS.items():
-                    command = f"{of_data} {self.options} {of_method} --seed {seed}"
-                    yield {"data": data, "method": method, "seed": seed, "command": command}
+    def run(self, data: str, method: str, seed: int) -> dict:
+        """What names a run."""
+        command = f"{self.data[data]} {self.options} {METHODS[method]} --seed {seed}"
+        return {"data": data, "method": method, "seed": seed, "command": command}
+
+    def runs(self, least: int = 0) -> list[dict]:
+        """All runs, of `least` seeds at least; whole seeds first: a plan cut short compares fairly."""
+        return [
+            self.run(data, method, seed)
+            for seed in range(max(least, *self.seeds.values()))
+            for data in self.data
+            if seed < max(least, self.seeds[data])
+            for method in METHODS
+        ]
 
 
 # Sizes were chosen by the accuracy of cross-entropy alone: away from where every method is right, or none is.
@@ -73,7 +80,7 @@ PLANS = {
             "digits": "--data digits --limit 449 --epochs 12",
             "fractals": "--data fractals:100 --limit 4000 --epochs 12",
         },
-        (0, 1, 2),
+        {"digits": 10, "fractals": 3},
     ),
     "gpu": Plan(
         "--depth 20 --amp bf16",
@@ -81,7 +88,7 @@ PLANS = {
             "digits": "--data digits --limit 449 --epochs 60",
             "fractals": "--data fractals:500 --epochs 60 --batch-size 128",
         },
-        tuple(range(10)),
+        {"digits": 10, "fractals": 10},
     ),
 }
 
@@ -110,7 +117,7 @@ def run_one(run: dict, cache: Path) -> dict:
     }
 
 
-def run_all(plan: Plan, path: Path, cache: Path, seeds: Sequence[int] | None = None) -> int:
+def run_all(plan: Plan, path: Path, cache: Path, least: int = 0) -> int:
     """Do the runs of a plan that have no record in the file, writing it after each; returns their number."""
     runs, records = {}, []
     if path.exists():
@@ -118,7 +125,7 @@ def run_all(plan: Plan, path: Path, cache: Path, seeds: Sequence[int] | None = N
         runs = {r["run"]: r.pop("env") for r in records}
     here = str(1 + max(map(int, runs), default=0))
     runs[here] = {k: v for k, v in harness.environment().items() if k not in ("others", "tiny")}
-    todo = list(plan.runs(seeds))
+    todo = plan.runs(least)
     have = {r["command"] for r in records}
     missing = [run for run in todo if run["command"] not in have]
     print(f"{len(missing)} runs to do, {len(todo) - len(missing)} have their record in {path}")
@@ -160,26 +167,28 @@ class Sample:
         return n > 1 and abs(self.mean) > T95[min(n, max(T95))] * self.deviation / math.sqrt(n)
 
 
-def accuracies(plan: Plan, records: Sequence[dict]) -> dict[str, dict[str, dict[int, float]]]:
-    """Percent right after the last epoch by data set, method and seed.
+def balanced(plan: Plan, records: Sequence[dict]) -> list[dict]:
+    """The records that a table is made of.
 
     Only runs that are the plan's as it stands, and only seeds that every method of a data set has: all
     methods then meet the same first weights, batches and crops.
     """
-    seeds = sorted({r["seed"] for r in records})
-    last = {r["command"]: 100 * r["last"] for r in records}
-    found = {data: {method: {} for method in METHODS} for data in plan.data}
-    for seed in seeds:
-        for data in plan.data:
-            mine = [run for run in plan.runs([seed]) if run["data"] == data]
-            if all(run["command"] in last for run in mine):
-                for run in mine:
-                    found[data][run["method"]][seed] = last[run["command"]]
-    return found
+    by_command = {r["command"]: r for r in records}
+    chosen = []
+    for data in plan.data:
+        for seed in sorted({r["seed"] for r in records}):
+            mine = [by_command.get(plan.run(data, method, seed)["command"]) for method in METHODS]
+            chosen += mine if all(mine) else []
+    return chosen
+
+
+def accuracies(records: Sequence[dict], data: str, method: str) -> dict[int, float]:
+    """Percent right after the last epoch, by seed."""
+    return {r["seed"]: 100 * r["last"] for r in records if (r["data"], r["method"]) == (data, method)}
 
 
 def difference(values: dict[int, float], base: dict[int, float]) -> Sample:
-    """One method's values less another's, seed by seed."""
+    """One method's accuracies less another's, seed by seed."""
     return Sample(tuple(values[seed] - base[seed] for seed in values))
 
 
@@ -188,7 +197,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PLANS, default="cpu", help="which plan (default: cpu)")
-    parser.add_argument("--seeds", type=train.seed_list, metavar="LIST", help="other seeds than the plan's")
+    parser.add_argument("--seeds", type=int, default=0, metavar="N", help="at least N seeds of each data set")
     parser.add_argument("--records", type=Path, metavar="FILE", help="(default: the plan's own)")
     parser.add_argument("--cache", type=Path, default=harness.ROOT / ".data", metavar="FOLDER")
     args = parser.parse_args()

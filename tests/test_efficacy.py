@@ -1,0 +1,203 @@
+"""Does it help? Commands mean what they say, runs go on where they stopped, the table is right."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import zipfls_cuda as zls
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import efficacy  # noqa: E402
+import harness  # noqa: E402
+import report  # noqa: E402
+
+NAMES = list(efficacy.METHODS)
+TINY = efficacy.Plan(
+    "--depth 8 --width 4 --size 16 --epochs 2 --batch-size 32 --device cpu",
+    {"digits": "--data digits --limit 64"},
+    {"digits": 1},
+)
+ENV = {"kind": "cpu", "device": "made up", "arch": "none", "threads": 1, "torch": "2", "compiler": "gcc"}
+ENV |= {"commit": "abc", "dirty": False}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def record(run: dict, last: float) -> dict:
+    return {"run": "1", **run, "last": last, "best": last, "seconds": 30.0}
+
+
+def write(folder: Path, plan: efficacy.Plan, percent) -> list[dict]:
+    """Records of all runs of a plan, each with what ``percent`` says of it."""
+    records = [record(run, percent(run) / 100) for run in plan.runs()]
+    harness.dump(folder / "efficacy" / "cpu.json", {"1": ENV}, records)
+    return records
+
+
+# Runs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", efficacy.PLANS)
+def test_every_command_is_one_and_all_differ(preset):
+    plan = efficacy.PLANS[preset]
+    runs = plan.runs()
+    assert len({run["command"] for run in runs}) == len(runs) == len(NAMES) * sum(plan.seeds.values())
+    assert min(plan.seeds.values()) >= 3
+    for run in runs:
+        args = efficacy.train.parse_arguments(efficacy.train.make_parser(), shlex.split(run["command"]))
+        assert (args.data.partition(":")[0], args.seed) == (run["data"], [run["seed"]])
+
+
+def test_methods_train_with_the_loss_they_name():
+    laws = dict.fromkeys(NAMES[2:4], zls.Zipf()) | {NAMES[9]: zls.Zipf()}
+    laws |= {NAMES[4]: zls.Constant(), NAMES[5]: zls.LinearDecay(), NAMES[6]: zls.ExponentialDecay(1.0)}
+    laws |= {NAMES[7]: zls.RandomUniform(), NAMES[8]: zls.RandomPareto(1.0)}
+    logits, target = torch.randn(4, 7), torch.arange(4)
+    votes = torch.randint(7, (4, 9), dtype=torch.int32)
+    for run in TINY.runs():
+        args = efficacy.train.parse_arguments(efficacy.train.make_parser(), shlex.split(run["command"]))
+        (name,) = args.loss
+        criterion, method = efficacy.train.make_loss(name, args, 7), run["method"]
+        smoothing = 0.1 if "smoothing" in method else 0.0
+        if method not in laws:
+            want = torch.nn.functional.cross_entropy(logits, target, label_smoothing=smoothing)
+            assert torch.equal(criterion(logits, target), want)
+            continue
+        assert args.ranking == ("logits" if "logits" in method else "votes")
+        weight = 1.0 if "weight 1" in method else 0.1
+        torch.manual_seed(0)
+        got = criterion((logits, votes), target)
+        torch.manual_seed(0)
+        law = {"zipf_weight": weight, "distribution": laws[method]}
+        torch.testing.assert_close(got, zls.zipf_cross_entropy(logits, target, votes, **law))
+
+
+def test_whole_seeds_come_first_and_more_may_be_asked_for():
+    plan = efficacy.Plan("", {"a": "--a", "b": "--b"}, {"a": 3, "b": 1})
+    order = [(run["seed"], run["data"]) for run in plan.runs() if run["method"] == NAMES[0]]
+    assert order == [(0, "a"), (0, "b"), (1, "a"), (2, "a")]
+    assert [run["method"] for run in plan.runs()[: len(NAMES)]] == NAMES
+    assert len(plan.runs(2)) == 5 * len(NAMES)
+
+
+def test_runs_go_on_where_they_stopped(tmp_path, monkeypatch):
+    path, done, stop = tmp_path / "new folder" / "x.json", [], [4]
+
+    def trained(run, cache):
+        if len(done) in stop:
+            raise KeyboardInterrupt
+        done.append(run["command"])
+        return {**run, "last": 0.5}
+
+    monkeypatch.setattr(efficacy, "run_one", trained)
+    with pytest.raises(KeyboardInterrupt):
+        efficacy.run_all(TINY, path, tmp_path)
+    assert [r["command"] for r in harness.load(path)] == done == [r["command"] for r in TINY.runs()[:4]]
+    stop.clear()
+    assert efficacy.run_all(TINY, path, tmp_path) == len(NAMES) - 4
+    assert efficacy.run_all(TINY, path, tmp_path) == 0
+    assert efficacy.run_all(TINY, path, tmp_path, least=2) == len(NAMES)
+    assert done == [r["command"] for r in TINY.runs(2)]
+    records = harness.load(path)
+    assert [r["command"] for r in records] == [r["command"] for r in TINY.runs(2)]
+    assert len({r["run"] for r in records}) == 3  # sessions, each with its own environment
+
+
+def test_a_run_is_trained_and_can_be_repeated(tmp_path, monkeypatch):
+    few = {NAMES[i]: efficacy.METHODS[NAMES[i]] for i in (0, 2, 8)}
+    monkeypatch.setattr(efficacy, "METHODS", few)
+    found = []
+    for name in ("one.json", "two.json"):
+        assert efficacy.run_all(TINY, tmp_path / name, tmp_path) == 3
+        found.append(harness.load(tmp_path / name))
+    for first, second in zip(*found):
+        assert len(first["accuracy"]) == first["settings"]["epochs"] == 2
+        assert first["last"] == first["accuracy"][-1] <= first["best"] == max(first["accuracy"])
+        assert 0 <= first["last"] <= 1 < 64 * first["cross_entropy"]
+        assert first["env"]["threads"] == 1
+        same = {"accuracy", "cross_entropy", "command", "settings"}
+        assert {k: first[k] for k in same} == {k: second[k] for k in same}
+    assert len({r["cross_entropy"] for r in found[0]}) == 3  # three methods, three networks
+    text = (tmp_path / "one.json").read_text()
+    assert str(tmp_path) not in text
+
+
+# The table -------------------------------------------------------------------------------------------
+
+
+def test_the_table_follows_from_the_records(tmp_path, monkeypatch):
+    plan = efficacy.Plan("--common", {"easy": "--easy", "hard": "--hard"}, {"easy": 3, "hard": 3})
+    monkeypatch.setitem(efficacy.PLANS, "cpu", plan)
+
+    def percent(run):
+        """Cross-entropy 60, 70, 80; some others more, by what is written here."""
+        more = {
+            ("easy", NAMES[1]): (2, 3, 4),
+            ("easy", NAMES[2]): (1, 3, 5),
+            ("hard", NAMES[2]): (-2, -3, -4),
+        }
+        return 60 + 10 * run["seed"] + more.get((run["data"], run["method"]), (0, 0, 0))[run["seed"]]
+
+    records = write(tmp_path, plan, percent)
+    text = report.block("efficacy-cpu", {}, tmp_path)
+    lines = text.splitlines()
+    assert (
+        "| training loss | easy, 3 seeds | less cross-entropy | hard, 3 seeds | less cross-entropy |" in lines
+    )
+    assert f"| {NAMES[0]} | 70.00 ± 10.00 |  | 70.00 ± 10.00 |  |" in lines
+    # Of 3 seeds the interval is 4.303 / sqrt(3) = 2.48 deviations: 3 +- 1 excludes 0, 3 +- 2 does not.
+    assert f"| {NAMES[1]} | 73.00 ± 11.00 | **+3.00 ± 1.00** | 70.00 ± 10.00 | +0.00 ± 0.00 |" in lines
+    assert f"| {NAMES[2]} | 73.00 ± 12.00 | +3.00 ± 2.00 | 67.00 ± 9.00 | **-3.00 ± 1.00** |" in lines
+    assert sum(line.startswith("| ") for line in lines) == len(NAMES) + 2
+    assert "2 of 18 are bold, 1 of them gains, where chance alone would make about 0.9" in text
+    assert "easy +0.00 ± 1.00 (no difference), hard -3.00 ± 1.00.\n" in text
+    assert f"{len(records)} runs, 30 min of training" in text
+    assert "`--hard --common`" in text
+    assert "made up (none), 1 thread, torch 2, gcc, commit abc." in text
+
+
+def test_only_whole_seeds_of_the_plan_as_it_stands_count(tmp_path, monkeypatch):
+    plan = efficacy.Plan("--common", {"easy": "--easy"}, {"easy": 3})
+    monkeypatch.setitem(efficacy.PLANS, "cpu", plan)
+    file = tmp_path / "efficacy" / "cpu.json"
+    assert report.block("efficacy-cpu", {}, tmp_path) == report.NOTHING
+    records = write(tmp_path, plan, lambda run: 60 + run["seed"])
+    harness.dump(file, {"1": ENV}, records[:-1])  # the last method of the last seed is missing
+    text = report.block("efficacy-cpu", {}, tmp_path)
+    assert "easy, 2 seeds" in text
+    assert f"| {NAMES[0]} | 60.50 ± 0.71 |  |" in text
+    records[0]["command"] += " --epochs 7"  # of another plan
+    harness.dump(file, {"1": ENV}, records)
+    text = report.block("efficacy-cpu", {}, tmp_path)
+    assert f"| {NAMES[0]} | 61.50 ± 0.71 |  |" in text
+    harness.dump(file, {"1": ENV}, records[: len(NAMES)])
+    assert report.block("efficacy-cpu", {}, tmp_path) == report.NOTHING
+
+
+def test_report_writes_and_checks_the_table(tmp_path, monkeypatch):
+    plan = efficacy.Plan("--common", {"easy": "--easy"}, {"easy": 3})
+    monkeypatch.setitem(efficacy.PLANS, "cpu", plan)
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- report:efficacy-cpu -->\n<!-- /report -->\nThe end.\n")
+    assert report.check(readme, tmp_path) == []  # nothing measured, nothing shown
+    write(tmp_path, plan, lambda run: 60)
+    assert any("efficacy-cpu differs" in p for p in report.check(readme, tmp_path))
+    report.write(readme, tmp_path)
+    assert report.check(readme, tmp_path) == []
+    text = readme.read_text()
+    assert f"| {NAMES[0]} | 60.00 ± 0.00 |  |" in text
+    readme.write_text(text.replace("60.00", "61.00", 1))
+    assert any("efficacy-cpu differs" in p for p in report.check(readme, tmp_path))
