@@ -1,0 +1,349 @@
+"""What only a GPU can show: streams, graphs, synchronisation, a living context, 64-bit offsets, memory.
+
+Everything here is skipped without one, and has then proven nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import make
+from torch import nn
+
+import zipfls_cuda as zls
+from zipfls_cuda import ops
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no CUDA device", allow_module_level=True)
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def _gpu(backend, device):
+    if device.type != "cuda" or backend == "reference":
+        pytest.skip(f"{backend} on {device.type} makes no such promises")
+
+
+def room_for(gib: float) -> None:
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if free < gib * GIB:
+        pytest.skip(f"{gib} GiB of GPU memory are needed, {free / GIB:.0f} are free")
+
+
+@contextmanager
+def no_synchronisation():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(step) -> torch.cuda.CUDAGraph:
+    """A graph of ``step()``, which has never run on these shapes before: nothing is made in advance."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+OPTIONS = {
+    "plain": {},
+    "none": {"reduction": "none"},
+    "only correct": {"only_correct": True},
+    "smoothed, weighted": {"label_smoothing": 0.1, "weight": ...},
+    "decay": {"distribution": zls.ExponentialDecay(0.5), "zipf_weight": 0.3},
+    "in place": {"inplace": True},
+    "by logits": {"votes": None},
+    "soft": {"target": ...},
+}
+
+
+def step_of(name, backend, N, C, D, dtype, device):
+    """(inputs, step): static inputs, and a training step of head and loss that reads nothing else."""
+    options = dict(OPTIONS[name])
+    features = torch.randn(N, D, 3, 3, device=device).to(dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(C, D, device=device).to(dtype).requires_grad_()
+    target = torch.randint(C, (N,), device=device)
+    inputs = [features, weight, target]
+    if "weight" in options:
+        options["weight"] = torch.rand(C, device=device)
+    if "target" in options:
+        options.pop("target")
+        target = torch.rand(N, C, device=device).round()
+        inputs[2] = target
+        if ops.refusal(backend, "soft_loss_fwd", device.type, dtype):
+            pytest.skip(f"{backend} has no kernel for soft targets")
+    if name == "in place" and ops.refusal(backend, "loss_grad_", device.type, dtype):
+        pytest.skip(f"{backend} writes no gradient in place")
+    by_logits = "votes" in options
+    options.pop("votes", None)
+
+    def step():
+        votes = None if by_logits else zls.dense_vote(features, weight, backend=backend)
+        logits = F.linear(features.mean((2, 3)), weight)
+        loss = zls.zipf_cross_entropy(logits, target, votes, backend=backend, **options)
+        (grad,) = torch.autograd.grad(loss.mean() * 3, weight)
+        return votes if votes is not None else target, loss.detach(), grad
+
+    return inputs, step
+
+
+def check_alike(got, expected) -> None:
+    """Votes to the bit; the rest as far as cuBLAS, which makes the logits, repeats itself."""
+    for a, b in zip(got, expected, strict=True):
+        tolerance = {"rtol": 1e-2, "atol": 1e-3} if a.is_floating_point() else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(a.cpu(), b.cpu(), **tolerance)
+
+
+def fresh(inputs) -> None:
+    """New values in the same memory."""
+    with torch.no_grad():
+        for x in inputs:
+            x.copy_(torch.randn_like(x) if x.is_floating_point() and x.dim() != 2 else x.roll(1, 0))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_synchronisation(backend, device, name):
+    """Forward and backward leave the host alone, from the first call for a shape on."""
+    _, step = step_of(name, backend, 6, 37, 16, torch.bfloat16, device)
+    if backend == "triton":
+        step()  # compiling a kernel loads it, which waits
+    with no_synchronisation():
+        step()
+
+
+def test_label_without_synchronisation(backend, device):
+    case = make(6, 37, 9, device=device)
+    calls = (
+        lambda: zls.rank_votes(case.votes, 37, backend=backend),
+        lambda: zls.zipf_label(case.target, case.votes, 37, backend=backend),
+    )
+    for call in calls:
+        call()
+        with no_synchronisation():
+            call()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), itertools.product(OPTIONS, (torch.float16, torch.bfloat16)), ids=str
+)
+def test_graph_replays_as_eager(backend, device, name, dtype):
+    """Capture and replay, on new inputs in the same memory: as the eager call."""
+    C = 41 + 2 * list(OPTIONS).index(name)  # a size of its own, so that its tables are made while capturing
+    inputs, step = step_of(name, backend, 6, C, 16, dtype, device)
+    if backend == "triton":  # kernels are compiled before; the tables of another size do not help
+        step_of(name, backend, 6, C + 1, 16, dtype, device)[1]()
+    F.linear(torch.ones(2, 2, device=device), torch.ones(2, 2, device=device))  # cuBLAS makes its handle
+    out = []
+    graph = captured(lambda: out.extend(step()))
+    for _ in range(3):
+        fresh(inputs)
+        graph.replay()
+        torch.cuda.synchronize()
+        check_alike(out, step())
+
+
+def test_compiled_with_cuda_graphs(backend, device):
+    """Model and loss under torch.compile's own CUDA graphs train as in eager mode."""
+    torch._dynamo.reset()
+    states = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 9)
+        )
+        model = model.to(device)
+        zls.attach(model, feature="1", classifier="4", example=torch.randn(2, 3, 9, 9, device=device))
+        criterion, optimizer = zls.ZipfLoss(), torch.optim.SGD(model.parameters(), 0.1)
+        run = torch.compile(model, mode="reduce-overhead") if compiled else model
+        with zls.use_backend(backend):
+            for k in range(5):
+                images = torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(k)).to(device)
+                loss = criterion(run(images), torch.arange(8, device=device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        states.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*states, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_amp_with_grad_scaler(backend, device, dtype):
+    """Attached, channels_last, autocast, GradScaler: the loss falls and no step is skipped."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 9)
+    )
+    model = model.to(device, memory_format=torch.channels_last)
+    images = torch.randn(32, 3, 15, 15, device=device).to(memory_format=torch.channels_last)
+    target = torch.arange(32, device=device) % 9
+    zls.attach(model, feature="1", classifier="4", example=images)
+    criterion, optimizer = zls.ZipfLoss(0.1), torch.optim.Adam(model.parameters(), 1e-2)
+    scaler, losses = torch.amp.GradScaler("cuda", init_scale=1024), []
+    with zls.use_backend(backend):
+        for _ in range(30):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype):
+                loss = criterion(model(images), target)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert scaler.get_scale() == 1024
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_runs_on_the_current_stream(backend, device, name):
+    """Inputs that a slow kernel of the same stream has yet to write are waited for; no other stream is."""
+    inputs, step = step_of(name, backend, 8, 50, 16, torch.bfloat16, device)
+    step()
+    kept = [x.detach().clone() for x in inputs]
+    expected = step()
+    with torch.no_grad():
+        for x in inputs:
+            x.zero_()
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second
+        with torch.no_grad():
+            for x, old in zip(inputs, kept, strict=True):
+                x.copy_(old)
+        got = step()
+    stream.synchronize()
+    check_alike(got, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second CUDA device")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_second_device(backend, device, name):
+    """Tensors decide, not the current device."""
+    torch.manual_seed(1)
+    there, step = step_of(name, backend, 6, 37, 16, torch.bfloat16, torch.device("cuda", 1))
+    here, expected = step_of(name, backend, 6, 37, 16, torch.bfloat16, torch.device("cuda", 0))
+    with torch.no_grad():
+        for a, b in zip(here, there, strict=True):
+            a.copy_(b)
+    with torch.cuda.device(0):
+        got = step()
+    if name != "smoothed, weighted":  # its weights are drawn on each device
+        assert all(x.device.index == 1 for x in got)
+        check_alike(got, expected())
+
+
+@pytest.mark.parametrize("C", [10, 1000, 70001])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_out_of_range_poisons_its_row_and_not_the_context(backend, device, C, reduction):
+    case = make(6, C, 20, device=device)
+    expected = case.leaf()
+    zls.zipf_cross_entropy(expected, *case[1:], reduction="none", backend=backend).sum().backward()
+    for row, bad in itertools.product((0, 5), (C, 2**31 - 1, -7, 2**40)):
+        target, votes = case.target.clone(), case.votes.long()
+        if bad == -7:
+            target[row] = bad  # a negative vote would be no vote
+        elif row == 0:
+            target[row] = bad
+        else:
+            votes[row, 3] = bad
+        x = case.leaf()
+        loss = zls.zipf_cross_entropy(x, target, votes, reduction=reduction, backend=backend)
+        loss.sum().backward()
+        torch.cuda.synchronize()  # raises if the context is lost
+        poisoned = torch.arange(6, device=device) == row
+        assert torch.equal(x.grad.isnan().all(1), poisoned)
+        assert torch.equal(x.grad.isnan().any(1), poisoned)
+        if reduction == "none":
+            assert torch.equal(loss.isnan(), poisoned)
+            torch.testing.assert_close(x.grad[~poisoned], expected.grad[~poisoned], rtol=0, atol=0)
+        else:
+            assert loss.isnan()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_hundred_runs_one_result(backend, device, name):
+    _, step = step_of(name, backend, 64, 1003, 32, torch.bfloat16, device)
+    first = step()
+    for _ in range(100):
+        for a, b in zip(step(), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("C", [1000, 10007, 131072])
+def test_loss_past_2_31_elements(backend, device, C):
+    """The last rows of more than 2^31 logits get what they get alone."""
+    N = 2**31 // C + 64
+    room_for(20)
+    last = slice(N - 40, N)
+    x = torch.empty(N, C, dtype=torch.bfloat16, device=device)
+    for rows in x.split(4096):
+        rows.normal_()
+    target = torch.randint(C, (N,), device=device)
+    votes = torch.randint(C, (N, 9), device=device, dtype=torch.int32)
+    alone = x[last].clone().requires_grad_()
+    x.requires_grad_()
+    options = {"reduction": "none", "backend": backend}
+    loss = zls.zipf_cross_entropy(x, target, votes, **options)
+    loss.sum().backward()
+    expected = zls.zipf_cross_entropy(alone, target[last], votes[last], **options)
+    expected.sum().backward()
+    torch.testing.assert_close(loss[last], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x.grad[last], alone.grad, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("N", "D", "side", "C"),
+    [(1024, 64, 16, 10000), (22000, 2048, 7, 16)],
+    ids=["scores", "features"],
+)
+@pytest.mark.parametrize("layout", ["channels_last", "NCHW"])
+def test_votes_past_2_31_elements(backend, device, N, D, side, C, layout):
+    """More than 2^31 scores, or features: the last samples vote as they do alone."""
+    room_for(20)
+    features = torch.empty(N, D, side, side, dtype=torch.bfloat16, device=device)
+    if layout == "channels_last":
+        features = features.to(memory_format=torch.channels_last)
+    for rows in features.split(512):
+        rows.normal_()
+    weight = torch.randn(C, D, device=device).bfloat16()
+    votes = zls.dense_vote(features, weight, backend=backend)
+    for part in (slice(0, 3), slice(N - 3, N)):
+        alone = features[part].clone(memory_format=torch.preserve_format)
+        assert torch.equal(votes[part], zls.dense_vote(alone, weight, backend=backend))
+
+
+def peak_of(call) -> int:
+    """Peak extra memory in bytes, results included, once all that is cached is cached."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return peak
+
+
+@pytest.mark.parametrize(("C", "mib"), [(1000, 0.5), (10000, 4)])
+def test_votes_take_no_dense_scores(backend, device, C, mib):
+    features = torch.randn(256, 2048, 7, 7, device=device).bfloat16().to(memory_format=torch.channels_last)
+    weight = torch.randn(C, 2048, device=device).bfloat16()
+    assert peak_of(lambda: zls.dense_vote(features, weight, backend=backend)) <= mib * (1 << 20)
+
+
+def test_loss_takes_its_gradient_and_no_more(backend, device):
+    case = make(4096, 1000, 49, torch.bfloat16, device)
+    x = case.leaf()
+
+    def call():
+        return torch.autograd.grad(zls.zipf_cross_entropy(x, *case[1:], backend=backend), x)
+
+    assert peak_of(call) <= 1.01 * x.nbytes
