@@ -141,6 +141,7 @@ def compiled_launches(call: Callable[[], object], arch: int) -> list[tuple[str, 
 # The cases: every configuration of the tables --------------------------------------------------------
 
 FORWARD = ("loss_fwd_kernel", "loss_fwd_long_kernel")
+SOFT = ("soft_loss_fwd_kernel", "soft_loss_fwd_long_kernel")
 VOTE = ("vote_fwd_kernel", "vote_upsample_kernel")
 
 
@@ -153,6 +154,7 @@ class Case:
     kernels: tuple[str, ...]
     wgmma: bool = False  # a 16-bit product, which must use wgmma on sm_90
     quick: bool = False
+    args: Callable[[], tuple] | None = None
 
 
 def loss_case(
@@ -189,7 +191,30 @@ def loss_case(
         )  # fmt: skip
 
     name = f"loss {N}x{C} {NAMES[dtype]} P={P}{' ' if label else ''}{label}"
-    return Case(name, lambda: triton_kernels.loss_fwd(*args()), kernels, quick=quick)
+    return Case(name, lambda: triton_kernels.loss_fwd(*args()), kernels, quick=quick, args=args)
+
+
+def soft_loss_case(
+    N: int,
+    C: int,
+    dtype: torch.dtype = BF16,
+    P: int | None = 49,
+    label: str = "",
+    *,
+    kernels: tuple[str, ...] = SOFT,
+    quick: bool = False,
+    **options,
+) -> Case:
+    """A call of soft_loss_fwd; options as for loss_case."""
+    hard = loss_case(N, C, dtype, P, **options)
+
+    def call() -> object:
+        *tensors, ce, zipf, smoothing, only_correct, _, reduction, with_grad = hard.args()
+        tensors[1] = torch.empty(N, C, dtype=tensors[3].dtype)
+        return triton_kernels.soft_loss_fwd(*tensors, ce, zipf, smoothing, only_correct, reduction, with_grad)
+
+    name = f"soft {N}x{C} {NAMES[dtype]} P={P}{' ' if label else ''}{label}"
+    return Case(name, call, kernels, quick=quick)
 
 
 def vote_case(
@@ -252,7 +277,7 @@ LOSS_SHAPES = (
 @functools.cache
 def cases() -> list[Case]:
     """Every kernel in every configuration of the tables, by calls that lead there."""
-    return [*loss_cases(), *backward_and_label_cases(), *vote_cases()]
+    return [*loss_cases(), *soft_loss_cases(), *backward_and_label_cases(), *vote_cases()]
 
 
 def loss_cases() -> Iterator[Case]:
@@ -290,6 +315,33 @@ def loss_cases() -> Iterator[Case]:
         yield loss_case(256, C, label="correct", only_correct=True, kernels=("correct_kernel",))
     for C in (1000, 1024):
         yield loss_case(256, C, BF16, None, "ranked by logits", kernels=("logits_mass_kernel",))
+
+
+def soft_loss_cases() -> Iterator[Case]:
+    for C in loss_file.ROW_TILES:
+        for dtype in (BF16, FP32):
+            yield soft_loss_case(loss_file.FEW_ROWS, C, dtype)
+            yield soft_loss_case(loss_file.FEW_ROWS, C, dtype, 16)
+            if C in loss_file.FEW_ROW_TILES:
+                yield soft_loss_case(256, C, dtype)
+    for C in (1000, 2048, 10000):
+        yield soft_loss_case(256, C, FP16, quick=C == 1000)
+        yield soft_loss_case(256, C, FP64)
+    for C in (997, 3989, 21841):
+        for dtype in (BF16, FP32):
+            yield soft_loss_case(8192, C, dtype, quick=C == 21841 and dtype == BF16)
+    for P in (16, 196, 320, 1024, 4096):
+        yield soft_loss_case(256, 1000, BF16, P)
+    for C in (1000, 4096, 10000, 131073):
+        everything = {"weight": True, "smoothing": 0.1, "only_correct": True}
+        yield soft_loss_case(256, C, BF16, None, "dense", dense=True)
+        yield soft_loss_case(256, C, label="plain CE", zipf_weight=0.0)
+        yield soft_loss_case(256, C, label="Zipf alone", ce_weight=0.0, reduction="none")
+        yield soft_loss_case(256, C, label="everything", **everything)
+        yield soft_loss_case(256, C, label="dense everything", dense=True, **everything)
+    yield soft_loss_case(256, 1000, label="no gradient", with_grad=False)
+    for C in (100, 1000, 21841):
+        yield soft_loss_case(256, C, label="correct", only_correct=True, kernels=("soft_correct_kernel",))
 
 
 def backward_and_label_cases() -> Iterator[Case]:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import kernel_report  # noqa: E402
 import nvcc_report  # noqa: E402
 
-from zipfls_cuda.triton_kernels import loss, vote  # noqa: E402
+from zipfls_cuda.triton_kernels import loss, soft_loss, vote  # noqa: E402
 
 compiles = pytest.mark.skipif(
     nvcc_report.tool("cuobjdump") is None, reason="no cuobjdump to look into the binaries with"
@@ -46,11 +46,11 @@ def test_quick_report_is_clean():
     rows = [row.split() for row in done.stdout.splitlines() if re.match(r"\w+_kernel ", row)]
     quick = [case for case in kernel_report.cases() if case.quick]
     assert len(rows) == 3 * len(quick)
-    assert {row[0] for row in rows} >= {"vote_fwd_kernel", "loss_fwd_kernel", "loss_fwd_long_kernel"}
+    assert {row[0] for row in rows} >= {"vote_fwd_kernel", *kernel_report.FORWARD, *kernel_report.SOFT}
     for row in rows:
         tensor, wide = row[-2], int(row[-4].split("/")[0])
         assert (tensor == "-") == (not row[0].startswith("vote_fwd")), row
-        if row[0].startswith(("loss_fwd", "loss_bwd")):
+        if row[0].startswith(("loss_fwd", "loss_bwd", "soft_loss")):
             assert wide >= 2, row
 
 
@@ -89,13 +89,14 @@ def test_report_fails_where_a_kernel_does_not_compile(monkeypatch, capsys):
 
 def test_report_reaches_every_configuration(monkeypatch):
     """The calls of the cases lead to each entry of the tuning tables."""
-    products, tiles = set(), set()
+    products, tiles, soft = set(), set(), set()
     for module in (loss, vote):
         monkeypatch.setattr(module, "INTERPRET", False)
+    monkeypatch.setattr(soft_loss, "launch", lambda *a: soft.add((a[2][-1], a[2][-2], a[4])))
     monkeypatch.setattr(vote, "_launch", lambda *args: products.add(args[8]))
     monkeypatch.setattr(loss, "launch", lambda *a: tiles.add((a[2][-1], a[2][-2], a[4])))
     for case in kernel_report.cases():
-        if "loss_fwd_kernel" in case.kernels and "everything" not in case.name:
+        if {"loss_fwd_kernel", "soft_loss_fwd_kernel"} & {*case.kernels} and "everything" not in case.name:
             case.call()
         if "vote_fwd_kernel" in case.kernels and not re.search("NCHW|upsampled", case.name):
             for arch in kernel_report.ARCHITECTURES:
@@ -103,7 +104,11 @@ def test_report_reaches_every_configuration(monkeypatch):
                 case.call()
     assert products >= {config for table in vote.TUNING.values() for _, config in table.values()}
     assert products >= {vote.EXACT, vote.FLOAT64}
-    assert tiles >= {(B, *tile) for B, tile in [*loss.ROW_TILES.items(), *loss.FEW_ROW_TILES.items()]}
+    short = {(B, *tile) for B, tile in [*loss.ROW_TILES.items(), *loss.FEW_ROW_TILES.items()]}
+    assert tiles >= short
+    assert soft >= short
+    for V, (elements, warps) in ((8, soft_loss.LONG_TILE), (2, soft_loss.LONG_TILE_64)):
+        assert (elements // V, True, warps) in soft or (elements // V, False, warps) in soft
 
 
 def test_model_knows_waves_and_tails():

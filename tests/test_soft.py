@@ -575,13 +575,10 @@ def test_out_of_range_vote_poisons_its_row_on_a_gpu():
 
 def test_backends_without_a_kernel_say_so():
     """By name when named; None takes the best that serves."""
-    for backend in ("triton", "cuda"):
-        with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot"):
-            zls.zipf_loss(X, T, V, backend=backend)
-        if backend in zls.backends() and "cpu" in ops._devices(backend):
-            with pytest.raises(RuntimeError, match="it has no kernel for soft_loss_fwd"):
-                zls.zipf_loss(X, T, V, backend=backend)
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot"):
+        zls.zipf_loss(X, T, V, backend="cuda")
     best = "cpu" if "cpu" in zls.backends() else "reference"
     assert ops.select("soft_loss_fwd", None, X) is ops.OPERATORS["soft_loss_fwd", best]
     if torch.cuda.is_available():
-        assert ops.select("soft_loss_fwd", None, X.cuda()) is ops.OPERATORS["soft_loss_fwd", "reference"]
+        on_gpu = "triton" if "triton" in zls.backends() else "reference"
+        assert ops.select("soft_loss_fwd", None, X.cuda()) is ops.OPERATORS["soft_loss_fwd", on_gpu]

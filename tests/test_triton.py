@@ -20,6 +20,7 @@ from zipfls_cuda import reference, triton_kernels
 from zipfls_cuda.triton_kernels import label as label_file
 from zipfls_cuda.triton_kernels import loss as loss_file
 from zipfls_cuda.triton_kernels import loss_mean
+from zipfls_cuda.triton_kernels import soft_loss as soft_file
 from zipfls_cuda.triton_kernels import vote as vote_file
 
 if not vote_file.INTERPRET and not torch.cuda.is_available():
@@ -246,6 +247,158 @@ def test_loss_out_of_range_poisons_its_row_alone(row_kernel, zipf):
     assert triton_kernels.loss_fwd(*args)[0].isnan()
 
 
+# The loss with targets of probabilities -----------------------------------------------------------------
+
+
+def soft_args(N, C, P=7, dtype=torch.float32, *, target=None, **options):
+    """Arguments of soft_loss_fwd: those of loss_args beside a random target with several least classes."""
+    args = list(loss_args(N, C, P, dtype, **options))
+    if target is None:
+        target = torch.randint(0, 3, (N, C), dtype=args[3].dtype) / 4 + 0.01
+    args[1] = target.to(DEVICE)
+    return (*args[:9], *args[10:])  # no ignore_index
+
+
+def assert_same_soft(args):
+    """triton_kernels.soft_loss_fwd equals reference.soft_loss_fwd."""
+    tolerance = TOLERANCE[args[0].dtype]
+    ours, theirs = triton_kernels.soft_loss_fwd(*args), reference.soft_loss_fwd(*on_cpu(args))
+    for name, x, y in zip(("loss", "ce", "zipf", "grad", "grad_scale"), ours, theirs, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), name
+        torch.testing.assert_close(
+            x.cpu().double(),
+            y.double(),
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+@pytest.fixture(params=["registers", "long"])
+def soft_kernel(request, monkeypatch):
+    """Both kernels for soft targets, on the same rows."""
+    if request.param == "long":
+        monkeypatch.setattr(loss_file, "LONGEST_ROW", 32)
+        for name in ("LONG_TILE", "LONG_TILE_64"):
+            monkeypatch.setattr(soft_file, name, (32, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("C", [64, 77])
+def test_soft_kernels(soft_kernel, dtype, C):
+    assert_same_soft(soft_args(5, C, dtype=dtype, weight=True, smoothing=0.1, only_correct=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dense": True, "smoothing": 0.2},
+        {"P": None, "reduction": "none"},
+        {"zipf": 0.0, "reduction": "sum", "smoothing": 0.3},
+        {"ce": 0.0, "only_correct": True, "reduction": "none"},
+        {"ce": 0.0, "zipf": 0.0},
+        {"alpha": 150.0, "reduction": "sum"},
+        {"P": 300, "with_grad": False},
+    ],
+    ids=str,
+)
+def test_soft_options(soft_kernel, options):
+    assert_same_soft(soft_args(3, 83, dtype=torch.float64, **options))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("least", ["first", "last", "edge", "one", "all", "NaN", "falling"])
+def test_soft_least_classes_anywhere(soft_kernel, dense, least):
+    """S met early, late, or not before the elements outside whole vectors; smaller than two classes; all."""
+    z = torch.randn(3, 79, dtype=torch.float64)
+    t = torch.rand(3, 79, dtype=torch.float64) + 1
+    where = {"first": [0, 1, 33], "last": [40, 70, 77], "edge": [77, 78], "one": [50]}
+    t[:, where.get(least, [])] = 0.25
+    if least == "all":
+        t[:] = -0.5
+    if least == "NaN":
+        t[1, 60], t[:, [3, 40]] = NAN, 0.0
+    if least == "falling":  # each tile has a new least probability; the last has few of it
+        t = (-torch.arange(79, dtype=torch.float64) // 5).expand(3, 79)
+    for reduction in ("none", "mean"):
+        args = soft_args(3, 79, logits=z, target=t, dtype=torch.float64, dense=dense, reduction=reduction)
+        assert_same_soft(args)
+
+
+@pytest.mark.parametrize(
+    "dense,ce,zipf", [(False, 1.0, 0.5), (True, 1.0, 0.5), (False, 0.0, 1.0), (False, 1.0, 0.0)]
+)
+def test_soft_corners(soft_kernel, dense, ce, zipf):
+    z, y = corner_rows(48)
+    options = {
+        "logits": z,
+        "dtype": torch.float64,
+        "dense": dense,
+        "ce": ce,
+        "zipf": zipf,
+        "reduction": "none",
+    }
+    one_hot = torch.nn.functional.one_hot(y, 48).double()
+    for target in (one_hot, one_hot.roll(2, 1) * 0.5 + one_hot * 0.5, 0.9 * one_hot + 0.1 / 48):
+        assert_same_soft(soft_args(12, 48, target=target, **options))
+
+
+@pytest.mark.parametrize("R", [1, 8])
+def test_soft_several_rows_per_program(monkeypatch, R):
+    monkeypatch.setattr(loss_file, "INTERPRET", False)
+    monkeypatch.setattr(loss_file, "FEW_ROWS", 0 if R == 8 else 99)
+    monkeypatch.setattr(loss_file, "PROGRAMS", 2)
+    monkeypatch.setattr(loss_mean, "CORRECT_PROGRAMS", 2)
+    for N in (1, 13):
+        assert_same_soft(soft_args(N, 10, dtype=torch.float64, only_correct=True))
+
+
+def test_soft_only_correct_beyond_a_tile():
+    """argmax z = argmax t, lowest on ties in both, NaN skipped in t, -inf allowed; tiles of 2048 columns."""
+    z = torch.randn(8, 4500, dtype=torch.float64)
+    t = torch.rand(8, 4500, dtype=torch.float64)
+    for n, (c, d) in enumerate([(3, 4), (3, 4400), (2047, 2048), (4499, 4498), (0, 1), (5, 5), (7, 9)]):
+        z[n, [c, d]], t[n, [c, d]] = 9.0, 2.0
+    t[4, 0] = z[5, 1] = NAN
+    z[6, 7] = -INF
+    t[7] = -INF
+    expected = reference.is_correct(z, reference._argmax_lowest(t).long().clamp(min=0))
+    correct, number = loss_mean.soft_correct_samples(z.to(DEVICE), t.to(DEVICE))
+    assert correct.tolist() == expected.int().tolist()
+    assert number.item() == expected.sum()
+    assert 0 < number.item() < 8
+
+
+@pytest.mark.parametrize("view", ["rows", "phase", "columns", "unaligned", "expanded", "transposed"])
+def test_soft_views_of_target(soft_kernel, view):
+    """Rows of the target at any distance and alignment, beside rows of logits at any other."""
+    t = torch.randint(0, 3, (8, 101)) / 4
+    t = {
+        "rows": lambda: t[::2, :75],
+        "phase": lambda: t[:4, :93],
+        "columns": lambda: t[:, ::2],
+        "unaligned": lambda: t[:, 3:100],
+        "expanded": lambda: t[:1, :67].expand(4, 67),
+        "transposed": lambda: t.t()[:5],
+    }[view]()
+    N, C = t.shape
+    z = torch.randn(N, C + 8).bfloat16()
+    for logits in (z[:, :C].contiguous(), z[:, :C], z[:, 3 : C + 3]):
+        assert_same_soft(soft_args(N, C, logits=logits, target=t, dtype=torch.bfloat16))
+
+
+def test_soft_vote_out_of_range_poisons_its_row_alone(soft_kernel):
+    for zipf in (0.7, 0.0):
+        args = list(soft_args(3, 40, dtype=torch.float64, reduction="none", zipf=zipf))
+        expected = reference.soft_loss_fwd(*on_cpu(args))
+        args[2][1, 4] = 40
+        ours = triton_kernels.soft_loss_fwd(*args)
+        for x, y in zip(ours[:4], expected[:4], strict=True):
+            assert x[1].isnan().all()
+            torch.testing.assert_close(x[::2].cpu(), y[::2])
+
+
 @pytest.fixture
 def poisoned_memory():
     """torch.empty gives NaN and the largest integers."""
@@ -261,6 +414,7 @@ def poisoned_memory():
 def test_outputs_are_written_in_full(row_kernel, poisoned_memory, C):
     for reduction in ("mean", "none"):
         assert_same(loss_args(4, C, reduction=reduction, only_correct=True))
+        assert_same_soft(soft_args(4, C, reduction=reduction, only_correct=True))
     assert_same(loss_args(2, 50, 300))
     votes = torch.randint(-1, C, (3, 20), dtype=torch.int32, device=DEVICE)
     assert torch.equal(triton_kernels.rank_fwd(votes, C).cpu(), reference.rank_fwd(votes.cpu(), C))
@@ -483,7 +637,7 @@ class NoWaiting(TorchDispatchMode):
 
 def test_launchers_never_wait_for_the_device(monkeypatch):
     launched = []
-    for name in ("label", "loss", "loss_bwd", "loss_mean", "vote"):
+    for name in ("label", "loss", "loss_bwd", "loss_mean", "soft_loss", "vote"):
         module = import_module(f"zipfls_cuda.triton_kernels.{name}")
         monkeypatch.setattr(module, "launch", lambda kernel, *args: launched.append(kernel.__name__))
     grad, votes = torch.empty(3, 40), torch.zeros(3, 300, dtype=torch.int32)
@@ -492,6 +646,7 @@ def test_launchers_never_wait_for_the_device(monkeypatch):
         for C, N in ((40, 3), (5000, 2000)):
             for options in ({"only_correct": True, "weight": True}, {"P": None}, {"reduction": "none"}):
                 triton_kernels.loss_fwd(*loss_args(N, C, logits=torch.empty(N, C), **options))
+                triton_kernels.soft_loss_fwd(*soft_args(N, C, logits=torch.empty(N, C), **options))
         for upstream in (torch.ones(()), torch.ones(3)):
             triton_kernels.loss_bwd(grad, upstream, torch.empty(0))
             triton_kernels.loss_bwd_(grad, upstream, torch.ones(()))
@@ -500,7 +655,7 @@ def test_launchers_never_wait_for_the_device(monkeypatch):
         for upsample in (1, 2):
             triton_kernels.vote_fwd(features, weight, None, upsample)
     kernels = "correct logits_mass loss_bwd loss_bwd_rows loss_fwd loss_fwd_long rank_fwd label_fwd totals "
-    kernels += "transpose vote_fold vote_fwd vote_upsample"
+    kernels += "soft_correct soft_loss_fwd soft_loss_fwd_long transpose vote_fold vote_fwd vote_upsample"
     assert set(launched) == {f"{kernel}_kernel" for kernel in kernels.split()}
 
 

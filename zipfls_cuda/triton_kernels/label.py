@@ -186,11 +186,20 @@ def votes_label(
     v, live, count, rank, K, bad = rank_of_votes(
         votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, scratch, R, P2, PAIRWISE, BLOCK
     )
-    dtype: tl.constexpr = log_mass.dtype.element_ty
     at_target = v.to(tl.int64) == y[:, None]
     target_voted = tl.max((live & at_target).to(tl.int32), 1)
-    exception = live & ~at_target
     rest = C - 1 - (K - target_voted)
+    share, log_p, log_q = label_of_ranks(log_mass, table_length, live & ~at_target, count, rank, K, rest)
+    return v, share, log_p, log_q, rest, bad
+
+
+@triton.jit
+def label_of_ranks(log_mass, table_length, exception, count, rank, K, rest):
+    """share, log_p (R, P2) and log_q (R,) of votes_label.
+
+    ``exception`` (R, P2): the vote is for a class of the label; rest (R,): number of its other classes.
+    """
+    dtype: tl.constexpr = log_mass.dtype.element_ty
     log_p = tl.load(log_mass + tl.minimum(rank, table_length) - 1, mask=exception, other=-float("inf"))
     log_q = tl.load(
         log_mass + tl.minimum(K, table_length - 1)
@@ -205,7 +214,7 @@ def votes_label(
     share = tl.where(exception, tl.full(count.shape, 1, dtype) / count, tl.zeros_like(log_p))
     total = tl.sum(share * tl.exp(log_p), 1) + rest.to(dtype) * tl.exp(log_q)
     log_total = tl.log(total)
-    return v, share, log_p - log_total[:, None], log_q - log_total, rest, bad
+    return share, log_p - log_total[:, None], log_q - log_total
 
 
 # Kernels -------------------------------------------------------------------------------------------

@@ -96,9 +96,21 @@ def row_tile(N: int, C: int, P2: int) -> tuple[int, int, int]:
     return B, R, warps
 
 
+def vectors(logits: Tensor) -> tuple[int, bool, int]:
+    """(V, EDGES, stride): elements a vector, whether rows have elements outside vectors, distance of rows."""
+    N, C = logits.shape
+    V, stride = 16 // logits.element_size(), logits.stride(0)
+    # Rows of logits and of the gradient are not aligned alike, or hardly longer than their edges.
+    if ((stride - C) % V and N > 1) or (C < 4 * V and C % V):
+        V = 1
+    edges = C % V != 0 or (stride % V != 0 and N > 1)
+    # Without edges the stride is a multiple of V; of a single row it may be anything.
+    return V, edges, stride if edges else stride // V * V
+
+
 # Launcher ------------------------------------------------------------------------------------------
 
-_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
 
 def loss_fwd(
@@ -166,14 +178,7 @@ def loss_fwd(
             sums = torch.empty((2, programs), dtype=dtype, device=device)
             counter = loss_mean.counter_of(logits)
         scratch = vote_scratch(programs, P2, not hashed, votes if has_votes else target)
-        V = 16 // logits.element_size()
-        stride = logits.stride(0)
-        # Rows of logits and of the gradient are not aligned alike, or hardly longer than their edges.
-        if ((stride - C) % V and N > 1) or (C < 4 * V and C % V):
-            V = 1
-        edges = C % V != 0 or (stride % V != 0 and N > 1)
-        if not edges:
-            stride = stride // V * V  # of a single row it may be anything
+        V, edges, stride = vectors(logits)
         votes_or_target = votes if has_votes else target
         args = (
             logits, stride, target, target.stride(0),
@@ -183,7 +188,7 @@ def loss_fwd(
             loss, ce, zipf, grad, grad_scale, sums, counter, scratch,
             N, C, P, steps, ignore_index, ce_weight, zipf_weight, label_smoothing,
             ce_weight != 0, label, has_votes, weight is not None, label_smoothing > 0,
-            only_correct, _REDUCTIONS[reduction], totals_kind, scaled, with_grad,
+            only_correct, REDUCTIONS[reduction], totals_kind, scaled, with_grad,
             P2, pairwise, PAIRWISE_BLOCK, V, edges,
         )  # fmt: skip
         inputs = (logits, target, votes_or_target, log_mass, log_mass if weight is None else weight)

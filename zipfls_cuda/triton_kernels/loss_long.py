@@ -29,6 +29,37 @@ from .loss_mean import fold_losses, gradient_scales, mean_scales
 
 
 @triton.jit
+def softmax_lanes(x, m, s, t, finite):
+    """Takes one tile (1, L, V) into the online softmax of each lane (1, L); also the shift of m, and x - m.
+
+    The maximum over a lane's V elements comes first, so rescaling costs one exponential in V + 1.
+    """
+    new_m = tl.maximum(m, tl.max(x, 2))
+    shift = tl.where(m == -float("inf"), tl.zeros_like(m), m - new_m)  # nothing yet to rescale: no inf - inf
+    d = x - infinity_to_zero(new_m)[:, :, None]
+    present = x > -float("inf")
+    s = s * tl.exp(shift) + tl.sum(tl.exp(d), 2)
+    t += finite * shift + tl.sum(tl.where(present, d, tl.zeros_like(x)), 2)
+    finite += tl.sum(present.to(x.dtype), 2)
+    return new_m, shift, d, s, t, finite
+
+
+@triton.jit
+def mass_lanes(a, d, shift, top, total, entropy, cross):
+    """Takes one tile of log masses (1, L, V) into the sums of each lane; d, shift: of softmax_lanes."""
+    new_top = tl.maximum(top, tl.max(a, 2))
+    mass_shift = tl.where(top == -float("inf"), tl.zeros_like(top), top - new_top)
+    factor = tl.exp(mass_shift)
+    a = a - infinity_to_zero(new_top)[:, :, None]
+    p = tl.exp(a)
+    zero = tl.zeros_like(p)
+    entropy = scaled(entropy + total * mass_shift, factor) + tl.sum(tl.where(p > 0, p * a, zero), 2)
+    cross = scaled(cross + total * shift, factor) + tl.sum(tl.where(p > 0, p * d, zero), 2)
+    total = total * factor + tl.sum(p, 2)
+    return new_top, total, entropy, cross
+
+
+@triton.jit
 def lanes_update(
     x,  # (1, L, V) logits, -inf where excluded
     counted,  # (1, L, V) bool: neither excluded nor outside the row
@@ -51,36 +82,19 @@ def lanes_update(
     WEIGHTED: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    """Takes one tile into the running statistics of each lane.
-
-    The maximum over a lane's V elements comes first, so rescaling costs one exponential in V + 1.
-    """
-    new_m = tl.maximum(m, tl.max(x, 2))
-    shift = tl.where(m == -float("inf"), tl.zeros_like(m), m - new_m)  # nothing yet to rescale: no inf - inf
-    d = x - infinity_to_zero(new_m)[:, :, None]
-    zero = tl.zeros_like(x)
-    present = x > -float("inf")
-    s = s * tl.exp(shift) + tl.sum(tl.exp(d), 2)
-    t += finite * shift + tl.sum(tl.where(present, d, zero), 2)
-    finite += tl.sum(present.to(x.dtype), 2)
+    """Takes one tile into the running statistics of each lane."""
+    m, shift, d, s, t, finite = softmax_lanes(x, m, s, t, finite)
     if WEIGHTED:
         w = tl.load(weight + column, mask=counted, other=0)
-        tw += w_sum * shift + tl.sum(tl.where(counted, w * d, zero), 2)
-        w_sum += tl.sum(tl.where(counted, w, zero), 2)  # a load summed at once breaks Triton 3.6's optimiser
+        tw += w_sum * shift + tl.sum(tl.where(counted, w * d, tl.zeros_like(x)), 2)
+        # A load summed at once breaks the optimiser of Triton 3.6.
+        w_sum += tl.sum(tl.where(counted, w, tl.zeros_like(x)), 2)
     earlier = (column < y[:, None, None]) & counted
     beats = (x > zy[:, None, None]) | (earlier & (x == zy[:, None, None]))
     beaten = tl.maximum(beaten, tl.max(beats.to(tl.int32), 2))
     if DENSE:
-        new_top = tl.maximum(top, tl.max(a, 2))
-        mass_shift = tl.where(top == -float("inf"), tl.zeros_like(top), top - new_top)
-        factor = tl.exp(mass_shift)
-        a = a - infinity_to_zero(new_top)[:, :, None]
-        p = tl.exp(a)
-        entropy = scaled(entropy + total * mass_shift, factor) + tl.sum(tl.where(p > 0, p * a, zero), 2)
-        cross = scaled(cross + total * shift, factor) + tl.sum(tl.where(p > 0, p * d, zero), 2)
-        total = total * factor + tl.sum(p, 2)
-        top = new_top
-    return new_m, s, t, finite, tw, w_sum, beaten, top, total, entropy, cross
+        top, total, entropy, cross = mass_lanes(a, d, shift, top, total, entropy, cross)
+    return m, s, t, finite, tw, w_sum, beaten, top, total, entropy, cross
 
 
 @triton.jit
@@ -342,9 +356,9 @@ def loss_fwd_long_kernel(
             if LABEL == VOTES_LABEL:
                 voted = row_ok[:, None] & (share > 0)
                 zv = tl.load(logits + (row * stride)[:, None] + v, mask=voted, other=0).to(D)
-                zipf_row = zipf_of_votes(m, s, t, finite, zv, share, log_p, log_q, rest, C)
+                zipf_row = zipf_of_votes(m, s, t, finite, zv, share, log_p, log_q, rest, C - 1)
             else:
-                zipf_row = zipf_of_masses(s, t, finite, top, total, entropy, cross, C)
+                zipf_row = zipf_of_masses(s, t, finite, top, total, entropy, cross, C - 1)
             k1 += tl.where(counted_row, gz / s, 0.0)
             zipf_row = tl.where(counted_row, zipf_row, 0.0)
         ce_row = tl.where(ignored, 0.0, tl.where(bad, float("nan"), ce_row))

@@ -76,10 +76,11 @@ def cross_entropy_of(m, s, zy, wy, tw, w_sum, C, smoothing, SMOOTH: tl.constexpr
 
 
 @triton.jit
-def zipf_of_votes(m, s, t, finite, zv, share, log_p, log_q, rest, C):
+def zipf_of_votes(m, s, t, finite, zv, share, log_p, log_q, rest, others):
     """L_zipf of rows whose label is q but for the votes' classes; (R,), and (R, P2) for what ends in v or p.
 
-    t and finite leave -inf logits out; such a logit with mass makes the loss infinite.
+    The label is over `others` classes. t and finite leave -inf logits out; such a logit with mass makes the
+    loss infinite.
     """
     p = tl.exp(log_p)
     q = tl.exp(log_q)
@@ -90,20 +91,20 @@ def zipf_of_votes(m, s, t, finite, zv, share, log_p, log_q, rest, C):
     d = zv - infinity_to_zero(m)[:, None]
     cross = q * t + tl.sum(tl.where((share > 0) & ~absent, share * (p - q[:, None]) * d, zero), 1)
     absent_votes = tl.sum(tl.where(absent, share, zero), 1)  # classes; each vote stands for 1/count of one
-    absent_rest = C - 1 - finite - absent_votes > 0.5
+    absent_rest = others - finite - absent_votes > 0.5
     infinite = (absent_rest & (q > 0)) | (tl.max((absent & (share > 0) & (p > 0)).to(tl.int32), 1) > 0)
     return entropy - cross + tl.log(s) + tl.where(infinite, float("inf"), 0.0)
 
 
 @triton.jit
-def zipf_of_masses(s, t, finite, top, total, entropy, cross, C):
-    """L_zipf of rows with a mass for every class, (R,).
+def zipf_of_masses(s, t, finite, top, total, entropy, cross, others):
+    """L_zipf of rows with a mass for each of the label's `others` classes, (R,).
 
     With a_c = log mass - top: total = sum e^a, entropy = sum e^a a, cross = sum e^a (z_c - m). Where no class
     has any mass, the label is uniform and t, the sum over finite z_c - m, serves instead of cross.
     """
     massless = top == -float("inf")
-    others = tl.zeros_like(s) + (C - 1)
+    others = tl.zeros_like(s) + others
     uniform = -tl.log(others) - tl.where(finite < others, -float("inf"), t) / others
     total = tl.where(massless, tl.zeros_like(total) + 1, total)
     return tl.where(massless, uniform, (entropy - cross) / total - tl.log(total)) + tl.log(s)

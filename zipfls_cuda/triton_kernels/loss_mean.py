@@ -221,6 +221,58 @@ def correct_kernel(
 
 
 @triton.jit
+def soft_correct_kernel(
+    logits,  # (N, C) any float type, rows `stride` apart
+    stride,
+    target,  # (N, C) float32 or float64, rows `target_stride` apart
+    target_stride,
+    correct,  # (N,) int32: no class beats the target's largest
+    number,  # (1,) int32, 0 before: how many
+    N,
+    C,
+    steps,  # groups of R rows per program
+    V: tl.constexpr,  # elements per 16 bytes where V divides both strides and C, else 1
+    R: tl.constexpr,
+    B: tl.constexpr,
+):
+    """argmax z = argmax t, ties to the lowest class in both; reads each once, R rows by B columns at a time.
+
+    The number is a sum of integers by atomics, the same in any order. Never run on a GPU so far: compiled
+    ahead of time and interpreted.
+    """
+    found = tl.zeros([R], tl.int32)
+    for step in range(0, steps):
+        row = (tl.program_id(0).to(tl.int64) * steps + step) * R + tl.arange(0, R)
+        row_ok = row < N
+        target_start = (row * (target_stride // V * V))[:, None]
+        best = tl.full([R, B], -float("inf"), target.dtype.element_ty)
+        winner = tl.full([R, B], 2147483647, tl.int32)
+        for first in range(0, C, B):
+            c = first + tl.arange(0, B)[None, :]
+            inside = (c < C // V * V) & row_ok[:, None]
+            t = tl.load(target + target_start + c, mask=inside, other=float("nan"))
+            wins = (t > best) | ((t == best) & (c < winner))  # -inf may win; NaN never does
+            best = tl.where(wins, t, best)
+            winner = tl.where(wins, c, winner)
+        winner = tl.where(best == tl.max(best, 1)[:, None], winner, 2147483647)
+        y = tl.min(winner, 1)
+        y = tl.where(y < C, y, 0)[:, None]
+        start = (row * (stride // V * V))[:, None]
+        zy = tl.load(logits + start + y, mask=row_ok[:, None], other=0)
+        beaten = tl.zeros([R, B], tl.int32)
+        for first in range(0, C, B):
+            c = first + tl.arange(0, B)[None, :]
+            x = tl.load(logits + start + c, mask=(c < C // V * V) & row_ok[:, None], other=-float("inf"))
+            x = x.to(tl.float64) if logits.dtype.element_ty == tl.float64 else x.to(tl.float32)
+            z = zy.to(x.dtype)
+            beaten |= ((x > z) | ((c < y) & (x == z))).to(tl.int32)
+        right = (tl.max(beaten, 1) == 0) & row_ok
+        tl.store(correct + row, right.to(tl.int32), mask=row_ok)
+        found += right.to(tl.int32)
+    tl.atomic_add(number, tl.sum(found, 0), sem="relaxed")
+
+
+@triton.jit
 def totals_kernel(
     target,  # (N,) int64, any stride
     target_stride,
@@ -289,6 +341,25 @@ def correct_samples(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor
     args = (logits, logits.stride(0), target, target.stride(0), correct, N, C, steps, ignore_index, V, R, B)
     launch(correct_kernel, (-(-groups // steps), 1, 1), args, (logits, target), 4)
     return correct
+
+
+def soft_correct_samples(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) int32: the largest logit and the largest probability are of one class; (1,) how often."""
+    N, C = logits.shape
+    correct = torch.empty(N, dtype=torch.int32, device=logits.device)
+    number = torch.zeros(1, dtype=torch.int32, device=logits.device)
+    if N == 0:
+        return correct, number
+    V = 16 // logits.element_size()
+    if logits.stride(0) % V or target.stride(0) % V or C % V:
+        V = 1
+    B = min(2048, max(16, triton.next_power_of_2(C)))
+    R = 2048 // B
+    groups = -(-N // R)
+    steps = -(-groups // CORRECT_PROGRAMS)
+    args = (logits, logits.stride(0), target, target.stride(0), correct, number, N, C, steps, V, R, B)
+    launch(soft_correct_kernel, (-(-groups // steps), 1, 1), args, (logits, target), 4)
+    return correct, number
 
 
 def partial_totals(

@@ -71,10 +71,10 @@ def mass_sums(a, x, safe_top, safe_m):
 
 
 @triton.jit
-def normalised(p, top, total, C):
-    """The label from p and its sum; uniform where no class has mass."""
+def normalised(p, top, total, others):
+    """The label over `others` classes from p and its sum; uniform where no class has mass."""
     massless = (top == -float("inf"))[:, None]
-    others = tl.zeros_like(total) + (C - 1)
+    others = tl.zeros_like(total) + others
     factor = (1 / tl.where(top == -float("inf"), others, total))[:, None]
     return tl.where(massless, factor, p * factor)
 
@@ -249,9 +249,9 @@ def loss_fwd_kernel(
             if LABEL == VOTES_LABEL:
                 voted = row_ok[:, None] & (share > 0)
                 zv = tl.load(logits + (row * stride)[:, None] + v, mask=voted, other=0).to(D)
-                zipf_row = zipf_of_votes(m, s, t, finite, zv, share, log_p, log_q, rest, C)
+                zipf_row = zipf_of_votes(m, s, t, finite, zv, share, log_p, log_q, rest, C - 1)
             else:
-                zipf_row = zipf_of_masses(s, t, finite, top, total, entropy, cross, C)
+                zipf_row = zipf_of_masses(s, t, finite, top, total, entropy, cross, C - 1)
             k1 += tl.where(counted, (gz + tl.zeros([R], D)) / s, 0.0)
             zipf_row = tl.where(counted, zipf_row, 0.0)
         ce_row = tl.where(ignored, 0.0, tl.where(bad, float("nan"), ce_row))
@@ -284,9 +284,9 @@ def loss_fwd_kernel(
                 if EDGES:
                     edge_g -= (label_scale * tl.exp(log_q))[:, None]
             if LABEL == DENSE_LABEL:
-                g -= label_scale[:, None] * normalised(p, top, total, C)
+                g -= label_scale[:, None] * normalised(p, top, total, C - 1)
                 if EDGES:
-                    edge_g -= label_scale[:, None] * normalised(edge_p, top, total, C)
+                    edge_g -= label_scale[:, None] * normalised(edge_p, top, total, C - 1)
             if HAS_CE and SMOOTH:
                 g -= smooth_scale * load_weights(weight, column, inside, HAS_WEIGHT)
                 if EDGES:
