@@ -83,7 +83,7 @@ PLANS = {
         {"digits": 10, "fractals": 3},
     ),
     "gpu": Plan(
-        "--depth 20 --amp bf16",
+        "--depth 20 --amp bf16 --device cuda",
         {
             "digits": "--data digits --limit 449 --epochs 60",
             "fractals": "--data fractals:500 --epochs 60 --batch-size 128",

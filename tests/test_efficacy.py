@@ -51,7 +51,8 @@ def write(folder: Path, plan: efficacy.Plan, percent) -> list[dict]:
 
 
 @pytest.mark.parametrize("preset", efficacy.PLANS)
-def test_every_command_is_one_and_all_differ(preset):
+def test_every_command_is_one_and_all_differ(preset, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: preset == "gpu")
     plan = efficacy.PLANS[preset]
     runs = plan.runs()
     assert len({run["command"] for run in runs}) == len(runs) == len(NAMES) * sum(plan.seeds.values())
@@ -59,6 +60,7 @@ def test_every_command_is_one_and_all_differ(preset):
     for run in runs:
         args = efficacy.train.parse_arguments(efficacy.train.make_parser(), shlex.split(run["command"]))
         assert (args.data.partition(":")[0], args.seed) == (run["data"], [run["seed"]])
+        assert args.device == {"cpu": "cpu", "gpu": "cuda"}[preset]
 
 
 def test_methods_train_with_the_loss_they_name():
