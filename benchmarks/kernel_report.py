@@ -50,6 +50,7 @@ from triton.backends.compiler import GPUTarget
 
 from zipfls_cuda import triton_kernels
 from zipfls_cuda.triton_kernels import label as label_file
+from zipfls_cuda.triton_kernels import launching
 from zipfls_cuda.triton_kernels import loss as loss_file
 from zipfls_cuda.triton_kernels import vote as vote_file
 
@@ -127,14 +128,14 @@ def compiled_launches(call: Callable[[], object], arch: int) -> list[tuple[str, 
         launches.append((self.__name__, kernel))
         return kernel
 
-    label_file._compiled.clear()  # what was compiled for another architecture
+    launching.plans.clear()  # what was compiled for another architecture
     triton.JITFunction.run = compile_only
     try:
         with stand_in(arch):
             call()
     finally:
         triton.JITFunction.run = run
-        label_file._compiled.clear()
+        launching.plans.clear()
     return launches
 
 

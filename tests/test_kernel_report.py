@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import kernel_report  # noqa: E402
 import nvcc_report  # noqa: E402
 
-from zipfls_cuda.triton_kernels import loss, soft_loss, vote  # noqa: E402
+from zipfls_cuda.triton_kernels import launching, loss, soft_loss, vote  # noqa: E402
 
 compiles = pytest.mark.skipif(
     nvcc_report.tool("cuobjdump") is None, reason="no cuobjdump to look into the binaries with"
@@ -89,12 +89,18 @@ def test_report_fails_where_a_kernel_does_not_compile(monkeypatch, capsys):
 
 def test_report_reaches_every_configuration(monkeypatch):
     """The calls of the cases lead to each entry of the tuning tables."""
-    products, tiles, soft = set(), set(), set()
+    products, tiles = set(), {loss.loss_fwd_kernel: set(), soft_loss.soft_loss_fwd_kernel: set()}
+    tiles |= {loss.loss_fwd_long_kernel: set(), soft_loss.soft_loss_fwd_long_kernel: set()}
     for module in (loss, vote):
         monkeypatch.setattr(module, "INTERPRET", False)
-    monkeypatch.setattr(soft_loss, "launch", lambda *a: soft.add((a[2][-1], a[2][-2], a[4])))
     monkeypatch.setattr(vote, "_launch", lambda *args: products.add(args[8]))
-    monkeypatch.setattr(loss, "launch", lambda *a: tiles.add((a[2][-1], a[2][-2], a[4])))
+
+    def launch(self, *args):
+        if self.kernel in tiles:
+            tiles[self.kernel].add((args[-1], args[-2], self.warps))
+
+    monkeypatch.setattr(launching.Launch, "__call__", launch)
+    launching.plans.clear()
     for case in kernel_report.cases():
         if {"loss_fwd_kernel", "soft_loss_fwd_kernel"} & {*case.kernels} and "everything" not in case.name:
             case.call()
@@ -105,10 +111,16 @@ def test_report_reaches_every_configuration(monkeypatch):
     assert products >= {config for table in vote.TUNING.values() for _, config in table.values()}
     assert products >= {vote.EXACT, vote.FLOAT64}
     short = {(B, *tile) for B, tile in [*loss.ROW_TILES.items(), *loss.FEW_ROW_TILES.items()]}
-    assert tiles >= short
-    assert soft >= short
-    for V, (elements, warps) in ((8, soft_loss.LONG_TILE), (2, soft_loss.LONG_TILE_64)):
-        assert (elements // V, True, warps) in soft or (elements // V, False, warps) in soft
+    assert tiles[loss.loss_fwd_kernel] >= short
+    assert tiles[soft_loss.soft_loss_fwd_kernel] >= short
+    for kernel, V, (elements, warps) in (
+        (loss.loss_fwd_long_kernel, 8, loss.LONG_TILES[0][1]),
+        (loss.loss_fwd_long_kernel, 8, loss.LONG_TILES[1][1]),
+        (soft_loss.soft_loss_fwd_long_kernel, 8, soft_loss.LONG_TILE),
+        (soft_loss.soft_loss_fwd_long_kernel, 2, soft_loss.LONG_TILE_64),
+    ):
+        assert (elements // V, warps) in {(L, warps) for L, _, warps in tiles[kernel]}
+    launching.plans.clear()
 
 
 def test_model_knows_waves_and_tails():

@@ -8,7 +8,7 @@ interpreted.
 from __future__ import annotations
 
 from functools import partial
-from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ pytest.importorskip("triton")
 
 from zipfls_cuda import reference, triton_kernels
 from zipfls_cuda.triton_kernels import label as label_file
+from zipfls_cuda.triton_kernels import launching, loss_mean
 from zipfls_cuda.triton_kernels import loss as loss_file
-from zipfls_cuda.triton_kernels import loss_mean
 from zipfls_cuda.triton_kernels import soft_loss as soft_file
 from zipfls_cuda.triton_kernels import vote as vote_file
 
@@ -90,6 +90,14 @@ def assert_same(args, tolerance=None):
             msg=lambda m, n=name: f"{n}: {m}",
         )
     return ours
+
+
+@pytest.fixture(autouse=True)
+def _forgotten_plans():
+    """Tests change the tables that plans are made from."""
+    launching.plans.clear()
+    yield
+    launching.plans.clear()
 
 
 SHORT = {
@@ -399,6 +407,60 @@ def test_soft_vote_out_of_range_poisons_its_row_alone(soft_kernel):
             torch.testing.assert_close(x[::2].cpu(), y[::2])
 
 
+# In place ------------------------------------------------------------------------------------------------
+
+
+def assert_in_place_is_the_same(args, soft=False):
+    """loss_grad_ writes over the logits, bit for bit, what loss_fwd writes beside them."""
+    forward = triton_kernels.soft_loss_fwd if soft else triton_kernels.loss_fwd
+    in_place = triton_kernels.soft_loss_grad_ if soft else triton_kernels.loss_grad_
+    grad, grad_scale = forward(*args)[3:]
+    logits = args[0].clone(memory_format=torch.preserve_format)
+    scale = in_place(logits, *args[1:-1])
+    assert not torch.equal(logits, args[0])
+    torch.testing.assert_close(logits, grad, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(scale, grad_scale)
+
+
+IN_PLACE = [
+    {},
+    {"P": 300, "reduction": "sum"},
+    {"P": None, "only_correct": True},
+    {"dense": True, "weight": True, "smoothing": 0.1, "reduction": "none"},
+    {"only_correct": True, "weight": True, "smoothing": 0.2},
+    {"ce": 0.0, "only_correct": True, "reduction": "none"},
+    {"zipf": 0.0},
+]
+
+
+@pytest.mark.parametrize("options", IN_PLACE, ids=str)
+@pytest.mark.parametrize("C", [64, 77])
+def test_loss_in_place(row_kernel, C, options):
+    for dtype in (torch.float64, torch.float16) if not options else (torch.bfloat16,):
+        assert_in_place_is_the_same(loss_args(3, C, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("options", IN_PLACE, ids=str)
+@pytest.mark.parametrize("C", [64, 77])
+def test_soft_loss_in_place(soft_kernel, C, options):
+    for dtype in (torch.float64, torch.float16) if not options else (torch.bfloat16,):
+        assert_in_place_is_the_same(soft_args(3, C, dtype=dtype, **options), soft=True)
+
+
+def test_in_place_of_several_rows_per_program_and_of_views(monkeypatch):
+    """Groups of rows walked through; logits not aligned, not contiguous, and none at all."""
+    monkeypatch.setattr(loss_file, "INTERPRET", False)
+    monkeypatch.setattr(loss_file, "FEW_ROWS", 0)
+    monkeypatch.setattr(loss_file, "PROGRAMS", 2)
+    for soft, make in ((False, loss_args), (True, soft_args)):
+        assert_in_place_is_the_same(make(13, 10), soft)
+        logits = torch.randn(10 * 41 + 1)[1:].view(10, 41)
+        assert_in_place_is_the_same(make(10, 41, logits=logits), soft)
+        assert_in_place_is_the_same(make(10, 30, logits=torch.randn(30, 10).t()), soft)
+        empty = make(0, 9, logits=torch.randn(0, 9), reduction="none")
+        (triton_kernels.soft_loss_grad_ if soft else triton_kernels.loss_grad_)(*empty[:-1])
+
+
 @pytest.fixture
 def poisoned_memory():
     """torch.empty gives NaN and the largest integers."""
@@ -436,7 +498,7 @@ def test_loss_is_repeatable_and_leaves_its_counter_at_zero(monkeypatch):
     args = loss_args(9, 50, 300)
     first, second = triton_kernels.loss_fwd(*args), triton_kernels.loss_fwd(*args)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
-    assert all(c.item() == 0 for c in loss_mean._counters.values())
+    assert all(counter.item() == 0 for _, counter in loss_mean._workspaces.values())
 
 
 # Backward --------------------------------------------------------------------------------------------
@@ -637,9 +699,9 @@ class NoWaiting(TorchDispatchMode):
 
 def test_launchers_never_wait_for_the_device(monkeypatch):
     launched = []
-    for name in ("label", "loss", "loss_bwd", "loss_mean", "soft_loss", "vote"):
-        module = import_module(f"zipfls_cuda.triton_kernels.{name}")
-        monkeypatch.setattr(module, "launch", lambda kernel, *args: launched.append(kernel.__name__))
+    monkeypatch.setattr(
+        launching.Launch, "__call__", lambda self, *args: launched.append(self.kernel.__name__)
+    )
     grad, votes = torch.empty(3, 40), torch.zeros(3, 300, dtype=torch.int32)
     features, weight = torch.empty(3, 16, 4, 4), torch.empty(40, 16)
     with NoWaiting():
@@ -669,15 +731,86 @@ class OnGrid:
         return partial(self.call, grid)
 
 
-def test_launch_remembers_binaries_by_all_that_decides():
+class Binary(OnGrid):
+    """A compiled kernel: launched by its run, or by [grid] where a profiler looks on."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, launched):
+        super().__init__(lambda grid, *args: launched.append(("watched", grid, args)))
+        self.run = lambda x, y, z, *rest: launched.append((rest[:3], (x, y, z), rest[6:]))
+
+
+@pytest.fixture
+def no_driver(monkeypatch):
+    class Driver:
+        active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda d: f"stream of {d}")
+
+    monkeypatch.setattr(launching, "driver", Driver)
+
+
+def test_launch_remembers_binaries_by_all_that_decides(no_driver):
     """A binary serves again for the same integers, types and alignment, whatever the floats, and not else."""
-    compiled, run = [], []
-    binary = OnGrid(lambda grid, *args: run.append((grid, args)))
-    kernel = OnGrid(lambda grid, *args, **options: compiled.append(args) or binary)
+    compiled, launched = [], []
+    kernel = OnGrid(lambda grid, *args, **options: compiled.append(args) or Binary(launched))
     x = torch.empty(32)
     calls = [(x, 7, 0.5, True), (x[4:], 7, 0.25, True)]
     calls += [(x[1:], 7, 0.5, True), (x.half(), 7, 0.5, True), (x, 8, 0.5, True), (x, 7, 0.5, False)]
     for args in calls:
-        label_file.launch(kernel, (2, 1, 1), args, args[:1], 4)
+        launching.launch(kernel, (2, 1, 1), args, args[:1], 4)
     assert [args[1:] for args in compiled] == [args[1:] for args in calls[:1] + calls[2:]]
-    assert [(grid, args[2]) for grid, args in run] == [((2, 1, 1), 0.25)]
+    assert [(how, grid, args[2]) for how, grid, args in launched] == [
+        (("stream of 3", "function", "metadata"), (2, 1, 1), 0.25)
+    ]
+
+
+def test_launch_under_a_profiler_takes_tritons_own_path(no_driver):
+    launched = []
+    launch = launching.Launch(OnGrid(lambda grid, *args, **options: Binary(launched)), (2, 1, 1), 4)
+    launch(1)
+
+    def hook(metadata):
+        pass
+
+    for chain in (launching.knobs.runtime.launch_enter_hook, launching.knobs.runtime.launch_exit_hook):
+        chain.add(hook)
+        try:
+            launch(2)
+        finally:
+            chain.remove(hook)
+    launch(3)
+    assert [how for how, _, _ in launched] == ["watched"] * 2 + [("stream of 3", "function", "metadata")]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_plans_are_kept_apart_by_all_that_decides(soft):
+    """A call like one before, but for one thing, is the same call to a reference, and must be to us."""
+    make, check = (soft_args, assert_same_soft) if soft else (loss_args, assert_same)
+    z = torch.randn(6, 96, dtype=torch.float64)
+    base = {"logits": z[:4, :40], "P": 7, "dtype": torch.float64}
+    other = [
+        {"logits": z[:4, 1:41]},
+        {"logits": z[:4, :41]},
+        {"logits": z[:3, :40]},
+        {"logits": z[:, :80].reshape(-1, 40)[:4]},
+        {"logits": z[:4, :40].float(), "dtype": torch.float32},
+        {"P": 8},
+        {"P": None},
+        {"weight": True},
+        {"dense": True},
+        {"ce": 0.0},
+        {"zipf": 0.0},
+        {"smoothing": 0.1},
+        {"only_correct": True},
+        {"reduction": "none"},
+        {"reduction": "sum"},
+        {"with_grad": False},
+    ]
+    for options in (change for pair in zip(other, [{}] * len(other), strict=True) for change in pair):
+        args = make(*(base | options)["logits"].shape, **(base | options))
+        check(args)
+        if not soft and options == {}:
+            args[1][1] = 3
+            check(args)
+            check((*args[:9], 3, *args[10:]))  # another ignore_index
+    assert len(launching.plans) > len(other)

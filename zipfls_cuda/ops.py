@@ -142,8 +142,6 @@ UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...] | None] = {
     ("cuda", "vote_fwd"): (torch.float64,),
     ("cuda", "soft_loss_fwd"): None,
     ("cuda", "soft_loss_grad_"): None,
-    ("triton", "loss_grad_"): None,
-    ("triton", "soft_loss_grad_"): None,
 }
 
 

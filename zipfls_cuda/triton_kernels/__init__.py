@@ -5,8 +5,18 @@ all of them ahead of time. No kernel here has run on a GPU yet.
 """
 
 from .label import label_fwd, rank_fwd
-from .loss import loss_bwd, loss_bwd_, loss_fwd
-from .soft_loss import soft_loss_fwd
+from .loss import loss_bwd, loss_bwd_, loss_fwd, loss_grad_
+from .soft_loss import soft_loss_fwd, soft_loss_grad_
 from .vote import vote_fwd
 
-__all__ = ["label_fwd", "loss_bwd", "loss_bwd_", "loss_fwd", "rank_fwd", "soft_loss_fwd", "vote_fwd"]
+__all__ = [
+    "label_fwd",
+    "loss_bwd",
+    "loss_bwd_",
+    "loss_fwd",
+    "loss_grad_",
+    "rank_fwd",
+    "soft_loss_fwd",
+    "soft_loss_grad_",
+    "vote_fwd",
+]

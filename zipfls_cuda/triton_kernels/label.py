@@ -24,12 +24,12 @@ interpreter.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launching import device_of, launch
 
 INTERPRET: bool = triton.knobs.runtime.interpret  # whether kernels run in Triton's interpreter
 
@@ -384,9 +384,9 @@ def vote_tile(P: int) -> tuple[int, bool]:
     return max(16, triton.next_power_of_2(P)), P <= PAIRWISE_VOTES
 
 
-def vote_scratch(programs: int, P2: int, pairwise: bool, unused: Tensor) -> Tensor:
-    """What count_hashed needs, (programs, 5 P2) int32; ``unused`` where nothing is hashed."""
-    return unused if pairwise else torch.empty((programs, 5 * P2), dtype=torch.int32, device=unused.device)
+def vote_scratch(programs: int, P2: int, x: Tensor) -> Tensor:
+    """What count_hashed needs, (programs, 5 P2) int32, on the device of ``x``."""
+    return torch.empty((programs, 5 * P2), dtype=torch.int32, device=x.device)
 
 
 def _warps(P2: int, BLOCK: int) -> int:
@@ -403,8 +403,9 @@ def rank_fwd(votes: Tensor, num_classes: int) -> Tensor:
     BLOCK = min(2048, triton.next_power_of_2(num_classes))
     with device_of(votes):
         programs = N if pairwise else min(N, HASHING_PROGRAMS)
+        scratch = ranks if pairwise else vote_scratch(programs, P2, votes)
         args = (
-            votes, votes.stride(0), votes.stride(1), ranks, vote_scratch(programs, P2, pairwise, votes),
+            votes, votes.stride(0), votes.stride(1), ranks, scratch,
             N, num_classes, P, P2, pairwise, PAIRWISE_BLOCK, BLOCK,
         )  # fmt: skip
         launch(rank_fwd_kernel, (programs, 1, 1), args, (votes,), _warps(P2, BLOCK))
@@ -422,7 +423,7 @@ def label_fwd(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int,
     BLOCK = min(2048, triton.next_power_of_2(num_classes))
     with device_of(label):
         programs = N if pairwise or dense else min(N, HASHING_PROGRAMS)
-        scratch = vote_scratch(programs, P2, pairwise or dense, votes)
+        scratch = votes if pairwise or dense else vote_scratch(programs, P2, votes)
         args = (
             target, target.stride(0), votes, votes.stride(0), votes.stride(1),
             log_mass, log_mass.shape[0], log_mass.stride(0), log_mass.stride(-1), label,
@@ -454,51 +455,3 @@ def logits_mass(logits: Tensor, log_mass: Tensor) -> Tensor:
             grid = (triton.cdiv(C, BLOCK), z.shape[0], 1)
             launch(logits_mass_kernel, grid, args, (z, sorted_z, log_mass, out), 4)
     return dense
-
-
-_PLAIN = (int, bool, str)
-_compiled: dict[tuple, object] = {}
-
-
-def launch(
-    kernel: triton.JITFunction,
-    grid: tuple[int, int, int],
-    args: tuple,
-    inputs: tuple[Tensor, ...],
-    warps: int,
-    stages: int = 3,
-) -> None:
-    """kernel[grid](*args), remembering what was compiled.
-
-    Triton examines some fifty arguments at every launch to find the binary they need. Here one look-up finds
-    it, by all that decides: integers and constants, types and 16-byte alignment of the ``inputs``. Results
-    and scratch come from torch.empty, always aligned, their types decided by those of the inputs.
-    """
-    key = (
-        kernel,
-        inputs[0].device,
-        warps,
-        stages,
-        *[(x.dtype, x.data_ptr() & 15 == 0) for x in inputs],
-        *[x for x in args if x.__class__ in _PLAIN],
-    )
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[grid](*args)
-        return
-    # Multiply-adds said aloud: Triton 3.10 would leave them out.
-    compiled = kernel[grid](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
-    if compiled is not None:  # None: interpreted
-        if len(_compiled) > 4096:  # shapes that never return
-            _compiled.clear()
-        _compiled[key] = compiled
-
-
-_NOTHING = contextlib.nullcontext()
-
-
-def device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Context in which Triton launches on the device of ``x``; nothing to do where that is current."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return _NOTHING
-    return torch.cuda.device(x.device)

@@ -23,6 +23,9 @@ interpreter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -33,17 +36,16 @@ from .label import (
     INTERPRET,
     PAIRWISE_BLOCK,
     PAIRWISE_VOTES,
-    device_of,
-    launch,
     logits_mass,
     vote_scratch,
     vote_tile,
 )
+from .launching import Launch, described, device_of, plans, remembered
 from .loss_bwd import loss_bwd, loss_bwd_
 from .loss_long import loss_fwd_long_kernel
 from .loss_rows import loss_fwd_kernel
 
-__all__ = ["loss_bwd", "loss_bwd_", "loss_fwd"]
+__all__ = ["loss_bwd", "loss_bwd_", "loss_fwd", "loss_grad_"]
 
 # Tuning ----------------------------------------------------------------------------------------------
 #
@@ -51,7 +53,7 @@ __all__ = ["loss_bwd", "loss_bwd_", "loss_fwd"]
 # it; no entry was measured on a GPU.
 
 LONGEST_ROW = 4096  # classes a program keeps in registers (float64: half): 16 float32 a thread at 8 warps
-PROGRAMS = 8192  # of loss_fwd: more rows than that are walked through, so that folding stays at 64 KB
+PROGRAMS = loss_mean.MOST_PROGRAMS  # more rows than that are walked through
 # Up to so many classes -> (elements a step, warps) of a long row. A multiprocessor holds seven programs or
 # more of 4 warps, and its L1 most of their rows up to 30 KB; longer rows come again from L2, two at a time.
 LONG_TILES = ((32768, (2048, 4)), (float("inf"), (4096, 8)))
@@ -96,21 +98,200 @@ def row_tile(N: int, C: int, P2: int) -> tuple[int, int, int]:
     return B, R, warps
 
 
-def vectors(logits: Tensor) -> tuple[int, bool, int]:
-    """(V, EDGES, stride): elements a vector, whether rows have elements outside vectors, distance of rows."""
+class Rows(NamedTuple):
+    """How rows are cut up over programs, and read."""
+
+    long: bool  # read twice
+    B: int  # elements in registers
+    R: int  # rows in registers
+    warps: int
+    P2: int
+    pairwise: bool
+    hashed: bool
+    steps: int  # groups of R rows a program
+    programs: int
+    V: int  # elements a vector
+    edges: bool  # whether rows have elements outside vectors
+    stride: int  # distance of rows
+
+
+def cut_rows(logits: Tensor, P: int, label: int, tile_of_long: Callable[[int, int], tuple[int, int]]) -> Rows:
+    """For logits with P votes a row; ``label``: 1 if votes rank."""
     N, C = logits.shape
-    V, stride = 16 // logits.element_size(), logits.stride(0)
+    itemsize = logits.element_size()
+    P2, pairwise = vote_tile(P)
+    hashed = label == 1 and not pairwise
+    long = is_long(C, itemsize)
+    if long:
+        (B, warps), R = tile_of_long(C, itemsize), 1
+    else:
+        B, R, warps = row_tile(N, C, P2)
+    groups = -(-N // R)
+    steps = max(1, -(-groups // (HASHING_PROGRAMS if hashed else PROGRAMS)))
+    V, stride = 16 // itemsize, logits.stride(0)
     # Rows of logits and of the gradient are not aligned alike, or hardly longer than their edges.
     if ((stride - C) % V and N > 1) or (C < 4 * V and C % V):
         V = 1
     edges = C % V != 0 or (stride % V != 0 and N > 1)
-    # Without edges the stride is a multiple of V; of a single row it may be anything.
-    return V, edges, stride if edges else stride // V * V
+    if not edges:
+        stride = stride // V * V  # of a single row it may be anything
+    return Rows(
+        long, B, R, warps, P2, pairwise, hashed, steps, max(1, -(-groups // steps)), V, edges, stride
+    )  # fmt: skip
 
 
-# Launcher ------------------------------------------------------------------------------------------
+# Launchers -----------------------------------------------------------------------------------------
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+NO_GRADIENT, GRADIENT, IN_PLACE = 0, 1, 2
+
+
+class Plan(NamedTuple):
+    """What all calls with the same shapes, strides, types, alignment and options have in common."""
+
+    launch: Launch
+    rows: Rows
+    constants: tuple  # the last arguments of the kernel
+    losses: Tensor  # like loss, ce and zipf
+    grad: Tensor
+    grad_scale: Tensor
+    reduction: str
+    nothing: bool  # to do
+
+    def results(self, logits: Tensor, gradient: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """loss, ce, zipf, grad and grad_scale, not yet written. empty_like is twice as fast as empty."""
+        losses = self.losses
+        grad = logits
+        if gradient != IN_PLACE:
+            grad = torch.empty_like(self.grad, memory_format=torch.contiguous_format)
+        return (
+            torch.empty_like(losses, memory_format=torch.contiguous_format),
+            torch.empty_like(losses, memory_format=torch.contiguous_format),
+            torch.empty_like(losses, memory_format=torch.contiguous_format),
+            grad,
+            torch.empty_like(self.grad_scale),
+        )
+
+
+def plan_of(
+    launch: Launch,
+    rows: Rows,
+    constants: tuple,
+    logits: Tensor,
+    dtype: torch.dtype,
+    reduction: str,
+    gradient: int,
+) -> Plan:
+    """With templates of the results, which hold no memory."""
+    N, C = logits.shape
+    device = logits.device
+    scaled = reduction == "mean" and gradient != NO_GRADIENT and logits.dtype == torch.float16
+    one = torch.empty((), dtype=dtype, device=device)
+    return Plan(
+        launch,
+        rows,
+        constants,
+        one.expand(N) if reduction == "none" else one,
+        logits.new_empty(()).expand(N, C) if gradient == GRADIENT else logits.new_empty(0),
+        one if scaled else one.new_empty(0),
+        reduction,
+        N == 0 and reduction == "none",
+    )
+
+
+def _plan(
+    logits: Tensor,
+    votes: Tensor | None,
+    log_mass: Tensor,
+    weighted: bool,
+    ce_weight: float,
+    zipf_weight: float,
+    label_smoothing: float,
+    only_correct: bool,
+    reduction: str,
+    gradient: int,
+) -> Plan:
+    N = logits.shape[0]
+    label = log_mass.dim() if zipf_weight != 0 else 0
+    rows = cut_rows(logits, 0 if votes is None else votes.shape[1], label, long_tile)
+    scaled = reduction == "mean" and gradient != NO_GRADIENT and logits.dtype == torch.float16
+    totals = 0 if reduction != "mean" else 1 if N <= loss_mean.SCAN_ROWS else 2
+    constants = (
+        ce_weight != 0, label, votes is not None, weighted, label_smoothing > 0,
+        only_correct, REDUCTIONS[reduction], totals, scaled, gradient != NO_GRADIENT,
+        rows.P2, rows.pairwise, PAIRWISE_BLOCK, rows.V, rows.edges,
+        *((rows.B // rows.V,) if rows.long else (rows.R, rows.B)),
+    )  # fmt: skip
+    kernel = loss_fwd_long_kernel if rows.long else loss_fwd_kernel
+    launch = Launch(kernel, (rows.programs, 1, 1), rows.warps)
+    return plan_of(launch, rows, constants, logits, log_mass.dtype, reduction, gradient)
+
+
+def _loss(
+    gradient: int,
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None,
+    log_mass: Tensor,
+    weight: Tensor | None,
+    ce_weight: float,
+    zipf_weight: float,
+    label_smoothing: float,
+    only_correct: bool,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    if votes is None:
+        votes_or_target, P, votes_stride_n, votes_stride_p = target, 0, 0, 0
+        if zipf_weight != 0 and log_mass.dim() == 1:
+            log_mass = logits_mass(logits, log_mass)
+    else:
+        votes_or_target, P = votes, votes.shape[1]
+        votes_stride_n, votes_stride_p = votes.stride()
+    weight_or_mass = log_mass if weight is None else weight
+    key = (
+        "loss", gradient, ce_weight != 0, zipf_weight != 0, label_smoothing > 0, only_correct, ignore_index,
+        reduction, votes is None, weight is None, logits.device, described(logits), described(target),
+        described(votes_or_target), described(log_mass), described(weight_or_mass),
+    )  # fmt: skip
+    plan = plans.get(key) or remembered(
+        key,
+        _plan(
+            logits, votes, log_mass, weight is not None,
+            ce_weight, zipf_weight, label_smoothing, only_correct, reduction, gradient,
+        ),
+    )  # fmt: skip
+    loss, ce, zipf, grad, grad_scale = results = plan.results(logits, gradient)
+    if plan.nothing:
+        return results
+    N, C = logits.shape
+    rows = plan.rows
+    correct = totals = log_mass  # never read unless set below
+    partials = 0
+    with device_of(logits):
+        sums = counter = scratch = loss
+        if reduction == "mean":
+            if only_correct:
+                correct = loss_mean.correct_samples(logits, target, ignore_index)
+            if N > loss_mean.SCAN_ROWS:
+                totals = loss_mean.partial_totals(
+                    target, correct, weight, C, ignore_index, only_correct, log_mass.dtype
+                )
+                partials = totals.shape[1]
+        if reduction != "none":
+            sums, counter = loss_mean.workspace(logits, log_mass.dtype)
+        if rows.hashed:
+            scratch = vote_scratch(rows.programs, rows.P2, logits)
+        plan.launch(
+            logits, rows.stride, target, target.stride(0), votes_or_target, votes_stride_n, votes_stride_p,
+            log_mass, log_mass.shape[0], log_mass.stride(0), log_mass.stride(-1),
+            weight_or_mass, correct, totals, partials,
+            loss, ce, zipf, grad, grad_scale, sums, counter, scratch,
+            N, C, P, rows.steps, ignore_index, ce_weight, zipf_weight, label_smoothing, *plan.constants,
+        )  # fmt: skip
+    return results
 
 
 def loss_fwd(
@@ -128,72 +309,16 @@ def loss_fwd(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See reference.loss_fwd; a row with a target or vote out of range becomes NaN."""
-    N, C = logits.shape
-    device, dtype = logits.device, log_mass.dtype
-    mean, none = reduction == "mean", reduction == "none"
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    shape = (N,) if none else ()
-    loss = torch.empty(shape, dtype=dtype, device=device)
-    ce = torch.empty(shape, dtype=dtype, device=device)
-    zipf = torch.empty(shape, dtype=dtype, device=device)
-    grad = torch.empty((N, C) if with_grad else (0,), dtype=logits.dtype, device=device)
-    scaled = mean and with_grad and logits.dtype == torch.float16
-    grad_scale = torch.empty(() if scaled else (0,), dtype=dtype, device=device)
-    if N == 0 and none:
-        return loss, ce, zipf, grad, grad_scale
+    return _loss(
+        GRADIENT if with_grad else NO_GRADIENT, logits, target, votes, log_mass, weight,
+        ce_weight, zipf_weight, label_smoothing, only_correct, ignore_index, reduction,
+    )  # fmt: skip
 
-    has_zipf, has_votes = zipf_weight != 0, votes is not None
-    if has_zipf and log_mass.dim() == 1 and not has_votes:
-        log_mass = logits_mass(logits, log_mass)
-    label = 0 if not has_zipf else log_mass.dim()
-    P = votes.shape[1] if has_votes else 0
-    P2, pairwise = vote_tile(P)
-    long = is_long(C, logits.element_size())
-    R = 1
-    if long:
-        B, warps = long_tile(C, logits.element_size())
-    else:
-        B, R, warps = row_tile(N, C, P2)
-    groups = -(-N // R)
-    hashed = label == 1 and not pairwise
-    steps = max(1, -(-groups // (HASHING_PROGRAMS if hashed else PROGRAMS)))
-    programs = max(1, -(-groups // steps))
 
-    correct = totals = log_mass  # never read unless set below
-    partials, totals_kind = 0, 0
-    with device_of(logits):
-        if mean:
-            totals_kind = 1
-            if only_correct:
-                correct = loss_mean.correct_samples(logits, target, ignore_index)
-            if N > loss_mean.SCAN_ROWS:
-                totals_kind = 2
-                totals = loss_mean.partial_totals(
-                    target, correct, weight, C, ignore_index, only_correct, dtype
-                )
-                partials = totals.shape[1]
-        sums = counter = loss
-        if not none:
-            sums = torch.empty((2, programs), dtype=dtype, device=device)
-            counter = loss_mean.counter_of(logits)
-        scratch = vote_scratch(programs, P2, not hashed, votes if has_votes else target)
-        V, edges, stride = vectors(logits)
-        votes_or_target = votes if has_votes else target
-        args = (
-            logits, stride, target, target.stride(0),
-            votes_or_target, votes.stride(0) if has_votes else 0, votes.stride(1) if has_votes else 0,
-            log_mass, log_mass.shape[0], log_mass.stride(0), log_mass.stride(-1),
-            log_mass if weight is None else weight, correct, totals, partials,
-            loss, ce, zipf, grad, grad_scale, sums, counter, scratch,
-            N, C, P, steps, ignore_index, ce_weight, zipf_weight, label_smoothing,
-            ce_weight != 0, label, has_votes, weight is not None, label_smoothing > 0,
-            only_correct, REDUCTIONS[reduction], totals_kind, scaled, with_grad,
-            P2, pairwise, PAIRWISE_BLOCK, V, edges,
-        )  # fmt: skip
-        inputs = (logits, target, votes_or_target, log_mass, log_mass if weight is None else weight)
-        if long:
-            launch(loss_fwd_long_kernel, (programs, 1, 1), (*args, B // V), inputs, warps)
-        else:
-            launch(loss_fwd_kernel, (programs, 1, 1), (*args, R, B), inputs, warps)
-    return loss, ce, zipf, grad, grad_scale
+def loss_grad_(logits: Tensor, *args) -> Tensor:
+    """See reference.loss_grad_."""
+    if logits.is_contiguous():
+        return _loss(IN_PLACE, logits, *args)[4]
+    grad, grad_scale = _loss(GRADIENT, logits, *args)[3:]
+    logits.copy_(grad)
+    return grad_scale

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .label import device_of, launch
+from .launching import Launch, described, device_of, plans, remembered
 from .loss_math import narrow
 
 BWD_BLOCK, BWD_PROGRAMS = 4096, 1056  # eight programs per multiprocessor walk through all elements
@@ -87,26 +87,33 @@ def loss_bwd_rows_kernel(
             tl.store(out + start + c, narrow(g * scale[:, None], out.dtype.element_ty), mask=inside)
 
 
+def _plan(grad: Tensor, grad_loss: Tensor, inplace: bool, scaled: bool) -> tuple[Launch, tuple]:
+    """The launch, and what follows the tensors in its arguments."""
+    V = 16 // grad.element_size()
+    if grad_loss.dim() == 0:
+        numel = grad.numel()
+        programs = min(BWD_PROGRAMS, -(-numel // BWD_BLOCK))
+        return Launch(loss_bwd_kernel, (programs, 1, 1), 8), (numel, V, scaled, inplace, BWD_BLOCK)
+    N, C = grad.shape
+    V = V if C % V == 0 else 1
+    B = min(4096, max(16, triton.next_power_of_2(C)))
+    R = max(1, 2048 // B)
+    return Launch(loss_bwd_rows_kernel, (-(-N // R), 1, 1), 4), (N, C, V, scaled, inplace, R, B)
+
+
 def _scale(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor, out: Tensor) -> None:
     """out = grad * grad_loss * grad_scale; both (N, C) and contiguous, or the same tensor."""
-    numel = grad.numel()
-    if numel == 0:
+    inplace, scaled = out is grad, grad_scale.numel() > 0
+    key = (inplace, scaled, grad.device, described(grad), described(grad_loss), described(grad_scale))
+    plan = plans.get(key) or remembered(key, _plan(grad, grad_loss, inplace, scaled))
+    launch, constants = plan
+    if launch.grid[0] == 0:
         return
-    scaled, inplace = grad_scale.numel() > 0, out is grad
-    V = 16 // grad.element_size()
-    inputs = (grad, grad_loss, grad_scale)
     with device_of(grad):
         if grad_loss.dim() == 0:
-            programs = min(BWD_PROGRAMS, -(-numel // BWD_BLOCK))
-            args = (grad, grad_loss, grad_scale, out, numel, V, scaled, inplace, BWD_BLOCK)
-            launch(loss_bwd_kernel, (programs, 1, 1), args, inputs, 8)
+            launch(grad, grad_loss, grad_scale, out, *constants)
         else:
-            N, C = grad.shape
-            V = V if C % V == 0 else 1
-            B = min(4096, max(16, triton.next_power_of_2(C)))
-            R = max(1, 2048 // B)
-            args = (grad, grad_loss, grad_loss.stride(0), grad_scale, out, N, C, V, scaled, inplace, R, B)
-            launch(loss_bwd_rows_kernel, (-(-N // R), 1, 1), args, inputs, 4)
+            launch(grad, grad_loss, grad_loss.stride(0), grad_scale, out, *constants)
 
 
 def loss_bwd(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:

@@ -371,8 +371,10 @@ def loss_fwd_long_kernel(
             ce_sum += ce_row
             zipf_sum += zipf_row
 
-        # Second read, backwards: the gradient.
+        # Second read, backwards: the gradient. It may lie over the logits: a barrier ends the first read and
+        # those of single logits, by all threads; from here each logit is read only to be written itself.
         if WITH_GRAD:
+            tl.debug_barrier()
             silent = ignored
             if not HAS_CE:
                 silent |= ~counted_row if HAS_ZIPF else row_ok

@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .label import launch
+from .launching import launch
 from .loss_math import MEAN
 
 SCAN_ROWS = 1024  # rows whose targets every program adds up itself: 8 KB from L2 each
 TOTALS_PROGRAMS = 64  # partial sums of the denominators: 64 * 3 numbers, read by every program of the loss
+MOST_PROGRAMS = 8192  # of a loss, whose partial sums fold_losses adds up: 64 KB
 CORRECT_PROGRAMS = 528  # of correct_kernel: four per multiprocessor
 
 SCAN_TOTALS, PARTIAL_TOTALS = tl.constexpr(1), tl.constexpr(2)  # where the denominators come from; 0: no mean
@@ -305,24 +306,29 @@ def totals_kernel(
 
 # Launchers -----------------------------------------------------------------------------------------
 
-_counters: dict[tuple, Tensor] = {}
+_workspaces: dict[tuple, tuple[Tensor, Tensor]] = {}
 
 
-def counter_of(x: Tensor) -> Tensor:
-    """(1,) int32 zero that the launches of one stream share: each leaves it as it found it.
+def workspace(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """sums (2 MOST_PROGRAMS,) and counter (1,) int32 of fold_losses, which the launches of one stream share.
 
     Streams have one each, and a captured graph its own, zeroed in the graph: it may replay beside any stream.
     """
-    if x.device.type != "cuda":
-        key = (x.device,)
+    if not x.is_cuda:
+        key = (dtype, x.device)
     elif torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=x.device)
+        return _new_workspace(x, dtype)
     else:
-        key = (x.device, torch._C._cuda_getCurrentRawStream(x.device.index))
-    counter = _counters.get(key)
-    if counter is None:
-        counter = _counters[key] = torch.zeros(1, dtype=torch.int32, device=x.device)
-    return counter
+        key = (dtype, x.device, torch._C._cuda_getCurrentRawStream(x.get_device()))
+    found = _workspaces.get(key)
+    if found is None:
+        found = _workspaces[key] = _new_workspace(x, dtype)
+    return found
+
+
+def _new_workspace(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    sums = torch.empty(2 * MOST_PROGRAMS, dtype=dtype, device=x.device)
+    return sums, torch.zeros(1, dtype=torch.int32, device=x.device)
 
 
 def correct_samples(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -137,7 +137,9 @@ def loss_fwd_kernel(
     (float64 for float64). Elements outside whole 16-byte vectors, at most 2V a row, are a second, small tile.
 
     Hazard: the gradient at voted classes is stored over the constant-label value, by other threads; a barrier
-    stands between. Equal votes store equal values. The next group of rows touches other addresses.
+    stands between. Equal votes store equal values. The gradient may lie over the logits (loss_grad_): no row
+    is shared by programs, and a barrier stands between the reads of a group of rows, some of them repeated by
+    several threads, and its first store. The next group touches other addresses.
     Never run on a GPU so far: compiled ahead of time and interpreted.
     """
     D: tl.constexpr = log_mass.dtype.element_ty
@@ -264,8 +266,9 @@ def loss_fwd_kernel(
             ce_sum += ce_row
             zipf_sum += zipf_row
 
-        # The gradient.
+        # The gradient. It may lie over the logits: a barrier ends all reads of them, by all threads.
         if WITH_GRAD:
+            tl.debug_barrier()
             silent = ignored
             if not HAS_CE:
                 silent |= ~counted if HAS_ZIPF else row_ok

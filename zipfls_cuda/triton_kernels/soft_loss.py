@@ -13,14 +13,109 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import loss, loss_mean
-from .label import HASHING_PROGRAMS, PAIRWISE_BLOCK, device_of, launch, logits_mass, vote_scratch, vote_tile
+from . import loss_mean
+from .label import PAIRWISE_BLOCK, logits_mass, vote_scratch
+from .launching import Launch, described, device_of, plans, remembered
+from .loss import GRADIENT, IN_PLACE, NO_GRADIENT, REDUCTIONS, Plan, cut_rows, plan_of
 from .soft_loss_long import soft_loss_fwd_long_kernel
 from .soft_loss_rows import soft_loss_fwd_kernel
 
 # (elements a step, warps) of a long row, float64 the second: with more elements a thread, masks or statistics
 # are spilled (make kernel-report). Rows in registers are cut as in loss.py. No entry was measured on a GPU.
 LONG_TILE, LONG_TILE_64 = (2048, 4), (2048, 8)
+
+
+def _long_tile(C: int, itemsize: int) -> tuple[int, int]:
+    return LONG_TILE_64 if itemsize == 8 else LONG_TILE
+
+
+def _plan(
+    logits: Tensor,
+    votes: Tensor | None,
+    log_mass: Tensor,
+    weighted: bool,
+    ce_weight: float,
+    zipf_weight: float,
+    label_smoothing: float,
+    only_correct: bool,
+    reduction: str,
+    gradient: int,
+) -> Plan:
+    label = log_mass.dim() if zipf_weight != 0 else 0
+    rows = cut_rows(logits, 0 if votes is None else votes.shape[1], label, _long_tile)
+    scaled = reduction == "mean" and gradient != NO_GRADIENT and logits.dtype == torch.float16
+    constants = (
+        ce_weight != 0, label, votes is not None, weighted, label_smoothing > 0,
+        only_correct, REDUCTIONS[reduction], scaled, gradient != NO_GRADIENT,
+        rows.P2, rows.pairwise, PAIRWISE_BLOCK, rows.V, rows.edges,
+        *((rows.B // rows.V,) if rows.long else (rows.R, rows.B)),
+    )  # fmt: skip
+    kernel = soft_loss_fwd_long_kernel if rows.long else soft_loss_fwd_kernel
+    launch = Launch(kernel, (rows.programs, 1, 1), rows.warps)
+    return plan_of(launch, rows, constants, logits, log_mass.dtype, reduction, gradient)
+
+
+def _soft_loss(
+    gradient: int,
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None,
+    log_mass: Tensor,
+    weight: Tensor | None,
+    ce_weight: float,
+    zipf_weight: float,
+    label_smoothing: float,
+    only_correct: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    V = 16 // logits.element_size()
+    if target.stride(1) != 1 or (target.stride(0) - logits.stride(0)) % V:
+        target = target.contiguous()  # whose rows are aligned as the gradient's
+    only_correct = only_correct and zipf_weight != 0
+    if votes is None:
+        votes_or_target, P, votes_stride_n, votes_stride_p = target, 0, 0, 0
+        if zipf_weight != 0 and log_mass.dim() == 1:
+            log_mass = logits_mass(logits, log_mass)
+    else:
+        votes_or_target, P = votes, votes.shape[1]
+        votes_stride_n, votes_stride_p = votes.stride()
+    weight_or_mass = log_mass if weight is None else weight
+    key = (
+        "soft_loss", gradient, ce_weight != 0, zipf_weight != 0, label_smoothing > 0, only_correct, reduction,
+        votes is None, weight is None, logits.device, described(logits), described(target),
+        described(votes_or_target), described(log_mass), described(weight_or_mass),
+    )  # fmt: skip
+    plan = plans.get(key) or remembered(
+        key,
+        _plan(
+            logits, votes, log_mass, weight is not None,
+            ce_weight, zipf_weight, label_smoothing, only_correct, reduction, gradient,
+        ),
+    )  # fmt: skip
+    loss, ce, zipf, grad, grad_scale = results = plan.results(logits, gradient)
+    if plan.nothing:
+        return results
+    N, C = logits.shape
+    rows = plan.rows
+    correct = number = log_mass  # never read unless set below
+    with device_of(logits):
+        sums = counter = scratch = loss
+        if only_correct:
+            correct, number = loss_mean.soft_correct_samples(logits, target)
+        if reduction != "none":
+            sums, counter = loss_mean.workspace(logits, log_mass.dtype)
+        if rows.hashed:
+            scratch = vote_scratch(rows.programs, rows.P2, logits)
+        target_stride = target.stride(0) if rows.edges else target.stride(0) // rows.V * rows.V
+        plan.launch(
+            logits, rows.stride, target, target_stride, votes_or_target, votes_stride_n, votes_stride_p,
+            log_mass, log_mass.shape[0], log_mass.stride(0), log_mass.stride(-1),
+            weight_or_mass, correct, number, loss, ce, zipf, grad, grad_scale, sums, counter, scratch,
+            N, C, P, rows.steps, ce_weight, zipf_weight, label_smoothing, *plan.constants,
+        )  # fmt: skip
+    return results
 
 
 def soft_loss_fwd(
@@ -37,65 +132,16 @@ def soft_loss_fwd(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See reference.soft_loss_fwd; a row with a vote out of range becomes NaN."""
-    N, C = logits.shape
-    device, dtype = logits.device, log_mass.dtype
-    mean, none = reduction == "mean", reduction == "none"
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    shape = (N,) if none else ()
-    loss_, ce, zipf = (torch.empty(shape, dtype=dtype, device=device) for _ in range(3))
-    grad = torch.empty((N, C) if with_grad else (0,), dtype=logits.dtype, device=device)
-    scaled = mean and with_grad and logits.dtype == torch.float16
-    grad_scale = torch.empty(() if scaled else (0,), dtype=dtype, device=device)
-    if N == 0 and none:
-        return loss_, ce, zipf, grad, grad_scale
+    return _soft_loss(
+        GRADIENT if with_grad else NO_GRADIENT, logits, target, votes, log_mass, weight,
+        ce_weight, zipf_weight, label_smoothing, only_correct, reduction,
+    )  # fmt: skip
 
-    has_zipf, has_votes = zipf_weight != 0, votes is not None
-    if has_zipf and log_mass.dim() == 1 and not has_votes:
-        log_mass = logits_mass(logits, log_mass)
-    label = 0 if not has_zipf else log_mass.dim()
-    only_correct = only_correct and has_zipf
-    P = votes.shape[1] if has_votes else 0
-    P2, pairwise = vote_tile(P)
-    long = loss.is_long(C, logits.element_size())
-    R = 1
-    if long:
-        B, warps = LONG_TILE_64 if logits.element_size() == 8 else LONG_TILE
-    else:
-        B, R, warps = loss.row_tile(N, C, P2)
-    groups = -(-N // R)
-    hashed = label == 1 and not pairwise
-    steps = max(1, -(-groups // (HASHING_PROGRAMS if hashed else loss.PROGRAMS)))
-    programs = max(1, -(-groups // steps))
 
-    V, edges, stride = loss.vectors(logits)
-    if target.stride(1) != 1 or (V > 1 and N > 1 and (target.stride(0) - stride) % V):
-        target = target.contiguous()  # whose rows are then aligned as the gradient's
-    target_stride = target.stride(0) if edges else target.stride(0) // V * V
-    with device_of(logits):
-        correct = number = log_mass  # never read unless set below
-        if only_correct:
-            correct, number = loss_mean.soft_correct_samples(logits, target)
-        sums = counter = loss_
-        if not none:
-            sums = torch.empty((2, programs), dtype=dtype, device=device)
-            counter = loss_mean.counter_of(logits)
-        votes_or_target = votes if has_votes else target
-        scratch = vote_scratch(programs, P2, not hashed, votes_or_target)
-        args = (
-            logits, stride, target, target_stride,
-            votes_or_target, votes.stride(0) if has_votes else 0, votes.stride(1) if has_votes else 0,
-            log_mass, log_mass.shape[0], log_mass.stride(0), log_mass.stride(-1),
-            log_mass if weight is None else weight, correct, number,
-            loss_, ce, zipf, grad, grad_scale, sums, counter, scratch,
-            N, C, P, steps, ce_weight, zipf_weight, label_smoothing,
-            ce_weight != 0, label, has_votes, weight is not None, label_smoothing > 0,
-            only_correct, loss.REDUCTIONS[reduction], scaled, with_grad,
-            P2, pairwise, PAIRWISE_BLOCK, V, edges,
-        )  # fmt: skip
-        inputs = (logits, target, votes_or_target, log_mass, log_mass if weight is None else weight)
-        if long:
-            launch(soft_loss_fwd_long_kernel, (programs, 1, 1), (*args, B // V), inputs, warps)
-        else:
-            launch(soft_loss_fwd_kernel, (programs, 1, 1), (*args, R, B), inputs, warps)
-    return loss_, ce, zipf, grad, grad_scale
+def soft_loss_grad_(logits: Tensor, *args) -> Tensor:
+    """See reference.soft_loss_grad_."""
+    if logits.is_contiguous():
+        return _soft_loss(IN_PLACE, logits, *args)[4]
+    grad, grad_scale = _soft_loss(GRADIENT, logits, *args)[3:]
+    logits.copy_(grad)
+    return grad_scale

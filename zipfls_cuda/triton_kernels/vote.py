@@ -35,7 +35,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .label import INTERPRET, device_of, launch
+from .label import INTERPRET
+from .launching import device_of, launch
 
 # Tuning ----------------------------------------------------------------------------------------------
 

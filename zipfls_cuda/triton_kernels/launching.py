@@ -1,0 +1,97 @@
+"""From Python to the device in little host time: what was decided and compiled for a call is remembered."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable
+from typing import TypeVar
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+T = TypeVar("T")
+
+plans: dict[Hashable, object] = {}  # by all that decides them: see described
+
+
+def remembered(key: Hashable, plan: T) -> T:
+    """``plan``, to be found in ``plans`` from now on."""
+    if len(plans) > 4096:  # shapes that never return
+        plans.clear()
+    plans[key] = plan
+    return plan
+
+
+def described(x: Tensor) -> tuple:
+    """All of a tensor that decides how a kernel is cut up and compiled."""
+    return x.dtype, x.shape, x.stride(), x.data_ptr() & 15
+
+
+class Launch:
+    """A kernel on a grid, always with arguments of the same types, alignment and integers.
+
+    Triton examines some fifty arguments at every launch to find the binary they need. Here the first call
+    asks it, and the others launch that binary.
+    """
+
+    __slots__ = ("compiled", "grid", "kernel", "stages", "warps")
+
+    def __init__(
+        self, kernel: triton.JITFunction, grid: tuple[int, int, int], warps: int, stages: int = 3
+    ) -> None:
+        self.kernel, self.grid, self.warps, self.stages = kernel, grid, warps, stages
+        self.compiled = None  # and None it stays where kernels are interpreted
+
+    def __call__(self, *args) -> None:
+        compiled, hook = self.compiled, knobs.runtime.launch_enter_hook
+        if compiled is None:
+            # Multiply-adds said aloud: Triton 3.10 would leave them out.
+            self.compiled = self.kernel[self.grid](
+                *args, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True
+            )
+        elif getattr(hook, "calls", hook) or knobs.runtime.launch_exit_hook.calls:  # a profiler looks on
+            compiled[self.grid](*args)
+        else:
+            active = driver.active
+            stream = active.get_current_stream(active.get_current_device())
+            run = compiled.run  # loads the binary if need be
+            run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+def launch(
+    kernel: triton.JITFunction,
+    grid: tuple[int, int, int],
+    args: tuple,
+    inputs: tuple[Tensor, ...],
+    warps: int,
+    stages: int = 3,
+) -> None:
+    """kernel[grid](*args), remembered by the ``inputs``, the tensors whose type and alignment may differ.
+
+    Results and scratch come from torch.empty, always aligned, their types decided by those of the inputs.
+    """
+    plain = [x for x in args if x.__class__ in (int, bool, str)]
+    key = (
+        kernel,
+        grid,
+        warps,
+        stages,
+        inputs[0].device,
+        *[(x.dtype, x.data_ptr() & 15) for x in inputs],
+        *plain,
+    )
+    run = plans.get(key) or remembered(key, Launch(kernel, grid, warps, stages))
+    run(*args)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Context in which Triton launches on the device of ``x``; nothing to do where that is current."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(x.device)
