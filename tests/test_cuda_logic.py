@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 from cases import KINDS, error, make
+from test_soft import KINDS as TARGETS
+from test_soft import probabilities
 
 import zipfls_cuda as zls
 from zipfls_cuda import functional, reference
@@ -127,7 +129,7 @@ HEADER = [
     *("kernel", "threads", "cluster", "blocks", "totals", "multiprocessors", "clusters"),
     *("order", "fill", "seed", "R", "grad_loss_stride", "in_place", "repeats"),
 ]
-LOSS, BACKWARD, RANK, LABEL, FAULT = range(5)
+LOSS, BACKWARD, RANK, LABEL, FAULT, SOFT_LOSS = range(6)
 DEFAULTS = {"kernel": -1, "multiprocessors": 132, "clusters": 1, "repeats": 1, "ignore_index": -100}
 
 
@@ -184,8 +186,9 @@ def loss_case(
     shape=None,
     **header,
 ) -> Case:
-    """A call of loss_fwd, and what register.cpp would make of it."""
+    """A call of loss_fwd, or of soft_loss_fwd for probabilities, as register.cpp would make it."""
     logits, target, votes = case
+    soft = target.dim() == 2
     N, C = logits.shape
     dtype = logits.dtype
     A = reference.accumulation_dtype(dtype)
@@ -193,17 +196,21 @@ def loss_case(
     law = law or zls.Zipf(1.0)
     mass = dense if dense is not None else functional._log_mass(law, N, C, P, A, logits.device)
     gap = header.get("row_gap", 0)
-    rows = torch.full((N, C + gap), 7.0, dtype=dtype)
-    rows[:, :C] = logits
-    flat = rows.flatten()[: max(0, N * (C + gap) - gap)]
-    arrays = [flat, target] + ([] if votes is None else [votes.to(votes_dtype)]) + [mass.to(A)]
+
+    def spaced(x: torch.Tensor) -> torch.Tensor:
+        rows = torch.full((N, C + gap), 7.0, dtype=x.dtype)
+        rows[:, :C] = x
+        return rows.flatten()[: max(0, N * (C + gap) - gap)]
+
+    arrays = [spaced(logits), spaced(target.to(A)) if soft else target]
+    arrays += ([] if votes is None else [votes.to(votes_dtype)]) + [mass.to(A)]
     arrays += [] if weight is None else [weight.to(A)]
     if shape is not None:
         header |= dict(zip(("kernel", "threads", "cluster"), held(shape, C, dtype)))
     data = pack(
         (ce_weight, zipf_weight, label_smoothing),
         arrays,
-        op=LOSS,
+        op=SOFT_LOSS if soft else LOSS,
         dtype=DTYPES[dtype],
         N=N,
         C=C,
@@ -239,7 +246,11 @@ def by_reference(case, dtype, **options):
     weight = options.pop("weight", None)
     args = {"ce_weight": 1.0, "zipf_weight": 1.0, "label_smoothing": 0.0, "only_correct": False}
     args |= {"ignore_index": -100, "reduction": "mean", "with_grad": True} | options
-    loss, ce, zipf, grad, scale = reference.loss_fwd(
+    forward = reference.loss_fwd
+    if target.dim() == 2:
+        forward, target = reference.soft_loss_fwd, target.to(A)
+        del args["ignore_index"]
+    loss, ce, zipf, grad, scale = forward(
         logits.to(dtype), target, votes, mass.to(A), None if weight is None else weight.to(A), *args.values()
     )
     grad = grad.to(A) * scale if scale.numel() else grad
@@ -511,6 +522,120 @@ def test_out_of_range(harnesses, tmp_path, argument, row, bad):
             torch.testing.assert_close(grad[good], expected[3][good])
 
 
+# Targets of probabilities -------------------------------------------------------------------------
+
+
+def soft(case, kind: str):
+    return case._replace(target=probabilities(case, kind))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_soft_targets(harnesses, tmp_path, dtype):
+    """Every kind of target and of votes; rows held, of several parts (here by few threads) and ragged."""
+    calls = []
+    for kind in TARGETS:
+        calls += [(soft(make(*size, dtype=dtype), kind), {"zipf_weight": 0.5}) for size in SIZES]
+        calls += [(soft(make(5, 12, 9, kind=k, dtype=dtype), kind), {"reduction": "none"}) for k in KINDS]
+    vector = 16 // dtype.itemsize
+    for C in [*range(2, 2 * vector + 3), 61, 64, 65, 700]:
+        case = soft(make(3, C, 10, seed=C, dtype=dtype), TARGETS[C % len(TARGETS)])
+        calls.append((case, {"phase": len(calls) % vector * dtype.itemsize, "label_smoothing": 0.1}))
+    calls += [(case, options | {"row_gap": 2 * vector}) for case, options in calls[::3]]
+    for C, P, kind in [
+        (2049, 16, "peaked"),
+        (5003, 49, "uniform"),
+        (2100, 300, "distinct"),
+        (900, 9, "target"),
+    ]:
+        for target in ("one-hot", "mixup", "half"):
+            calls.append((soft(make(2, C, P, kind=kind, dtype=dtype), target), {"blocks": 1}))
+    for i, (_, options) in enumerate(calls):
+        options |= {"shape": (-1, 32 * (i % 3), 1), "order": i % 4}  # 0: as planned
+    check_loss(harnesses["plain"], tmp_path, calls)
+
+
+@pytest.mark.parametrize("kind", ["one-hot", "mixup of smoothed", "half", "uniform", "distinct"])
+def test_soft_options(harnesses, tmp_path, kind):
+    case = make(9, 41, 6, seed=3)
+    case.logits[torch.arange(4), case.target[:4]] += 8  # half of them classified correctly
+    case.logits[5, 7] = case.logits[5, case.target[5]]  # a tie
+    case = soft(case, kind)
+    weight = torch.rand(41, generator=torch.Generator().manual_seed(1))
+    calls = []
+    values = (("mean", "sum", "none"), (0.0, 0.1), (None, weight), (False, True), (0.0, 1.0), (0.0, 0.3))
+    for reduction, smoothing, w, only_correct, ce_weight, zipf_weight in itertools.product(*values):
+        options = {"reduction": reduction, "label_smoothing": smoothing, "weight": w}
+        options |= {"only_correct": only_correct, "ce_weight": ce_weight, "zipf_weight": zipf_weight}
+        calls.append((case, options | {"blocks": 2} | SCHEDULES[len(calls) % 4]))
+    calls += [(case, options | {"with_grad": False}) for case, options in calls[::7]]
+    laws = [zls.Zipf(0.5), zls.Zipf(30.0), zls.Constant(), zls.LinearDecay(0.01), zls.ExponentialDecay(0.7)]
+    calls += [(case, {"law": law}) for law in laws]
+    check_loss(harnesses["plain"], tmp_path, calls)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_soft_corners(harnesses, tmp_path, dtype):
+    """Infinities and NaN in logits and target; masses for every class, rows without any; wrong votes."""
+    calls = []
+    for kind, case in itertools.product(
+        ("one-hot", "mixup", "half", "distinct", "uniform"), corner_cases(dtype)
+    ):
+        case.target[case.target == -100] = 0  # nothing is ignored
+        case = soft(case, kind)
+        dense = torch.rand(6, 30, generator=torch.Generator().manual_seed(2)).log()
+        dense[1, 6:12], dense[2] = -torch.inf, -torch.inf
+        for options in (
+            {"reduction": "none"},
+            {"reduction": "none", "ce_weight": 0.0, "law": zls.LinearDecay(0.0)},
+            {"reduction": "none", "zipf_weight": 0.0, "label_smoothing": 0.3},
+            {"reduction": "mean", "only_correct": True},
+            {"reduction": "none", "ce_weight": 0.0, "law": zls.Zipf(8.0)},
+            {"reduction": "none", "dense": dense, "label_smoothing": 0.1},
+            {"reduction": "mean", "dense": dense, "ce_weight": 0.0, "only_correct": True},
+        ):
+            calls.append((case, options | SCHEDULES[len(calls) % 4]))
+    for value, (part, only_correct) in itertools.product(
+        (torch.nan, -1.0), itertools.product((1.0, 0.0), (False, True))
+    ):
+        case = soft(make(6, 30, 20, dtype=dtype), "mixup")
+        case.target[1, 3] = case.target[4] = value
+        options = {"reduction": "none", "only_correct": only_correct, "zipf_weight": part}
+        calls.append((case, options | SCHEDULES[len(calls) % 4]))
+    check_loss(harnesses["plain"], tmp_path, calls)
+
+
+def test_soft_empty_batch(harnesses, tmp_path):
+    for reduction in ("mean", "sum", "none"):
+        case = loss_case(soft(make(0, 12, 9), "mixup"), reduction=reduction, blocks=1)
+        ((faults, got),) = execute(harnesses["plain"], [case], tmp_path)
+        assert not faults
+        if reduction != "none":
+            assert got[0].isnan() if reduction == "mean" else got[0] == 0
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_soft_vote_out_of_range(harnesses, tmp_path, dense):
+    """That sample is NaN, the others are as ever, and AddressSanitizer has nothing to say."""
+    case = soft(make(5, 9, 4), "mixup")
+    votes = case.votes.long()
+    votes[:, 0], votes[3, 2] = -(2**32) + 3, 2**40  # no vote: it must not wrap to class 3; a wrong one
+    masses = torch.zeros(5, 9) if dense else None
+    others = [0, 1, 2, 4]
+    options = {"votes_dtype": torch.int64, "reduction": "none", "dense": masses}
+    mild = case._replace(votes=votes.where(votes < 9, -1))
+    expected = by_reference(mild, torch.float32, **options)
+    for zipf_weight in (1.0, 0.0):
+        given = loss_case(case._replace(votes=votes), zipf_weight=zipf_weight, **options)
+        ((faults, got),) = execute(harnesses["sanitized"], [given], tmp_path)
+        assert not faults
+        assert got[3][3].isnan().all()
+        for name in range(3):
+            assert got[name][3].isnan()
+        if zipf_weight == 1:
+            torch.testing.assert_close(got[0][others], expected[0][others])
+            torch.testing.assert_close(got[3][others], expected[3][others])
+
+
 # Labels, ranks, backward --------------------------------------------------------------------------
 
 
@@ -614,6 +739,17 @@ def hard_cases(dtypes=(torch.float32, torch.bfloat16), **header) -> list[Case]:
         dense = torch.rand(5, 41, generator=torch.Generator().manual_seed(2)).log()
         schedule = SCHEDULES[len(cases) % 4] | header
         cases.append(loss_case(make(5, 41, 20, dtype=dtype), dense=dense, **schedule))
+    for dtype, kind, threads in itertools.product(dtypes, ("one-hot", "mixup", "half"), (0, 32)):
+        case = soft(make(5, 41, 20, dtype=dtype, kind=KINDS[len(cases) % len(KINDS)]), kind)
+        wide = soft(make(3, 2200, 40, dtype=dtype), kind)
+        for options in (
+            {},
+            {"label_smoothing": 0.1, "weight": weight, "only_correct": True},
+            {"dense": dense},
+        ):
+            schedule = SCHEDULES[len(cases) % 4] | header | {"threads": threads, "phase": dtype.itemsize}
+            cases.append(loss_case(case, **options, **schedule))
+        cases.append(loss_case(wide, blocks=1, **schedule))
     return cases
 
 
@@ -625,7 +761,7 @@ def test_every_access_is_in_bounds_and_ordered(harnesses, tmp_path, build):
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_gradient_over_the_logits(harnesses, tmp_path, build):
-    """In place is out of place bit for bit, on every path; no logit is read after it has been written over."""
+    """In place is out of place bit for bit, on every path; no logit is read once it is written over."""
     dtypes = DTYPES if build == "plain" else (torch.float32, torch.bfloat16)
     for schedule in SCHEDULES if build == "plain" else ({},):
         apart = execute(harnesses[build], hard_cases(dtypes, **schedule), tmp_path)

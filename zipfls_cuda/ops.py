@@ -140,8 +140,6 @@ STAGES = tuple(SCHEMAS)
 # What a backend has no kernel for: (backend, stage) -> dtypes, or None for all of them.
 UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...] | None] = {
     ("cuda", "vote_fwd"): (torch.float64,),
-    ("cuda", "soft_loss_fwd"): None,
-    ("cuda", "soft_loss_grad_"): None,
 }
 
 

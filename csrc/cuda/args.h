@@ -63,6 +63,15 @@ struct LossFwd {
   uint32_t* arrivals;  // (1,) uint32, 0 before and after; null for kNone
 };
 
+/// soft_loss_fwd.
+struct SoftLossFwd {
+  LossFwd loss;           // without target, ignore_index and denominators; correct: null, or from
+                          // soft_correct
+  bool dense;             // loss.log_mass is (N, C)
+  const void* target;     // (N, C) A, rows at the same element of a 16-byte vector as logits'
+  int64_t target_stride;  // elements from row to row
+};
+
 /// loss_totals: partial sums of the denominators, (3, blocks) float64.
 struct LossTotals {
   Denominators of;

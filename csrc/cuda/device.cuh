@@ -330,4 +330,29 @@ ZIPFLS_DEVICE A block_total(A x, A* shared) {
   return total;
 }
 
+/// x[k] over the block's threads, for each k and each of the threads, joined in a fixed order by
+/// join(A, A), which is associative and commutative but for rounding. shared: (K, blockDim / 32) A.
+template <int K, class A, class Join>
+ZIPFLS_DEVICE void block_join(A (&x)[K], A* shared, Join join) {
+  const uint32_t warps = blockDim.x / kWarp;
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+      x[k] = join(x[k], __shfl_xor_sync(kAllLanes, x[k], offset));
+  }
+  __syncthreads();  // shared may still be read from before
+  if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+    for (int k = 0; k < K; k++) shared[k * warps + threadIdx.x / kWarp] = x[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    x[k] = shared[k * warps];
+#pragma unroll 1
+    for (uint32_t w = 1; w < warps; w++) x[k] = join(x[k], shared[k * warps + w]);
+  }
+}
+
 }  // namespace zipfls::cuda

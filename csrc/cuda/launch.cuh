@@ -5,10 +5,25 @@
 
 #include <algorithm>
 
-#include "args.h"
+#include "device.cuh"
 #include "tuning.h"
 
 namespace zipfls::cuda {
+
+/// f(an element of a dtype).
+template <class F>
+auto with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case kFloat64:
+      return f(double{});
+    case kBFloat16:
+      return f(bfloat16{});
+    case kFloat16:
+      return f(float16{});
+    default:
+      return f(float{});
+  }
+}
 
 /// The current device, asked once and remembered.
 inline const Device& current_device() {

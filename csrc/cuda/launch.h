@@ -25,6 +25,14 @@ cudaError_t loss_dense_cuda(const LossFwd& a, Dtype dtype, int blocks, cudaStrea
 int totals_blocks(int64_t N);
 cudaError_t loss_totals_cuda(const LossTotals& a, Dtype dtype, int blocks, cudaStream_t stream);
 cudaError_t loss_correct_cuda(const LossCorrect& a, Dtype dtype, cudaStream_t stream);
+
+/// The same for targets that are probabilities.
+int soft_loss_blocks(const SoftLossFwd& s, Dtype dtype);
+cudaError_t soft_loss_fwd_cuda(const SoftLossFwd& s, Dtype dtype, int blocks, cudaStream_t stream);
+/// correct: (N,) int32, whether a sample counts under only_correct.
+cudaError_t soft_correct_cuda(const SoftLossFwd& s, Dtype dtype, int32_t* correct,
+                              cudaStream_t stream);
+
 cudaError_t loss_bwd_cuda(const LossBwd& a, Dtype dtype, cudaStream_t stream);
 
 cudaError_t rank_fwd_cuda(const LabelFwd& a, cudaStream_t stream);

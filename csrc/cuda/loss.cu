@@ -9,21 +9,6 @@ namespace zipfls::cuda {
 
 namespace {
 
-/// Calls f.template operator()<T>() with the element type of a dtype.
-template <class F>
-auto with_type(Dtype dtype, F f) {
-  switch (dtype) {
-    case kFloat64:
-      return f(double{});
-    case kBFloat16:
-      return f(bfloat16{});
-    case kFloat16:
-      return f(float16{});
-    default:
-      return f(float{});
-  }
-}
-
 template <class T>
 cudaError_t loss_fwd(const LossFwd& a, int blocks, cudaStream_t stream) {
   const LossLaunch l = loss_launch<T>(a, current_device());

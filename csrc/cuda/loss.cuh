@@ -201,28 +201,17 @@ loss_totals_kernel(LossTotals a) {
   }
 }
 
-/// The block's scales to shared memory, and for a float16 mean grad_scale. Ends with a barrier.
+/// The block's scales to shared memory, from its threads' shares of the totals (looked at for a
+/// mean only), and for a float16 mean grad_scale. Ends with a barrier.
 ///
 /// A float16 gradient divided by N before GradScaler's scale reaches it flushes to zero: it is
 /// stored without the denominator, which backward multiplies in.
 template <class A>
-ZIPFLS_DEVICE void mean_scales(const LossFwd& a, const BlockArea<A>& block) {
+ZIPFLS_DEVICE void publish_scales(const LossFwd& a, const BlockArea<A>& block, Totals totals) {
   Scales<A> scales = {1, 1, 0, 0};
   A later = 1;
   if (threadIdx.x < 2 * kMostRows) block.sums[threadIdx.x] = 0;
   if (a.reduction == kMean) {
-    Totals totals;
-    const Denominators& d = a.denominators;
-    if (d.partials != nullptr) {
-#pragma unroll 1
-      for (int32_t k = threadIdx.x; k < d.num_partials; k += blockDim.x) {
-        totals.ce += d.partials[k];
-        totals.kept += d.partials[d.num_partials + k];
-        totals.counted += d.partials[2 * d.num_partials + k];
-      }
-    } else {
-      totals.template add_targets<A>(d, threadIdx.x, blockDim.x);
-    }
     totals.reduce(block.partial);
     if (threadIdx.x == 0) {
       scales.ce = totals.ce == 0 ? static_cast<A>(NAN) : A(1) / static_cast<A>(totals.ce);
@@ -244,6 +233,26 @@ ZIPFLS_DEVICE void mean_scales(const LossFwd& a, const BlockArea<A>& block) {
     *block.scales = scales;
   }
   __syncthreads();
+}
+
+/// publish_scales of the denominators.
+template <class A>
+ZIPFLS_DEVICE void mean_scales(const LossFwd& a, const BlockArea<A>& block) {
+  Totals totals;
+  if (a.reduction == kMean) {
+    const Denominators& d = a.denominators;
+    if (d.partials != nullptr) {
+#pragma unroll 1
+      for (int32_t k = threadIdx.x; k < d.num_partials; k += blockDim.x) {
+        totals.ce += d.partials[k];
+        totals.kept += d.partials[d.num_partials + k];
+        totals.counted += d.partials[2 * d.num_partials + k];
+      }
+    } else {
+      totals.template add_targets<A>(d, threadIdx.x, blockDim.x);
+    }
+  }
+  publish_scales(a, block, totals);
 }
 
 /// Sums of the rows' losses: over the block, then over all blocks by whichever arrives last, always
@@ -422,6 +431,43 @@ ZIPFLS_DEVICE void report_row(const LossFwd& a, const BlockArea<A>& block, int r
   }
 }
 
+/// What the voted classes add to the rest of a row.
+template <class A>
+struct VotedSums {
+  A cross;   // sum (p_c - q)(z_c - m) of finite z_c; -inf where a class with a label has a logit of
+             // -inf
+  A absent;  // classes with a logit of -inf
+};
+
+/// Over the votes of row i if it is live, each standing for 1 / n_c of its class: their
+/// order is fixed, that of the list of classes is not. By the row's leading lanes.
+///
+/// logit(c): z_c, in A. labelled(c): whether class c has a label.
+template <class Group, class A, class Logit, class Labelled>
+ZIPFLS_DEVICE VotedSums<A> voted_sums(const LossFwd& a, int64_t i, bool live,
+                                      const VoteTables<A>& t, A shift, Logit logit,
+                                      Labelled labelled) {
+  constexpr int kLanes = Group::kLeaders;
+  const A q = t.label[0];
+  A cross = 0, absent = 0;
+  if (live) {
+#pragma unroll 1
+    for (int32_t p = Group::lane(); p < a.votes.P; p += kLanes) {
+      const int32_t c = load_vote(a.votes, i, p, a.C);
+      if (c < 0 || !labelled(c)) continue;
+      const int32_t n = t.votes_for(c);
+      const A label = t.label[n], z = logit(c), share = A(1) / static_cast<A>(n);
+      if (z == -infinity<A>()) {
+        absent += share;
+        if (label > 0) cross = -infinity<A>();
+      } else {
+        cross += (label - q) * (z - shift) * share;
+      }
+    }
+  }
+  return {lanes_sum<kLanes>(cross), lanes_sum<kLanes>(absent)};
+}
+
 /// A row's end, by its leading lanes: losses, gradient factors, and the gradient at its voted
 /// classes.
 ///
@@ -436,31 +482,12 @@ ZIPFLS_DEVICE Finished<A> finish_row(const LossFwd& a, const Sample& sample,
   Finished<A> f = finish_cross_entropy(a, sample, stats, z_target, scales, counted);
   if (!a.zipf) return f;
 
-  // sum_voted (p_c - q)(z_c - m), each vote standing for 1 / n_c of its class: the votes' order is
-  // fixed, that of the list of classes is not. A voted -inf with mass makes it -inf and the loss
-  // infinite.
   const A q = t.label[0];
-  A cross = 0, absent_votes = 0;  // classes with votes and a -inf logit
-  if (sample.live) {
-#pragma unroll 1
-    for (int32_t p = Group::lane(); p < a.votes.P; p += kLanes) {
-      const int32_t c = load_vote(a.votes, sample.i, p, a.C);
-      if (c < 0 || c == sample.y) continue;
-      const int32_t n = t.votes_for(c);
-      const A label = t.label[n], z = logit(c), share = A(1) / static_cast<A>(n);
-      if (z == -infinity<A>()) {
-        absent_votes += share;
-        if (label > 0) cross = -infinity<A>();
-      } else {
-        cross += (label - q) * (z - f.shift) * share;
-      }
-    }
-  }
-  cross = lanes_sum<kLanes>(cross);
-  absent_votes = lanes_sum<kLanes>(absent_votes);
-  const bool absent_rest = static_cast<A>(a.C - 1 - stats.finite) - absent_votes > A(0.5);
+  const auto voted = voted_sums<Group>(a, sample.i, sample.live, t, f.shift, logit,
+                                       [&](int32_t c) { return c != sample.y; });
+  const bool absent_rest = static_cast<A>(a.C - 1 - stats.finite) - voted.absent > A(0.5);
   if (counted) {
-    f.zipf = entropy - (q * stats.sum + cross) + log_of(stats.sum_exp);
+    f.zipf = entropy - (q * stats.sum + voted.cross) + log_of(stats.sum_exp);
     if (absent_rest && q > 0) f.zipf += infinity<A>();
   }
   const A smooth_constant = f.constant;
@@ -502,6 +529,9 @@ struct RowVectors {
     return row;
   }
   ZIPFLS_DEVICE int32_t column(uint32_t j) const { return static_cast<int32_t>(j * V) - phase; }
+  ZIPFLS_DEVICE bool has(int32_t c) const {
+    return static_cast<uint32_t>(c) < static_cast<uint32_t>(C);
+  }
   ZIPFLS_DEVICE bool whole(uint32_t j) const { return column(j) >= 0 && column(j) + V <= C; }
 
   /// A vector of which only some columns exist; the others become -inf.
@@ -952,7 +982,6 @@ loss_fwd_long_kernel(LossFwd a) {
         }
         if (threadIdx.x == 0) narrow(f.at_target, row.grad + sample.y);
       }
-      __syncthreads();  // forget_votes clears keys, which class_of has just read
     }
     forget_votes<Group>(t, P, K);
     __syncthreads();

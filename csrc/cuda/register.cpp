@@ -121,120 +121,182 @@ Tensor arrivals_of(const c10::cuda::CUDAStream& stream, const at::TensorOptions&
 
 enum class Gradient { kNone, kNew, kInPlace };
 
-/// reference.loss_fwd on CUDA tensors: (loss, ce, zipf, grad, grad_scale). In place, the logits are
-/// contiguous and aligned, and grad is the same memory.
-Parts loss_parts(const Tensor& given_logits, const Tensor& given_target,
-                 const OptionalTensor& given_votes, const Tensor& given_log_mass,
-                 const OptionalTensor& given_weight, double ce_weight, double zipf_weight,
-                 double label_smoothing, bool only_correct, int64_t ignore_index,
-                 std::string_view reduction_name, Gradient gradient) {
-  TORCH_CHECK_VALUE(given_logits.dim() == 2, "logits must have shape (N, C), got ",
-                    given_logits.sizes());
-  check_float(given_logits, "logits");
-  const int64_t N = given_logits.size(0), C = given_logits.size(1);
-  const auto type = accumulation_type(given_logits.scalar_type());
-  check_num_classes(C);
-  check_target(given_target, N);
-  check_same_device(given_target, "target", given_logits);
-  check_type(given_log_mass, "log_mass", type);
-  check_same_device(given_log_mass, "log_mass", given_logits);
-  if (given_votes.has_value()) {
-    check_votes(*given_votes, N);
-    check_same_device(*given_votes, "votes", given_logits);
-  }
-  check_log_mass(given_log_mass, N, C, given_votes.has_value() ? given_votes->size(1) : -1);
-  if (given_weight.has_value()) {
-    TORCH_CHECK_VALUE(given_weight->dim() == 1 && given_weight->size(0) == C,
-                      "weight must have shape (", C, ",), got ", given_weight->sizes());
-    check_type(*given_weight, "weight", type);
-    check_same_device(*given_weight, "weight", given_logits);
-  }
-  const Reduction reduction = reduction_of(reduction_name);
-
-  const c10::cuda::CUDAGuard guard(given_logits.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Dtype dtype = dtype_of(given_logits.scalar_type());
-  const auto options = given_logits.options().dtype(type);
-  const Tensor logits = with_aligned_rows(given_logits), target = given_target.contiguous();
-  const OptionalTensor votes = with_contiguous_rows(given_votes);
-  const OptionalTensor weight =
-      given_weight.has_value() ? OptionalTensor(given_weight->contiguous()) : std::nullopt;
-  const bool zipf_wanted = zipf_weight != 0;
-  const bool fits = votes.has_value() && tables_fit(static_cast<int32_t>(votes->size(1)),
-                                                    static_cast<int32_t>(C), dtype);
-  const bool dense = zipf_wanted && (given_log_mass.dim() == 2 || !fits);
-  const Tensor log_mass = dense && given_log_mass.dim() == 1
-                              ? dense_log_mass(given_log_mass, votes, logits, C)
-                              : given_log_mass.contiguous();
-
-  const auto shape = reduction == kNone ? at::DimVector({N}) : at::DimVector();
-  const Tensor loss = at::empty(shape, options), ce = at::empty(shape, options),
-               zipf = at::empty(shape, options);
-  const bool with_grad = gradient != Gradient::kNone;
-  const Tensor grad =
-      gradient == Gradient::kInPlace ? logits
-      : with_grad ? at::empty({N, C}, logits.options().memory_format(at::MemoryFormat::Contiguous))
-                  : at::empty({0}, logits.options());
-  const bool scaled = with_grad && dtype == kFloat16 && reduction == kMean;
-  const Tensor grad_scale = scaled ? at::empty({}, options) : at::empty({0}, options);
-
+/// A call of loss_fwd or soft_loss_fwd, checked, with its outputs: what the two have in common. `a`
+/// points to memory that the tensors here hold.
+struct LossCall {
+  Tensor logits, log_mass;
+  OptionalTensor votes, weight;
+  at::TensorOptions options;  // of the arithmetic's type
+  Dtype dtype;
+  bool dense;  // log_mass is (N, C)
+  Parts parts;
   LossFwd a = {};
-  a.logits = logits.const_data_ptr();
-  a.logits_stride = logits.stride(0);
-  a.target = target.const_data_ptr<int64_t>();
-  a.votes = votes_of(votes);
-  a.log_mass = log_mass.const_data_ptr();
-  a.weight = data_or_null(weight);
-  a.N = N;
-  a.C = static_cast<int32_t>(C);
-  a.ignore_index = ignore_index;
-  a.ce = ce_weight != 0;
-  a.zipf = zipf_wanted;
-  a.only_correct = only_correct;
-  a.ce_weight = ce_weight;
-  a.zipf_weight = zipf_weight;
-  a.label_smoothing = label_smoothing;
-  a.reduction = reduction;
-  a.scaled = scaled;
-  a.loss = loss.mutable_data_ptr();
-  a.ce_out = ce.mutable_data_ptr();
-  a.zipf_out = zipf.mutable_data_ptr();
-  a.grad = with_grad && N > 0 ? grad.mutable_data_ptr() : nullptr;
-  a.grad_scale = scaled ? grad_scale.mutable_data_ptr() : nullptr;
+  Tensor correct, partials, sums, arrivals;
 
-  // What a mean divides by: known before the first gradient is written, by launches of their own
-  // where one block cannot add it up in passing.
-  Tensor correct, partials;
-  if (reduction == kMean) {
-    if (only_correct && zipf_wanted) {
-      correct = at::empty({N}, options.dtype(at::kInt));
-      a.correct = correct.const_data_ptr<int32_t>();
-      C10_CUDA_CHECK(loss_correct_cuda({a.logits, a.logits_stride, a.target, N, a.C, ignore_index,
-                                        correct.mutable_data_ptr<int32_t>()},
-                                       dtype, stream));
+  /// In place, the logits are contiguous and aligned, and grad is the same memory.
+  LossCall(const Tensor& given_logits, const OptionalTensor& given_votes,
+           const Tensor& given_log_mass, const OptionalTensor& given_weight, double ce_weight,
+           double zipf_weight, double label_smoothing, bool only_correct,
+           std::string_view reduction_name, Gradient gradient) {
+    const int64_t N = given_logits.size(0), C = given_logits.size(1);
+    const auto type = accumulation_type(given_logits.scalar_type());
+    check_type(given_log_mass, "log_mass", type);
+    check_same_device(given_log_mass, "log_mass", given_logits);
+    if (given_votes.has_value()) {
+      check_votes(*given_votes, N);
+      check_same_device(*given_votes, "votes", given_logits);
     }
-    a.denominators = {a.target, a.weight, a.correct, nullptr, 0, N, a.C, ignore_index};
-    if (const int blocks = totals_blocks(N); blocks > 0) {
-      partials = at::empty({3, blocks}, options.dtype(at::kDouble));
-      C10_CUDA_CHECK(loss_totals_cuda({a.denominators, partials.mutable_data_ptr<double>()}, dtype,
-                                      blocks, stream));
-      a.denominators.partials = partials.const_data_ptr<double>();
-      a.denominators.num_partials = blocks;
+    check_log_mass(given_log_mass, N, C, given_votes.has_value() ? given_votes->size(1) : -1);
+    if (given_weight.has_value()) {
+      TORCH_CHECK_VALUE(given_weight->dim() == 1 && given_weight->size(0) == C,
+                        "weight must have shape (", C, ",), got ", given_weight->sizes());
+      check_type(*given_weight, "weight", type);
+      check_same_device(*given_weight, "weight", given_logits);
     }
+    const Reduction reduction = reduction_of(reduction_name);
+
+    dtype = dtype_of(given_logits.scalar_type());
+    options = given_logits.options().dtype(type);
+    logits = with_aligned_rows(given_logits);
+    votes = with_contiguous_rows(given_votes);
+    if (given_weight.has_value()) weight = given_weight->contiguous();
+    const bool zipf_wanted = zipf_weight != 0;
+    const bool fits = votes.has_value() && tables_fit(static_cast<int32_t>(votes->size(1)),
+                                                      static_cast<int32_t>(C), dtype);
+    dense = zipf_wanted && (given_log_mass.dim() == 2 || !fits);
+    log_mass = dense && given_log_mass.dim() == 1 ? dense_log_mass(given_log_mass, votes, logits, C)
+                                                  : given_log_mass.contiguous();
+
+    const auto shape = reduction == kNone ? at::DimVector({N}) : at::DimVector();
+    const bool with_grad = gradient != Gradient::kNone;
+    const bool scaled = with_grad && dtype == kFloat16 && reduction == kMean;
+    auto& [loss, ce, zipf, grad, grad_scale] = parts;
+    loss = at::empty(shape, options);
+    ce = at::empty(shape, options);
+    zipf = at::empty(shape, options);
+    grad = gradient == Gradient::kInPlace ? logits
+           : with_grad
+               ? at::empty({N, C}, logits.options().memory_format(at::MemoryFormat::Contiguous))
+               : at::empty({0}, logits.options());
+    grad_scale = scaled ? at::empty({}, options) : at::empty({0}, options);
+
+    a.logits = logits.const_data_ptr();
+    a.logits_stride = logits.stride(0);
+    a.votes = votes_of(votes);
+    a.log_mass = log_mass.const_data_ptr();
+    a.weight = data_or_null(weight);
+    a.N = N;
+    a.C = static_cast<int32_t>(C);
+    a.ce = ce_weight != 0;
+    a.zipf = zipf_wanted;
+    a.only_correct = only_correct;
+    a.ce_weight = ce_weight;
+    a.zipf_weight = zipf_weight;
+    a.label_smoothing = label_smoothing;
+    a.reduction = reduction;
+    a.scaled = scaled;
+    a.loss = loss.mutable_data_ptr();
+    a.ce_out = ce.mutable_data_ptr();
+    a.zipf_out = zipf.mutable_data_ptr();
+    a.grad = with_grad && N > 0 ? grad.mutable_data_ptr() : nullptr;
+    a.grad_scale = scaled ? grad_scale.mutable_data_ptr() : nullptr;
   }
 
-  const int blocks = loss_blocks(a, dtype, dense);
-  Tensor sums, arrivals;
-  if (reduction != kNone) {
+  /// Room for whether each sample counts.
+  int32_t* room_for_correct() {
+    correct = at::empty({a.N}, options.dtype(at::kInt));
+    return correct.mutable_data_ptr<int32_t>();
+  }
+  /// Scratch for the sums over the rows of a launch of so many blocks. Returns whether there is
+  /// anything to launch.
+  bool ready(int blocks, const c10::cuda::CUDAStream& stream) {
+    if (a.reduction == kNone) return a.N > 0;
     sums = at::empty({2, blocks}, options.dtype(at::kDouble));
     arrivals = arrivals_of(stream, options);
     a.sums = sums.mutable_data_ptr<double>();
     a.arrivals = reinterpret_cast<uint32_t*>(arrivals.mutable_data_ptr<int32_t>());
+    return true;
   }
-  if (N > 0 || reduction != kNone)
-    C10_CUDA_CHECK(dense ? loss_dense_cuda(a, dtype, blocks, stream)
-                         : loss_fwd_cuda(a, dtype, blocks, stream));
-  return {loss, ce, zipf, grad, grad_scale};
+};
+
+void check_logits(const Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (N, C), got ", logits.sizes());
+  check_float(logits, "logits");
+  check_num_classes(logits.size(1));
+}
+
+/// reference.loss_fwd on CUDA tensors: (loss, ce, zipf, grad, grad_scale).
+Parts loss_parts(const Tensor& given_logits, const Tensor& given_target,
+                 const OptionalTensor& votes, const Tensor& log_mass, const OptionalTensor& weight,
+                 double ce_weight, double zipf_weight, double label_smoothing, bool only_correct,
+                 int64_t ignore_index, std::string_view reduction, Gradient gradient) {
+  check_logits(given_logits);
+  check_target(given_target, given_logits.size(0));
+  check_same_device(given_target, "target", given_logits);
+  const c10::cuda::CUDAGuard guard(given_logits.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  LossCall call(given_logits, votes, log_mass, weight, ce_weight, zipf_weight, label_smoothing,
+                only_correct, reduction, gradient);
+  const Tensor target = given_target.contiguous();
+  LossFwd& a = call.a;
+  a.target = target.const_data_ptr<int64_t>();
+  a.ignore_index = ignore_index;
+
+  // What a mean divides by: known before the first gradient is written, by launches of their own
+  // where one block cannot add it up in passing.
+  if (a.reduction == kMean) {
+    if (only_correct && a.zipf) {
+      int32_t* const correct = call.room_for_correct();
+      C10_CUDA_CHECK(
+          loss_correct_cuda({a.logits, a.logits_stride, a.target, a.N, a.C, ignore_index, correct},
+                            call.dtype, stream));
+      a.correct = correct;
+    }
+    a.denominators = {a.target, a.weight, a.correct, nullptr, 0, a.N, a.C, ignore_index};
+    if (const int blocks = totals_blocks(a.N); blocks > 0) {
+      call.partials = at::empty({3, blocks}, call.options.dtype(at::kDouble));
+      C10_CUDA_CHECK(loss_totals_cuda({a.denominators, call.partials.mutable_data_ptr<double>()},
+                                      call.dtype, blocks, stream));
+      a.denominators.partials = call.partials.const_data_ptr<double>();
+      a.denominators.num_partials = blocks;
+    }
+  }
+  const int blocks = loss_blocks(a, call.dtype, call.dense);
+  if (call.ready(blocks, stream))
+    C10_CUDA_CHECK(call.dense ? loss_dense_cuda(a, call.dtype, blocks, stream)
+                              : loss_fwd_cuda(a, call.dtype, blocks, stream));
+  return std::move(call.parts);
+}
+
+/// reference.soft_loss_fwd on CUDA tensors.
+Parts soft_loss_parts(const Tensor& given_logits, const Tensor& given_target,
+                      const OptionalTensor& votes, const Tensor& log_mass,
+                      const OptionalTensor& weight, double ce_weight, double zipf_weight,
+                      double label_smoothing, bool only_correct, std::string_view reduction,
+                      Gradient gradient) {
+  check_logits(given_logits);
+  TORCH_CHECK_VALUE(given_target.sizes() == given_logits.sizes(), "target must have shape ",
+                    given_logits.sizes(), ", got ", given_target.sizes());
+  check_type(given_target, "target", accumulation_type(given_logits.scalar_type()));
+  check_same_device(given_target, "target", given_logits);
+  const c10::cuda::CUDAGuard guard(given_logits.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  LossCall call(given_logits, votes, log_mass, weight, ce_weight, zipf_weight, label_smoothing,
+                only_correct, reduction, gradient);
+  const Tensor target = with_aligned_rows(given_target);
+  SoftLossFwd s = {call.a, call.dense, target.const_data_ptr(), target.stride(0)};
+  if (only_correct && s.loss.zipf) {
+    int32_t* const correct = call.room_for_correct();
+    C10_CUDA_CHECK(soft_correct_cuda(s, call.dtype, correct, stream));
+    s.loss.correct = correct;
+  }
+  const int blocks = soft_loss_blocks(s, call.dtype);
+  if (call.ready(blocks, stream)) {
+    s.loss.sums = call.a.sums;
+    s.loss.arrivals = call.a.arrivals;
+    C10_CUDA_CHECK(soft_loss_fwd_cuda(s, call.dtype, blocks, stream));
+  }
+  return std::move(call.parts);
 }
 
 Parts loss_fwd(const Tensor& logits, const Tensor& target, const OptionalTensor& votes,
@@ -244,6 +306,15 @@ Parts loss_fwd(const Tensor& logits, const Tensor& target, const OptionalTensor&
   return loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
                     label_smoothing, only_correct, ignore_index, reduction,
                     with_grad ? Gradient::kNew : Gradient::kNone);
+}
+
+Parts soft_loss_fwd(const Tensor& logits, const Tensor& target, const OptionalTensor& votes,
+                    const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
+                    double zipf_weight, double label_smoothing, bool only_correct,
+                    std::string_view reduction, bool with_grad) {
+  return soft_loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
+                         label_smoothing, only_correct, reduction,
+                         with_grad ? Gradient::kNew : Gradient::kNone);
 }
 
 /// Writes the gradient that f(logits, how) gives over the logits; returns its grad_scale.
@@ -264,6 +335,16 @@ Tensor loss_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& vo
   return write_over(logits, [&](const Tensor& z, Gradient gradient) {
     return loss_parts(z, target, votes, log_mass, weight, ce_weight, zipf_weight, label_smoothing,
                       only_correct, ignore_index, reduction, gradient);
+  });
+}
+
+Tensor soft_loss_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& votes,
+                       const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
+                       double zipf_weight, double label_smoothing, bool only_correct,
+                       std::string_view reduction) {
+  return write_over(logits, [&](const Tensor& z, Gradient gradient) {
+    return soft_loss_parts(z, target, votes, log_mass, weight, ce_weight, zipf_weight,
+                           label_smoothing, only_correct, reduction, gradient);
   });
 }
 
@@ -377,6 +458,8 @@ Tensor label_fwd(const Tensor& given_target, const Tensor& given_votes,
 TORCH_LIBRARY_IMPL(zipfls, CUDA, m) {
   m.impl("loss_fwd", TORCH_FN(loss_fwd));
   m.impl("loss_grad_", TORCH_FN(loss_grad_));
+  m.impl("soft_loss_fwd", TORCH_FN(soft_loss_fwd));
+  m.impl("soft_loss_grad_", TORCH_FN(soft_loss_grad_));
   m.impl("loss_bwd", TORCH_FN(loss_bwd));
   m.impl("loss_bwd_", TORCH_FN(loss_bwd_));
   m.impl("rank_fwd", TORCH_FN(rank_fwd));

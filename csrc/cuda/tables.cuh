@@ -142,7 +142,8 @@ ZIPFLS_DEVICE bool check_votes(const Votes& votes, int64_t i, int32_t C) {
 }
 
 /// Empties the tables again, in O(K + highest count); the caller's barrier publishes it. K:
-/// at_least[1], read before the barrier that came last.
+/// at_least[1], read before the barrier that came last. voted[k] and its key belong to the thread
+/// that class_of(voted[k]) belonged to in a loop like this one: no barrier need stand between.
 template <class Group, class A>
 ZIPFLS_DEVICE void forget_votes(const VoteTables<A>& t, int32_t P, int32_t K) {
 #pragma unroll 1
@@ -157,21 +158,16 @@ ZIPFLS_DEVICE void forget_votes(const VoteTables<A>& t, int32_t P, int32_t K) {
     t.at_least[n] = 0;
 }
 
-/// Labels by number of votes: t.label[n] = p~ of a non-target class with n votes, 0 where there is
+/// Labels by number of votes: t.label[n] = p~ of a labelled class with n votes, 0 where there is
 /// none. Returns sum_c p~_c log p~_c. Run by the row's leading lanes after a barrier; another one
 /// publishes it.
 ///
-/// log_mass: (R,) A by rank.
-template <class Group, class A>
-ZIPFLS_DEVICE A label_counts(const VoteTables<A>& t, int32_t P, int32_t C, int32_t y,
-                             const A* log_mass) {
+/// log_mass: (R,) A by rank. members_of(n): number of labelled classes with n votes.
+template <class Group, class A, class MembersOf>
+ZIPFLS_DEVICE A label_members(const VoteTables<A>& t, int32_t P, const A* log_mass,
+                              MembersOf members_of) {
   constexpr int kLanes = Group::kLeaders;
-  const int32_t lane = Group::lane(), K = t.at_least[1];
-  const int32_t n_target = P == 0 ? 0 : t.votes_for(y);
-  auto members_of = [&](int32_t n) {
-    return n == 0 ? members_unvoted(C, K, n_target)
-                  : members_of_count(n, t.at_least[n] - t.at_least[n + 1], n_target);
-  };
+  const int32_t lane = Group::lane();
   // Counts that nobody reached end the loops: from there on at_least is zero. Each lane comes back
   // to its own entries only, so label needs no barrier in between.
   auto occurs = [&](int32_t n) { return n <= P && (n == 0 || t.at_least[n] != 0); };
@@ -205,6 +201,17 @@ ZIPFLS_DEVICE A label_counts(const VoteTables<A>& t, int32_t P, int32_t C, int32
 #pragma unroll 1
   for (int32_t n = lane; occurs(n); n += kLanes) t.label[n] *= normaliser;
   return sums.entropy * normaliser - log_of(sums.mass);
+}
+
+/// label_members of all classes but the target y.
+template <class Group, class A>
+ZIPFLS_DEVICE A label_counts(const VoteTables<A>& t, int32_t P, int32_t C, int32_t y,
+                             const A* log_mass) {
+  const int32_t K = t.at_least[1], n_target = P == 0 ? 0 : t.votes_for(y);
+  return label_members<Group>(t, P, log_mass, [&](int32_t n) {
+    return n == 0 ? members_unvoted(C, K, n_target)
+                  : members_of_count(n, t.at_least[n] - t.at_least[n + 1], n_target);
+  });
 }
 
 }  // namespace zipfls::cuda

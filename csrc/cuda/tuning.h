@@ -94,6 +94,17 @@ constexpr int kRegisters = sizeof(T) == 2   ? 96
                            : sizeof(T) == 4 ? 80
                                             : 128;
 
+// Targets of probabilities ------------------------------------------------------------------------
+
+/// 16-byte vectors of logits that a thread of soft_loss_fwd holds, with their target: 24 registers
+/// in 16-bit types. With kSoftBlock threads rows of up to 4088 such classes are read once.
+constexpr int kSoftVectors = 2;
+constexpr int kSoftBlock = 256;
+constexpr int kSoftResident = 2;  // bounds the registers at 128, which nothing needs
+/// Threads that a block counts for at least, where the grid is chosen: a multiprocessor holds 32
+/// blocks, and as many here.
+constexpr int kSoftLeast = 64;
+
 // Backward, labels --------------------------------------------------------------------------------
 
 /// Elements a warp of loss_bwd takes at a time: 32 lanes, 4 vectors of 16-bit elements.

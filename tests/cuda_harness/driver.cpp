@@ -16,6 +16,7 @@
 #include "../../csrc/cuda/loss.cuh"
 #include "../../csrc/cuda/loss_cluster.cuh"
 #include "../../csrc/cuda/loss_plan.h"
+#include "../../csrc/cuda/soft_loss.cuh"
 
 #include "faults.cuh"
 
@@ -28,7 +29,7 @@ using namespace zipfls::cuda;
 
 namespace {
 
-enum Operator { kLoss, kBackward, kRank, kLabel, kFault };
+enum Operator { kLoss, kBackward, kRank, kLabel, kFault, kSoftLoss };
 
 struct Header {
   int64_t op, dtype, N, C, P, wide, has_votes, dense, has_weight, ce, zipf, only_correct,
@@ -109,16 +110,21 @@ Votes read_votes(const Header& h) {
   return votes;
 }
 
-template <class T>
-void run_loss(const Header& h, const Numbers& x, const harness::Schedule& schedule) {
+size_t results_of(const Header& h) { return h.reduction == kNone ? h.N : 1; }
+
+/// Elements of N rows of C, with a gap after each but the last.
+size_t elements(const Header& h) { return h.N > 0 ? (h.N - 1) * (h.C + h.row_gap) + h.C : 0; }
+
+/// A loss's arguments from the file, and memory for its results; `between` reads what stands
+/// between logits and votes.
+template <class T, class F>
+LossFwd read_loss(const Header& h, const Numbers& x, F between) {
   using A = Arithmetic<T>;
   LossFwd a = {};
-  const Device device{static_cast<int>(h.multiprocessors), 227 * 1024, h.clusters != 0};
   a.logits_stride = h.C + h.row_gap;
-  unsigned char* const logits = read_array(
-      ((h.N > 0 ? (h.N - 1) * a.logits_stride + h.C : 0)) * sizeof(T), "logits", h.phase);
+  unsigned char* const logits = read_array(elements(h) * sizeof(T), "logits", h.phase);
   a.logits = logits;
-  a.target = reinterpret_cast<int64_t*>(read_array(h.N * 8, "target"));
+  between(a);
   a.votes = read_votes(h);
   a.log_mass = read_array((h.dense != 0 ? h.N * h.C : h.R) * sizeof(A), "log_mass");
   if (h.has_weight != 0) a.weight = read_array(h.C * sizeof(A), "weight");
@@ -133,14 +139,45 @@ void run_loss(const Header& h, const Numbers& x, const harness::Schedule& schedu
   a.label_smoothing = x.label_smoothing;
   a.reduction = static_cast<int32_t>(h.reduction);
   a.scaled = h.scaled != 0;
-  const size_t results = h.reduction == kNone ? h.N : 1;
+  const size_t results = results_of(h);
   a.loss = new_array(results * sizeof(A), "loss");
   a.ce_out = new_array(results * sizeof(A), "ce");
   a.zipf_out = new_array(results * sizeof(A), "zipf");
   if (h.with_grad != 0)
     a.grad = h.in_place != 0 ? logits : new_array(h.N * h.C * sizeof(T), "grad", h.phase);
   a.grad_scale = new_array(sizeof(A), "grad_scale");
+  arrays.push_back(std::make_unique<Array>(4));
+  a.arrivals = reinterpret_cast<uint32_t*>(arrays.back()->data());
+  *a.arrivals = 0;
+  harness::watch(a.arrivals, 4, true, "arrivals");
+  return a;
+}
 
+/// Scratch for the sums over the rows.
+void give_sums(const Header& h, LossFwd& a, int64_t blocks) {
+  if (h.reduction != kNone) a.sums = reinterpret_cast<double*>(new_array(2 * blocks * 8, "sums"));
+}
+
+template <class T>
+void write_loss(const Header& h, const LossFwd& a, const LossPlan& plan) {
+  using A = Arithmetic<T>;
+  const size_t results = results_of(h);
+  const int64_t chosen[4] = {plan.kernel, plan.threads, plan.cluster, *a.arrivals};
+  write_result({{a.loss, results * sizeof(A)},
+                {a.ce_out, results * sizeof(A)},
+                {a.zipf_out, results * sizeof(A)},
+                {a.grad, h.with_grad != 0 ? h.N * h.C * sizeof(T) : 0},
+                {a.grad_scale, sizeof(A)},
+                {chosen, sizeof chosen}});
+}
+
+template <class T>
+void run_loss(const Header& h, const Numbers& x, const harness::Schedule& schedule) {
+  using A = Arithmetic<T>;
+  const Device device{static_cast<int>(h.multiprocessors), 227 * 1024, h.clusters != 0};
+  LossFwd a = read_loss<T>(h, x, [&](LossFwd& a) {
+    a.target = reinterpret_cast<int64_t*>(read_array(h.N * 8, "target"));
+  });
   LossLaunch l = loss_launch<T>(a, device);
   if (h.kernel >= 0) {  // a kernel of the test's choice, laid out as the plan would
     l.plan.kernel = static_cast<LossPlan::Kernel>(h.kernel);
@@ -182,14 +219,7 @@ void run_loss(const Header& h, const Numbers& x, const harness::Schedule& schedu
     a.denominators.partials = t.partials;
     a.denominators.num_partials = static_cast<int32_t>(h.totals);
   }
-  arrays.push_back(std::make_unique<Array>(4));
-  uint32_t* const arrivals = reinterpret_cast<uint32_t*>(arrays.back()->data());
-  *arrivals = 0;
-  harness::watch(arrivals, 4, true, "arrivals");
-  if (h.reduction != kNone) {
-    a.arrivals = arrivals;
-    a.sums = reinterpret_cast<double*>(new_array(2 * l.blocks * 8, "sums"));
-  }
+  give_sums(h, a, l.blocks);
   const auto kernel = [&] {
     if (h.dense != 0) return loss_dense_kernel<T>(a);
     switch (l.plan.kernel) {
@@ -207,13 +237,35 @@ void run_loss(const Header& h, const Numbers& x, const harness::Schedule& schedu
   };
   for (int64_t r = 0; r < h.repeats; r++)
     harness::launch(kernel, l.blocks, l.plan.threads, l.plan.cluster, l.shared, schedule);
-  const int64_t chosen[4] = {l.plan.kernel, l.plan.threads, l.plan.cluster, *arrivals};
-  write_result({{a.loss, results * sizeof(A)},
-                {a.ce_out, results * sizeof(A)},
-                {a.zipf_out, results * sizeof(A)},
-                {a.grad, h.with_grad != 0 ? h.N * h.C * sizeof(T) : 0},
-                {a.grad_scale, sizeof(A)},
-                {chosen, sizeof chosen}});
+  write_loss<T>(h, a, l.plan);
+}
+
+template <class T>
+void run_soft_loss(const Header& h, const Numbers& x, const harness::Schedule& schedule) {
+  using A = Arithmetic<T>;
+  SoftLossFwd s = {};
+  s.loss = read_loss<T>(h, x, [&](LossFwd&) {
+    const size_t phase = h.phase / sizeof(T) * sizeof(A) % 16;
+    s.target = read_array(elements(h) * sizeof(A), "target", phase);
+  });
+  LossFwd& a = s.loss;
+  s.target_stride = a.logits_stride;
+  s.dense = h.dense != 0;
+  if (h.only_correct != 0 && h.zipf != 0) {
+    auto* const correct = reinterpret_cast<int32_t*>(new_array(h.N * 4, "correct"));
+    harness::launch([&] { soft_correct_kernel<T>(s, correct); }, 3, kCorrectBlock, 1,
+                    kWarp * 8 + ZIPFLS_RED_ZONE, schedule);
+    a.correct = correct;
+  }
+  const uint32_t blocks = h.blocks != 0 ? h.blocks : 2;
+  give_sums(h, a, blocks);
+  LossPlan plan = {};
+  plan.threads = h.threads != 0 ? static_cast<int>(h.threads) : soft_threads<T>(a.C);
+  for (int64_t r = 0; r < h.repeats; r++)
+    harness::launch(
+        [&] { s.dense ? soft_loss_fwd_kernel<T, true>(s) : soft_loss_fwd_kernel<T, false>(s); },
+        blocks, plan.threads, 1, soft_shared_bytes<T>(s), schedule);
+  write_loss<T>(h, a, plan);
 }
 
 template <class T>
@@ -273,6 +325,8 @@ int main(int argc, char** argv) {
                                      static_cast<uint64_t>(h.seed)};
     if (h.op == kLoss) {
       with_type(h.dtype, [&](auto t) { run_loss<decltype(t)>(h, x, schedule); });
+    } else if (h.op == kSoftLoss) {
+      with_type(h.dtype, [&](auto t) { run_soft_loss<decltype(t)>(h, x, schedule); });
     } else if (h.op == kBackward) {
       with_type(h.dtype, [&](auto t) { run_backward<decltype(t)>(h, schedule); });
     } else if (h.op == kFault) {
