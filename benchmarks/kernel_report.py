@@ -18,7 +18,7 @@ TB/s, bf16 product 790 TFLOP/s), not a measurement of these kernels.
 
 ``--quick`` compiles one configuration of each kind. ``--host`` measures the host's time per call with the
 launch stubbed out instead. On two shared cores of a virtual machine, triton 3.9, CPU tensors, median of 300:
-28 us for loss_fwd at 256 x 1000 (six allocations and a launch), 8 us for loss_bwd_, 36 us for vote_fwd with
+10 us for loss_fwd at 256 x 1000 (five allocations and a launch), 3 us for loss_bwd_, 12 us for vote_fwd with
 its fold. Not measured beside a GPU.
 """
 

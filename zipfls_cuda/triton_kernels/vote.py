@@ -36,7 +36,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .label import INTERPRET
-from .launching import device_of, launch
+from .launching import Launch, described, device_of, launch, plans, remembered
 
 # Tuning ----------------------------------------------------------------------------------------------
 
@@ -508,31 +508,83 @@ def precision_of(dtype: torch.dtype) -> str:
 _SCORES = {torch.float64: (torch.float64, tl.float64)}
 
 
+class Plan(NamedTuple):
+    """What all calls with the same shapes, strides, types and alignment have in common."""
+
+    launch: Launch
+    fold: Launch | None  # None: a single class tile, no partial results
+    copied: bool  # positions are no rows of a matrix as they stand
+    blocks: tuple | None  # shape, strides and block of both tensor descriptors; None: plain pointers
+    constants: tuple  # what follows the tensors in the kernel's arguments
+    fold_constants: tuple
+    votes: Tensor  # like the results
+    best: Tensor
+    winners: Tensor
+    scratch: Tensor | None
+
+
 def vote_fwd(features: Tensor, weight: Tensor, bias: Tensor | None, upsample: int) -> Tensor:
     """See reference.vote_fwd."""
-    D = weight.shape[1]
-    N = features.shape[0]
-    P = (
-        upsample
-        * upsample
-        * (features.shape[1] if features.dim() == 3 else features.shape[2] * features.shape[3])
-    )
-    votes = torch.empty((N, P), dtype=torch.int32, device=features.device)
-    if votes.numel() == 0:
-        return votes
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    bias_or_weight = weight if bias is None else bias.contiguous()
+    precision = precision_of(features.dtype)
+    key = (
+        "vote", upsample, bias is None, precision, features.device,
+        described(features), described(weight), described(bias_or_weight),
+    )  # fmt: skip
+    plan = plans.get(key)
+    if plan is None:
+        if features.numel() == 0 or weight.shape[0] == 0:
+            positions = features.shape[1] if features.dim() == 3 else features.shape[2] * features.shape[3]
+            P = upsample * upsample * positions
+            return torch.empty((features.shape[0], P), dtype=torch.int32, device=features.device)
+        with device_of(features):
+            plan = remembered(key, _plan(features, weight, bias is not None, upsample, precision))
+    votes = torch.empty_like(plan.votes, memory_format=torch.contiguous_format)
     with device_of(features):
-        if weight.stride(1) != 1:
-            weight = weight.contiguous()
-        if bias is not None:
-            bias = bias.contiguous()
-        x, stride, M, rows, T = position_rows(features)
-        if upsample == 2:
-            if rows != T:
-                x, stride, M = channels_last(features), D, N * T
-            _vote_upsampled(x, stride, N, features.shape[2], features.shape[3], weight, bias, votes)
-        else:
-            _vote(x, stride, M, rows, T, weight, bias, votes)
+        x = channels_last(features) if plan.copied else features
+        _run(plan, x, weight, bias_or_weight, votes)
     return votes
+
+
+def _run(plan: Plan, x: Tensor, weight: Tensor, bias: Tensor, votes: Tensor) -> None:
+    best = winners = votes  # never touched with a single class tile
+    if plan.fold is not None:
+        best = torch.empty_like(plan.best, memory_format=torch.contiguous_format)
+        winners = torch.empty_like(plan.winners, memory_format=torch.contiguous_format)
+    if plan.scratch is not None:
+        scratch = torch.empty_like(plan.scratch, memory_format=torch.contiguous_format)
+        plan.launch(x, weight, bias, best, winners, scratch, *plan.constants)
+    elif plan.blocks is not None:
+        features_block, weight_block = plan.blocks
+        a, w = TensorDescriptor(x, *features_block), TensorDescriptor(weight, *weight_block)
+        plan.launch(a, w, bias, votes, best, winners, *plan.constants)
+    else:
+        plan.launch(x, weight, bias, votes, best, winners, *plan.constants)
+    if plan.fold is not None:
+        plan.fold(best, winners, votes, *plan.fold_constants)
+
+
+def _plan(features: Tensor, weight: Tensor, has_bias: bool, upsample: int, precision: str) -> Plan:
+    x, stride, M, rows, T = position_rows(features)
+    C, D = weight.shape
+    if upsample == 2:
+        if rows != T:
+            x, stride = channels_last(features), D
+        N, _, H, W = features.shape
+        plan = _upsampled(x, stride, N, H, W, weight, has_bias, precision)
+    else:
+        V, tma = _alignment(x, stride, weight, D)
+        arch, multiprocessors = _device(x)
+        exact = precision == "ieee"
+        config, programs = choose(arch, multiprocessors, x.element_size(), exact, M, D, C, tma)
+        if INTERPRET:
+            config = INTERPRETED._replace(tma=config.tma)
+            programs = min(3, triton.cdiv(M, config.BM))
+        plan = _product(x, stride, M, rows, T, weight, has_bias, config, programs, V, precision)
+    votes = plan.votes.expand(features.shape[0], upsample * upsample * T)
+    return plan._replace(copied=x is not features, votes=votes)
 
 
 def _alignment(x: Tensor, stride: int, weight: Tensor, D: int) -> tuple[int, bool]:
@@ -547,92 +599,87 @@ def _device(x: Tensor) -> tuple[int, int]:
     return device_properties(x.device.index) if x.device.type == "cuda" else (90, 2)
 
 
-def _vote(
-    x: Tensor, stride: int, M: int, rows: int, T: int, weight: Tensor, bias: Tensor | None, votes: Tensor
-) -> None:
-    C, D = weight.shape
-    dtype = x.dtype
-    precision = precision_of(dtype)
-    V, tma = _alignment(x, stride, weight, D)
-    arch, multiprocessors = _device(x)
-    config, programs = choose(arch, multiprocessors, x.element_size(), precision == "ieee", M, D, C, tma)
-    if INTERPRET:
-        config = INTERPRETED._replace(tma=config.tma)
-        programs = min(3, triton.cdiv(M, config.BM))
-    _launch(x, stride, M, rows, T, weight, bias, votes, config, programs, V, precision)
-
-
-def _launch(
+def _product(
     x: Tensor,
     stride: int,
     M: int,
     rows: int,
     T: int,
     weight: Tensor,
-    bias: Tensor | None,
-    votes: Tensor,
+    has_bias: bool,
     config: Config,
     programs: int,
     V: int,
     precision: str,
-) -> None:
-    """One product in a given configuration, and its fold."""
+) -> Plan:
+    """A product in a given configuration, and its fold."""
     C, D = weight.shape
+    BM, BN, BK = config.BM, config.BN, config.BK
     scores, tl_scores = _SCORES.get(x.dtype, (torch.float32, tl.float32))
-    tiles = triton.cdiv(C, config.BN)
-    best = winners = votes  # never touched with a single class tile
-    if tiles > 1:
-        best = torch.empty((tiles, M), dtype=scores, device=x.device)
-        winners = torch.empty((tiles, M), dtype=torch.int32, device=x.device)
-    a, w = x, weight
-    if config.tma:
-        a = TensorDescriptor(x, [M, D], [stride, 1], [config.BM, config.BK])
-        w = TensorDescriptor(weight, [C, D], [weight.stride(0), 1], [config.BN, config.BK])
-    args = (
-        a, w, weight if bias is None else bias, votes, best, winners, stride, weight.stride(0),
-        M, C, D, rows, T, tiles, bias is not None, rows != T, tiles == 1,
-        C % config.BN != 0, D % config.BK == 0, V, precision, tl_scores, INTERPRET,
-        config.tma, config.specialize, config.BM, config.BN, config.BK,
+    tiles = triton.cdiv(C, BN)
+    constants = (
+        stride, weight.stride(0), M, C, D, rows, T, tiles, has_bias, rows != T, tiles == 1,
+        C % BN != 0, D % BK == 0, V, precision, tl_scores, INTERPRET,
+        config.tma, config.specialize, BM, BN, BK,
     )  # fmt: skip
-    inputs = (x, weight, weight if bias is None else bias)
-    launch(vote_fwd_kernel, (programs, 1, 1), args, inputs, config.warps, config.stages)
-    if tiles > 1:
-        _fold(best, winners, votes, M, rows, T, tiles)
+    blocks = None
+    if config.tma:
+        blocks = (([M, D], [stride, 1], [BM, BK]), ([C, D], [weight.stride(0), 1], [BN, BK]))
+    launch = Launch(vote_fwd_kernel, (programs, 1, 1), config.warps, config.stages)
+    return _folded(x, scores, launch, blocks, constants, M, rows, T, tiles, None)
 
 
-def _fold(best: Tensor, winners: Tensor, votes: Tensor, M: int, rows: int, T: int, tiles: int) -> None:
-    args = (best, winners, votes, M, rows, T, tiles, rows != T, FOLD_BLOCK)
-    launch(vote_fold_kernel, (triton.cdiv(M, FOLD_BLOCK), 1, 1), args, (best,), 4)
+def _folded(
+    x: Tensor,
+    scores: torch.dtype,
+    launch: Launch,
+    blocks: tuple | None,
+    constants: tuple,
+    M: int,
+    rows: int,
+    T: int,
+    tiles: int,
+    scratch: Tensor | None,
+) -> Plan:
+    """The plan with templates of what it allocates, which hold no memory; ``votes`` yet to be expanded."""
+    one = torch.empty((), dtype=torch.int32, device=x.device)
+    return Plan(
+        launch,
+        Launch(vote_fold_kernel, (triton.cdiv(M, FOLD_BLOCK), 1, 1), 4)
+        if tiles > 1 or scratch is not None
+        else None,
+        False,
+        blocks,
+        constants,
+        (M, rows, T, tiles, rows != T, FOLD_BLOCK),
+        one,
+        one.to(scores).expand(tiles, M),
+        one.expand(tiles, M),
+        scratch,
+    )
 
 
-def _vote_upsampled(
-    x: Tensor, stride: int, N: int, H: int, W: int, weight: Tensor, bias: Tensor | None, votes: Tensor
-) -> None:
+def _upsampled(
+    x: Tensor, stride: int, N: int, H: int, W: int, weight: Tensor, has_bias: bool, precision: str
+) -> Plan:
+    """Votes of N maps (H, W) at twice their resolution."""
     C, D = weight.shape
     area = H * W
-    precision = precision_of(x.dtype)
     V, _ = _alignment(x, stride, weight, D)
     _, multiprocessors = _device(x)
-    config = UPSAMPLE[x.element_size()]
-    if INTERPRET:
-        config = INTERPRETED
+    config = INTERPRETED if INTERPRET else UPSAMPLE[x.element_size()]
     scores, tl_scores = _SCORES.get(x.dtype, (torch.float32, tl.float32))
     tiles = triton.cdiv(C, config.BN)
     images = max(1, config.BM // area)
     units = triton.cdiv(N, images) * tiles
     programs = min(units, multiprocessors * config.per_sm)
-    M = N * area * 4
-    best = torch.empty((tiles, M), dtype=scores, device=x.device)
-    winners = torch.empty((tiles, M), dtype=torch.int32, device=x.device)
-    scratch = torch.empty((programs, images * area, config.BN), dtype=scores, device=x.device)
-    inputs = (x, weight, weight if bias is None else bias)
-    args = (
-        *inputs, best, winners, scratch, stride, weight.stride(0),
-        N, C, D, H, W, images, tiles, bias is not None, C % config.BN != 0, D % config.BK == 0, V, precision,
-        tl_scores, INTERPRET, config.BM, config.BN, config.BK, 32,
+    constants = (
+        stride, weight.stride(0), N, C, D, H, W, images, tiles, has_bias, C % config.BN != 0,
+        D % config.BK == 0, V, precision, tl_scores, INTERPRET, config.BM, config.BN, config.BK, 32,
     )  # fmt: skip
-    launch(vote_upsample_kernel, (programs, 1, 1), args, inputs, config.warps, config.stages)
-    _fold(best, winners, votes, M, area * 4, area * 4, tiles)
+    launch = Launch(vote_upsample_kernel, (programs, 1, 1), config.warps, config.stages)
+    scratch = torch.empty((), dtype=scores, device=x.device).expand(programs, images * area, config.BN)
+    return _folded(x, scores, launch, None, constants, N * area * 4, area * 4, area * 4, tiles, scratch)
 
 
 # Tuning on a GPU: python -m zipfls_cuda.triton_kernels.vote 12544x2048x1000 ... ------------------------
@@ -661,7 +708,8 @@ def tune(M: int, D: int, C: int) -> tuple[float, Config]:
     found = []
     for config in candidates(arch):
         programs = min(triton.cdiv(M, config.BM) * triton.cdiv(C, config.BN), multiprocessors * config.per_sm)
-        call = functools.partial(_launch, x, D, M, M, M, weight, None, votes, config, programs, V, "tf32")
+        plan = _product(x, D, M, M, M, weight, False, config, programs, V, "tf32")
+        call = functools.partial(_run, plan, x, weight, weight, votes)
         try:
             found.append((triton.testing.do_bench(call), config))
         except Exception as error:  # does not fit this GPU: no candidate
