@@ -267,25 +267,25 @@ def efficacy_block(preset: str, folder: Path) -> str:
         return NOTHING
 
     def cell(sample: efficacy.Sample, form: str) -> str:
-        return f"{sample.mean:{form}}" + (f" ± {sample.deviation:.2f}" if len(sample.values) > 1 else "")
+        mean = round(sample.mean, 2) + 0.0  # no -0.00
+        return f"{mean:{form}}" + (f" ± {sample.deviation:.2f}" if len(sample.values) > 1 else "")
+
+    def bold(less: efficacy.Sample) -> str:
+        return f"**{cell(less, '+.2f')}**" if less.certain else cell(less, "+.2f")
 
     head, rows = ["training loss"], {method: [method] for method in efficacy.METHODS}
-    differences, against_smoothing = [], []
+    differences, over_smoothing = [], []
     for data in dict.fromkeys(r["data"] for r in records):
         found = {method: efficacy.accuracies(records, data, method) for method in rows}
         base = found[efficacy.BASELINE]
-        head += [f"{data}, {len(base)} seed{'s' * (len(base) > 1)}", f"less {efficacy.BASELINE}"]
+        head += [f"{data}, {len(base)} seed{'s' * (len(base) > 1)}", f"minus {efficacy.BASELINE}"]
         for method, values in found.items():
             rows[method].append(cell(efficacy.Sample(tuple(values.values())), ".2f"))
-            if method == efficacy.BASELINE:
-                rows[method].append("")
-                continue
             less = efficacy.difference(values, base)
-            differences.append(less)
-            text = cell(less, "+.2f")
-            rows[method].append(f"**{text}**" if less.certain else text)
+            rows[method].append("" if method == efficacy.BASELINE else bold(less))
+            differences += [] if method == efficacy.BASELINE else [less]
         less = efficacy.difference(found[efficacy.ZIPF], found[efficacy.SMOOTHING])
-        against_smoothing.append(f"{data} {cell(less, '+.2f')}{'' if less.certain else ' (no difference)'}")
+        over_smoothing.append(f"{data} {bold(less)}")
     certain = [d for d in differences if d.certain]
     options = "; ".join(f"{data}: `{of_data} {plan.options}`" for data, of_data in plan.data.items())
     where = "; ".join(dict.fromkeys(provenance([r]) for r in records))
@@ -295,9 +295,10 @@ def efficacy_block(preset: str, folder: Path) -> str:
         f"meet the same batches and crops.\n\n{table(head, rows.values())}\n\n"
         "**Bold**: a difference that the seeds tell from 0 (95 % interval by Student's t, on these test "
         "images); none of the others can be called one. "
-        f"{len(certain)} of {len(differences)} are bold, {sum(d.mean > 0 for d in certain)} of them gains, "
-        f"where chance alone would make about {0.05 * len(differences):.1f}. "
-        f"{efficacy.ZIPF}, less label smoothing: {', '.join(against_smoothing)}.\n\n"
+        f"{len(certain)} of the table's {len(differences)} are bold, "
+        f"{sum(d.mean > 0 for d in certain)} of them gains; "
+        f"chance alone would make about {0.05 * len(differences):.1f}. "
+        f"{efficacy.ZIPF}, minus label smoothing: {', '.join(over_smoothing)}.\n\n"
         f"<sub>Options of examples/train.py: {options}. {len(records)} runs, "
         f"{sum(r['seconds'] for r in records) / 60:.0f} min of training. {where}.</sub>"
     )

@@ -157,15 +157,17 @@ def test_the_table_follows_from_the_records(tmp_path, monkeypatch):
     text = report.block("efficacy-cpu", {}, tmp_path)
     lines = text.splitlines()
     assert (
-        "| training loss | easy, 3 seeds | less cross-entropy | hard, 3 seeds | less cross-entropy |" in lines
+        "| training loss | easy, 3 seeds | minus cross-entropy | hard, 3 seeds | minus cross-entropy |"
+        in lines
     )
     assert f"| {NAMES[0]} | 70.00 ± 10.00 |  | 70.00 ± 10.00 |  |" in lines
     # Of 3 seeds the interval is 4.303 / sqrt(3) = 2.48 deviations: 3 +- 1 excludes 0, 3 +- 2 does not.
     assert f"| {NAMES[1]} | 73.00 ± 11.00 | **+3.00 ± 1.00** | 70.00 ± 10.00 | +0.00 ± 0.00 |" in lines
     assert f"| {NAMES[2]} | 73.00 ± 12.00 | +3.00 ± 2.00 | 67.00 ± 9.00 | **-3.00 ± 1.00** |" in lines
+    assert "-0.00" not in text
     assert sum(line.startswith("| ") for line in lines) == len(NAMES) + 2
-    assert "2 of 18 are bold, 1 of them gains, where chance alone would make about 0.9" in text
-    assert "easy +0.00 ± 1.00 (no difference), hard -3.00 ± 1.00.\n" in text
+    assert "2 of the table's 18 are bold, 1 of them gains; chance alone would make about 0.9" in text
+    assert "easy +0.00 ± 1.00, hard **-3.00 ± 1.00**.\n" in text
     assert f"{len(records)} runs, 30 min of training" in text
     assert "`--hard --common`" in text
     assert "made up (none), 1 thread, torch 2, gcc, commit abc." in text
