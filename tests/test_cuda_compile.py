@@ -44,6 +44,8 @@ def test_no_spills_and_16_byte_accesses(compiled):
     assert rows
     for row in rows:
         assert not row.faults, f"{row.kernel} for sm_{row.arch}: {row.faults}"
+        if "slabs" in row.kernel:
+            assert (row.wide_loads, row.wide_stores) == (row.loads, row.stores), row
         if "loss" in row.kernel:  # the gradient may be written over the logits
             assert row.read_only == 0, f"{row.kernel} for sm_{row.arch} reads past coherence"
         empty = row.arch == "80" and "cluster" in row.kernel

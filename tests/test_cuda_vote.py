@@ -282,6 +282,16 @@ def test_vote_layouts(driver, dtype, wgmma):
     assert ("nchw" if half else "pack") in taken(first, 2)
     assert "pack" in taken(maps(3, 24, 5, 5, dtype, channels_last=False))
     assert "pack" in taken(maps(3, 24, 5, 5, dtype, channels_last=False), 2)
+    for D, H, W in [(24, 5, 5), (72, 7, 7), (16, 14, 14), (8, 1, 1), (64, 2, 3), (200, 1, 9)]:
+        journal = taken(
+            maps(3, D, H, W, dtype, channels_last=False),
+            weight=aligned(integers(70, D, dtype=dtype, seed=5)),
+            kernel=kernel,
+        )
+        assert ("slabs" in journal) == (half and H * W > 1), (D, H, W, journal)
+    odd = maps(3, 20, 7, 7, dtype, channels_last=False)  # half a group of channels
+    assert "slabs" not in taken(odd, weight=aligned(integers(70, 20, dtype=dtype, seed=5)))
+    assert "slabs" not in taken(maps(3, 24, 15, 15, dtype, channels_last=False))  # too many positions
     assert "pack" in taken(maps(2, 24, 10, 8, dtype, channels_last=False), 2)  # patches have borders
     assert "pack" not in taken(maps(3, 24, 5, 5, dtype)[:, :, 1:4, ::2], 2)  # rows anywhere
     assert "pack" in taken(maps(3, 24, 5, 5, dtype)[:, :, 1:4, ::2])

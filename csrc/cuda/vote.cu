@@ -3,10 +3,10 @@
 //
 // All in the caller's stream: packing of weights and features where their layout needs it, the
 // product with its argmax, and the fold where the classes were split. Channels-last features take
-// one launch where one tile spans the classes, else two. Neither kernel here has run on a GPU yet.
+// one launch where one tile spans the classes, else two. No kernel here has run on a GPU yet.
 //
 // vote_fold_kernel: one thread a position, kFoldThreads a block; (splits * 8 + 4) bytes moved a
-// position; no shared memory. vote_pack_kernel: see vote_pack.cuh.
+// position; no shared memory. vote_pack_kernel, vote_slabs_kernel: see vote_pack.cuh.
 #include "vote.h"
 
 #include "vote_launch.h"
@@ -28,6 +28,11 @@ __global__ void __launch_bounds__(kPackThreads) vote_pack_kernel(const PackArgs 
   pack_rows<T>(args, blockIdx.x, static_cast<int>(threadIdx.x), shared);
 }
 
+__global__ void __launch_bounds__(kPackThreads) vote_slabs_kernel(const PackArgs args) {
+  __shared__ SlabShared shared;
+  pack_slabs(args, blockIdx.x, static_cast<int>(threadIdx.x), shared);
+}
+
 /// Launches on a stream of the current device; keeps the first error.
 struct StreamLauncher {
   int multiprocessors;
@@ -37,6 +42,9 @@ struct StreamLauncher {
   bool pack(const PackArgs& args, int64_t size, int64_t blocks) {
     return size == 4 ? launch(vote_pack_kernel<uint32_t>, blocks, kPackThreads, args)
                      : launch(vote_pack_kernel<uint16_t>, blocks, kPackThreads, args);
+  }
+  bool slabs(const PackArgs& args, int64_t blocks) {
+    return launch(vote_slabs_kernel, blocks, kPackThreads, args);
   }
   bool mma(Kernel kernel, VoteType type, Layout layout, const MmaArgs& args, int64_t blocks) {
     error = blocks > INT32_MAX ? cudaErrorInvalidConfiguration

@@ -10,6 +10,12 @@
 // every pair once (8 bytes) and writes 4 bytes a position; it has no shared memory, no atomics, and
 // one order of comparison, which the rules make irrelevant anyway: `better` is associative and
 // commutative.
+//
+// A launch of its own, and not the loss's first step: its bytes are small beside the product's, and
+// the loss would read those pairs once more for its label, where a row's few leading lanes wait for
+// them; the loss kernels, compiled to just below their bound of registers, spill with it in; and
+// "votes" would mean two things on the way through every caller. Where one tile holds all classes
+// there is nothing to fold, and no such launch.
 #pragma once
 
 #include <cmath>
@@ -71,7 +77,7 @@ struct Partials {
   RowMap map;
 };
 
-/// The vote with a given index: whoever needs votes can fold them itself, without a launch.
+/// The vote with a given index.
 ZIPFLS_HOST_DEVICE int32_t fold_vote(const Partials& partials, int64_t vote) {
   const Best* pair = partials.pairs + partials.map.row_of(vote);
   Best best = *pair;

@@ -8,10 +8,18 @@
 // about what shared memory has left beside wgmma's own reads (40 % of its cycles); so it is done
 // once, at the speed of memory.
 //
-// Bytes moved: each element read once and written once (4 bytes for a half-precision element). 64
-// positions by 64 channels a block of 256 threads, 16 loads of a thread in flight, lanes along
-// whichever index is contiguous; through shared memory, padded so that either direction is free of
-// bank conflicts for 16-bit elements.
+// Bytes moved: each element read once and written once (4 bytes for a half-precision element). What
+// is read is marked as not wanted again, so that L2 keeps what is written for the product to read.
+//
+// pack_slabs: 16-bit maps whose channels follow one another. 64 channels of one image are then one
+// piece of memory, whatever the number of positions: it comes in by 16 bytes, lies in shared memory
+// as it comes, and leaves by 8 channels of a position, 16 bytes. Groups of 8 channels are an odd
+// number of 16 bytes apart there: the 8 groups by 4 positions that a warp gathers from touch each
+// bank once.
+//
+// pack_rows: any other layout. 64 positions by 64 channels a block of 256 threads, 16 loads of a
+// thread in flight, lanes along whichever index is contiguous; through shared memory, padded so
+// that either direction is free of bank conflicts for 16-bit elements.
 //
 // Hazards: offsets written -> read, and tile written -> read by other threads: a block_sync each.
 #pragma once
@@ -66,8 +74,8 @@ ZIPFLS_VOTE_DEVICE void pack_rows(const PackArgs& args, int64_t block, int threa
               minor = thread % kPackTile;
     const int r = args.by_position ? minor : major, k = args.by_position ? major : minor;
     const bool there = shared.offset[r] >= 0 && first_channel + k < args.D;
-    x[i] = there ? static_cast<const T*>(
-                       args.from)[shared.offset[r] + (first_channel + k) * args.stride_d]
+    x[i] = there ? ptx::load_once(static_cast<const T*>(args.from) + shared.offset[r] +
+                                  (first_channel + k) * args.stride_d)
                  : T{};
   }
 #pragma unroll
@@ -84,6 +92,57 @@ ZIPFLS_VOTE_DEVICE void pack_rows(const PackArgs& args, int64_t block, int threa
     Two<T>* const to = reinterpret_cast<Two<T>*>(static_cast<T*>(args.to) +
                                                  (first_row + r) * args.pitch + first_channel + k);
     *to = {{shared.tile[r][k], shared.tile[r][k + 1]}};
+  }
+}
+
+// Slabs -------------------------------------------------------------------------------------------
+
+/// Most positions of a map whose slab of 64 channels is held: 14 x 14, in 25 KB.
+constexpr int kSlabPositions = 196;
+constexpr int kSlabGroups = kPackTile / 8;  // of 8 channels
+
+/// Whether maps are packed by slabs.
+inline bool in_slabs(const PackArgs& args, int64_t size) {
+  const int64_t P = args.H * args.W;
+  return size == 2 && P <= kSlabPositions && (args.W == 1 || args.stride_w == 1) &&
+         (args.H == 1 || args.stride_h == args.W) && args.stride_d == P && args.D % 8 == 0 &&
+         (args.N == 1 || args.stride_n % 8 == 0) &&
+         reinterpret_cast<uintptr_t>(args.from) % 16 == 0;
+}
+
+struct alignas(16) Eight {
+  uint16_t x[8];
+};
+
+struct SlabShared {
+  Eight vectors[kSlabGroups * (kSlabPositions + 1)];
+};
+
+/// Block `block` of images * channel tiles.
+ZIPFLS_VOTE_DEVICE void pack_slabs(const PackArgs& args, int64_t block, int thread,
+                                   SlabShared& shared) {
+  const int64_t n = block / args.channel_tiles;
+  const int64_t first_channel = block % args.channel_tiles * kPackTile;
+  const int P = static_cast<int>(args.H * args.W), pitch = P | 1;  // 16 bytes each
+  const int64_t left = (args.D - first_channel) / 8;
+  const int groups = left < kSlabGroups ? static_cast<int>(left) : kSlabGroups;
+  const uint16_t* const from =
+      static_cast<const uint16_t*>(args.from) + n * args.stride_n + first_channel * P;
+#pragma unroll 2
+  for (int i = thread; i < groups * P; i += kPackThreads)
+    shared.vectors[i / P * pitch + i % P] =
+        ptx::load_once(reinterpret_cast<const Eight*>(from) + i);
+  ptx::block_sync();
+  const int g = thread % kSlabGroups;
+  if (g >= groups) return;
+  const uint16_t* const group = shared.vectors[g * pitch].x;  // (8, P)
+  uint16_t* const to = static_cast<uint16_t*>(args.to) + n * P * args.pitch + first_channel + 8 * g;
+#pragma unroll 2
+  for (int p = thread / kSlabGroups; p < P; p += kPackThreads / kSlabGroups) {
+    Eight x;
+#pragma unroll
+    for (int k = 0; k < 8; k++) x.x[k] = group[k * P + p];
+    ptx::store16(to + p * args.pitch, x);
   }
 }
 

@@ -19,6 +19,22 @@ ZIPFLS_VOTE_DEVICE uint32_t shared_address(const void* at) {
 /// All threads of the block; orders their accesses to shared memory.
 ZIPFLS_VOTE_DEVICE void block_sync() { __syncthreads(); }
 
+/// 2, 4 or 16 bytes of device memory that nobody will ask for again: first to leave L1 and L2.
+ZIPFLS_VOTE_DEVICE uint16_t load_once(const uint16_t* at) { return __ldcs(at); }
+ZIPFLS_VOTE_DEVICE uint32_t load_once(const uint32_t* at) { return __ldcs(at); }
+template <class Vector>
+ZIPFLS_VOTE_DEVICE Vector load_once(const Vector* at) {
+  static_assert(sizeof(Vector) == 16, "");
+  const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(at));
+  return *reinterpret_cast<const Vector*>(&raw);
+}
+/// 16 aligned bytes to device memory. (A plain store of 16-bit elements falls apart into four.)
+template <class Vector>
+ZIPFLS_VOTE_DEVICE void store16(void* at, const Vector& x) {
+  static_assert(sizeof(Vector) == 16, "");
+  __stcg(static_cast<uint4*>(at), *reinterpret_cast<const uint4*>(&x));
+}
+
 template <class T>
 ZIPFLS_VOTE_DEVICE T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);

@@ -3,6 +3,7 @@
 //
 // A template over who launches, so that the tests take the same course on the CPU. A launcher has
 //   pack(PackArgs, element size, blocks)
+//   slabs(PackArgs, blocks)
 //   mma(Kernel, VoteType, Layout, MmaArgs, blocks)
 //   wgmma(Kernel, WgmmaProblem)
 //   fold(Partials, count, votes)
@@ -20,6 +21,7 @@ namespace zipfls::cuda::vote {
 template <class Launcher>
 bool pack(Launcher& launcher, PackArgs args, int64_t size) {
   args.channel_tiles = ceil_div(args.D, kPackTile);
+  if (in_slabs(args, size)) return launcher.slabs(args, args.N * args.channel_tiles);
   return launcher.pack(args, size,
                        ceil_div(args.N * args.H * args.W, kPackTile) * args.channel_tiles);
 }

@@ -56,6 +56,14 @@ struct EmulatedLauncher {
     journal() += "pack;";
     return size == 4 ? pack_as<uint32_t>(args, blocks) : pack_as<uint16_t>(args, blocks);
   }
+  bool slabs(const PackArgs& args, int64_t blocks) {
+    journal() += "pack slabs;";
+    blocks_of(blocks, kPackThreads, sizeof(SlabShared),
+              [&](int64_t block, int thread, char* shared) {
+                pack_slabs(args, block, thread, *reinterpret_cast<SlabShared*>(shared));
+              });
+    return true;
+  }
 
   template <class Config>
   bool mma_as(const MmaArgs& args, int64_t blocks) {

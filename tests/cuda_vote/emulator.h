@@ -397,6 +397,16 @@ inline char* shared_pointer(emulator::Block& where, uint32_t address, size_t byt
   return where.arena + (address - kSharedBase);
 }
 
+template <class T>
+T load_once(const T* at) {
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) fail("misaligned device memory");
+  return *at;
+}
+template <class Vector>
+void store16(void* at, const Vector& x) {
+  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) fail("misaligned device memory");
+  std::memcpy(at, &x, 16);
+}
 inline void block_sync() { emulator::together(block().all, self().thread, "block_sync", nullptr); }
 inline void warp_sync() { emulator::together_warp("warp_sync", nullptr); }
 inline void cluster_sync() {
