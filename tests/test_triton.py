@@ -287,9 +287,8 @@ def assert_same_soft(args):
 def soft_kernel(request, monkeypatch):
     """Both kernels for soft targets, on the same rows."""
     if request.param == "long":
-        monkeypatch.setattr(loss_file, "LONGEST_ROW", 32)
-        for name in ("LONG_TILE", "LONG_TILE_64"):
-            monkeypatch.setattr(soft_file, name, (32, 4))
+        monkeypatch.setattr(soft_file, "LONGEST_ROW", 32)
+        monkeypatch.setattr(soft_file, "LONG_TILE", (32, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -23,7 +23,6 @@ interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -79,10 +78,9 @@ def long_tile(C: int, itemsize: int) -> tuple[int, int]:
     return next(tile for most, tile in LONG_TILES if most >= C or itemsize == 8)
 
 
-def is_long(C: int, itemsize: int) -> bool:
-    """Whether rows are read twice rather than kept in registers."""
-    longest = LONGEST_ROW // 2 if itemsize == 8 else LONGEST_ROW
-    return longest < C
+def is_long(C: int, itemsize: int, longest: int) -> bool:
+    """Whether rows are read twice rather than kept in registers, which hold half as many float64."""
+    return (longest // 2 if itemsize == 8 else longest) < C
 
 
 def row_tile(N: int, C: int, P2: int) -> tuple[int, int, int]:
@@ -115,15 +113,15 @@ class Rows(NamedTuple):
     stride: int  # distance of rows
 
 
-def cut_rows(logits: Tensor, P: int, label: int, tile_of_long: Callable[[int, int], tuple[int, int]]) -> Rows:
-    """For logits with P votes a row; ``label``: 1 if votes rank."""
+def cut_rows(logits: Tensor, P: int, label: int, longest: int, tile_of_long: tuple[int, int]) -> Rows:
+    """For logits with P votes a row; ``label``: 1 if votes rank; ``longest``: row kept in registers."""
     N, C = logits.shape
     itemsize = logits.element_size()
     P2, pairwise = vote_tile(P)
     hashed = label == 1 and not pairwise
-    long = is_long(C, itemsize)
+    long = is_long(C, itemsize, longest)
     if long:
-        (B, warps), R = tile_of_long(C, itemsize), 1
+        (B, warps), R = tile_of_long, 1
     else:
         B, R, warps = row_tile(N, C, P2)
     groups = -(-N // R)
@@ -213,7 +211,8 @@ def _plan(
 ) -> Plan:
     N = logits.shape[0]
     label = log_mass.dim() if zipf_weight != 0 else 0
-    rows = cut_rows(logits, 0 if votes is None else votes.shape[1], label, long_tile)
+    P = 0 if votes is None else votes.shape[1]
+    rows = cut_rows(logits, P, label, LONGEST_ROW, long_tile(logits.shape[1], logits.element_size()))
     scaled = reduction == "mean" and gradient != NO_GRADIENT and logits.dtype == torch.float16
     totals = 0 if reduction != "mean" else 1 if N <= loss_mean.SCAN_ROWS else 2
     constants = (

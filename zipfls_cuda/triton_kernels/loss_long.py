@@ -373,6 +373,7 @@ def loss_fwd_long_kernel(
 
         # Second read, backwards: the gradient. It may lie over the logits: a barrier ends the first read and
         # those of single logits, by all threads; from here each logit is read only to be written itself.
+        # The edges come first: what they need would live through the loop.
         if WITH_GRAD:
             tl.debug_barrier()
             silent = ignored
@@ -388,19 +389,6 @@ def loss_fwd_long_kernel(
             if LABEL == VOTES_LABEL:
                 constant = label_scale * tl.exp(log_q)
             smooth_scale = gc * smoothing / C
-            grad_start = row_vectors(row, C, C, V, EDGES)[1]
-            blocks = (C // V * V + BLOCK - 1) // BLOCK
-            for i in range(0, blocks):
-                j = (blocks - 1 - i) * BLOCK + offset
-                inside = (j < body[:, None, None]) & row_ok[:, None, None]
-                x = tl.load(logits + start[:, None, None] + j, mask=inside, other=0).to(D)
-                column = head[:, None, None] + j
-                g = lanes_gradient(
-                    x, column, inside, safe_m, k1, constant, label_scale, smooth_scale, y, gy, spoilt,
-                    spoilt_value, masses, mass_stride_c, top, total, weight, C,
-                    HAS_CE and SMOOTH, HAS_WEIGHT, DENSE,
-                )  # fmt: skip
-                tl.store(grad + grad_start[:, None, None] + j, narrow(g, grad.dtype.element_ty), mask=inside)
             if EDGES:
                 at = (row * stride)[:, None, None] + edge_column
                 edge_x = tl.load(logits + at, mask=edge_inside, other=0).to(D)
@@ -415,6 +403,20 @@ def loss_fwd_long_kernel(
                 gv = tl.exp(zv - safe_m[:, None]) * k1[:, None] - label_scale[:, None] * tl.exp(log_p)
                 if HAS_CE and SMOOTH:
                     gv -= smooth_scale * load_weights(weight, v, voted, HAS_WEIGHT)
+            grad_start = row_vectors(row, C, C, V, EDGES)[1]
+            blocks = (C // V * V + BLOCK - 1) // BLOCK
+            for i in range(0, blocks):
+                j = (blocks - 1 - i) * BLOCK + offset
+                inside = (j < body[:, None, None]) & row_ok[:, None, None]
+                x = tl.load(logits + start[:, None, None] + j, mask=inside, other=0).to(D)
+                column = head[:, None, None] + j
+                g = lanes_gradient(
+                    x, column, inside, safe_m, k1, constant, label_scale, smooth_scale, y, gy, spoilt,
+                    spoilt_value, masses, mass_stride_c, top, total, weight, C,
+                    HAS_CE and SMOOTH, HAS_WEIGHT, DENSE,
+                )  # fmt: skip
+                tl.store(grad + grad_start[:, None, None] + j, narrow(g, grad.dtype.element_ty), mask=inside)
+            if LABEL == VOTES_LABEL:
                 tl.debug_barrier()
                 at = (row * C)[:, None] + v
                 tl.store(grad + at, narrow(gv, grad.dtype.element_ty), mask=voted & ~spoilt[:, None])

@@ -20,13 +20,10 @@ from .loss import GRADIENT, IN_PLACE, NO_GRADIENT, REDUCTIONS, Plan, cut_rows, p
 from .soft_loss_long import soft_loss_fwd_long_kernel
 from .soft_loss_rows import soft_loss_fwd_kernel
 
-# (elements a step, warps) of a long row, float64 the second: with more elements a thread, masks or statistics
-# are spilled (make kernel-report). Rows in registers are cut as in loss.py. No entry was measured on a GPU.
-LONG_TILE, LONG_TILE_64 = (2048, 4), (2048, 8)
-
-
-def _long_tile(C: int, itemsize: int) -> tuple[int, int]:
-    return LONG_TILE_64 if itemsize == 8 else LONG_TILE
+# Registers hold logits and target, so half as many classes as in loss.py, by which shorter rows are cut. Of
+# longer ones (elements a step, warps): more a thread spilled (make kernel-report). Not measured on a GPU.
+LONGEST_ROW = 2048
+LONG_TILE = (1024, 4)
 
 
 def _plan(
@@ -42,7 +39,7 @@ def _plan(
     gradient: int,
 ) -> Plan:
     label = log_mass.dim() if zipf_weight != 0 else 0
-    rows = cut_rows(logits, 0 if votes is None else votes.shape[1], label, _long_tile)
+    rows = cut_rows(logits, 0 if votes is None else votes.shape[1], label, LONGEST_ROW, LONG_TILE)
     scaled = reduction == "mean" and gradient != NO_GRADIENT and logits.dtype == torch.float16
     constants = (
         ce_weight != 0, label, votes is not None, weighted, label_smoothing > 0,
