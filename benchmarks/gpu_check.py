@@ -338,6 +338,11 @@ def exercise() -> None:
                     torch.testing.assert_close(loss.detach(), exact, rtol=1e-3, atol=1e-3)
                     calls += 1
                 zls.zipf_cross_entropy(z, y, None, backend=backend).backward()
+                zls.zipf_cross_entropy(z * 1, y, votes, inplace=True, backend=backend).backward()
+                soft = torch.nn.functional.one_hot(y, C) * 0.9 + 0.1 / C
+                zls.zipf_cross_entropy(z, soft, votes, only_correct=True, backend=backend).backward()
+                zls.zipf_cross_entropy(z * 1, soft, votes, inplace=True, backend=backend).backward()
+                calls += 3
                 zls.rank_votes(votes, C, backend=backend)
                 zls.zipf_label(y, votes, C, backend=backend)
             for H, D, C in ((3, 20, 11), (4, 72, 130)):

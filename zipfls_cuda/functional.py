@@ -219,7 +219,7 @@ def zipf_cross_entropy(
             float type, used in the type of the arithmetic, without gradient: mixup, CutMix, soft labels. The
             Zipf term is then over the classes whose probability is the row's minimum, 0 where they are fewer
             than two; all means divide by N; ``only_correct`` compares with its argmax. Our extension
-            (docs/MATH.md, "Soft targets"), served by "cpu" and "reference".
+            (docs/MATH.md, "Soft targets").
         votes: (N, P) int32 or int64 from :func:`dense_vote`, below C; negative means no vote; P = 0 is
             allowed. None ranks by the logits instead.
         zipf_weight: lambda, finite; 0 skips the Zipf term.
