@@ -29,6 +29,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -408,6 +409,56 @@ def report_case(arch: int, index: int) -> tuple[list[Row], str]:
     return rows, "" if rows else f"sm_{arch} {case.name}: launches none of {', '.join(case.kernels)}"
 
 
+# Warp specialisation on Hopper -----------------------------------------------------------------------
+
+WARP_GROUPS = (
+    vote_file.Config(128, 256, 64, 4, 3, True, True),
+    vote_file.Config(64, 128, 64, 4, 4, True, True),
+)
+
+
+@contextlib.contextmanager
+def no_stderr() -> Iterator[None]:
+    """Nothing is written to standard error, by the compiler either, which prints all of a failed module."""
+    sys.stderr.flush()
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
+
+
+def specialization(config: vote_file.Config) -> str:
+    """What this Triton makes of a specialised vote kernel for sm_90: "" if what it should."""
+    table = vote_file.TUNING[90, 2]
+    vote_file.TUNING[90, 2] = {"specialised": (1.0, config)}
+    vote_file.choose.cache_clear()
+    try:
+        with no_stderr():
+            launches = compiled_launches(vote_case((256, 2048, 7, 7), 1000).call, 90)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        vote_file.TUNING[90, 2] = table
+        vote_file.choose.cache_clear()
+    return judged(dict(launches)["vote_fwd_kernel"].asm["ttgir"], config.BM)
+
+
+def judged(ttgir: str, BM: int) -> str:
+    """ "" if products run beside loads in warps of their own, each row of the tile in one of them."""
+    if "ttg.warp_specialize(" not in ttgir:
+        return "ignored"
+    copy = r"async_tma_copy_global_to_local .*tensordesc<(?:tensor<)?(\d+)x.*-> !ttg\.memdesc<(\d+)x"
+    for box, buffer in re.findall(copy, ttgir):
+        if box != buffer:
+            return f"{box} rows are copied into a buffer of {buffer}"
+    rows = sum(map(int, re.findall(r"ttng\.warp_group_dot .*-> tensor<(\d+)x", ttgir)))
+    return "" if rows == BM else f"{rows} rows are multiplied for a tile of {BM}"
+
+
 # Model of time ---------------------------------------------------------------------------------------
 
 H200 = SimpleNamespace(
@@ -576,6 +627,10 @@ def main(argv: list[str] | None = None) -> int:
             wrong += [f"sm_{row.arch} {row.kernel}, {row.case}: {fault}" for fault in row.faults]
         rows += found
         wrong += [error] if error else []
+    if 90 in options.arch and not options.quick and options.only in "vote":
+        for config in WARP_GROUPS:
+            verdict = specialization(config) or "AS IT SHOULD: measure it, and put it into vote.TUNING"
+            print(f"\nwarp specialisation on sm_90, {config.BM} x {config.BN}: {verdict}")
     print_model(rows)
     print(f"\n{len(rows)} kernels in {time.perf_counter() - begin:.0f} s, {len(wrong)} faults")
     print("\n".join(wrong))

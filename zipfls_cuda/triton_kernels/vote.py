@@ -62,6 +62,13 @@ LARGE_100 = (
     else Config(128, 128, 64, 8, 3, tma=True, per_sm=2)
 )
 
+# On sm_90 no configuration has them. Tried ahead of time (compiled code read, nothing run), on this loop and
+# on that over channels alike. At 8 warps Triton 3.6 and 3.9 ignore the request. At 4 warps and BM = 128 they
+# split the tile over two groups of warps, but not the host's descriptors with it: 3.9 says so and fails
+# ("descriptor block and tensor must have the same number of elements"), 3.6 copies boxes of 128 rows into
+# buffers of 64. At BM = 64 one group of warps loads and two multiply, both the whole tile. make kernel-report
+# says when a Triton does better.
+
 # (architecture, bytes per element) -> regime -> (relative rate, Config). choose() takes the regime with the
 # least waves * tile size / rate. "large": most reuse, but nothing to do while it refills its pipeline and
 # takes its argmax; "paired": two programs a multiprocessor, one in its epilogue while the other multiplies,
@@ -535,10 +542,10 @@ def vote_fwd(features: Tensor, weight: Tensor, bias: Tensor | None, upsample: in
     )  # fmt: skip
     plan = plans.get(key)
     if plan is None:
-        if features.numel() == 0 or weight.shape[0] == 0:
-            positions = features.shape[1] if features.dim() == 3 else features.shape[2] * features.shape[3]
-            P = upsample * upsample * positions
-            return torch.empty((features.shape[0], P), dtype=torch.int32, device=features.device)
+        positions = features.shape[1] if features.dim() == 3 else features.shape[2] * features.shape[3]
+        shape = features.shape[0], upsample * upsample * positions
+        if 0 in shape:
+            return torch.empty(shape, dtype=torch.int32, device=features.device)
         with device_of(features):
             plan = remembered(key, _plan(features, weight, bias is not None, upsample, precision))
     votes = torch.empty_like(plan.votes, memory_format=torch.contiguous_format)
