@@ -59,7 +59,7 @@ def main() -> None:
     print("who serves each operator (float32; the first is the default)")
     for stage in ops.STAGES:
         for device in devices:
-            print(f"  {stage:13} {device:5} {_serving(stage, device)}")
+            print(f"  {stage:15} {device:5} {_serving(stage, device)}")
 
 
 if __name__ == "__main__":
