@@ -112,13 +112,12 @@ struct SoftShare {
 
 /// Loss and gradient where a target is probabilities.
 ///
-/// - Bytes: C (2 itemsize + 4) a row of device memory (float64: 8 for 4) where a block holds the
-///   row; of longer rows logits and target twice more, from L2. dense: 4 C more, and twice that
-///   from L2. P votes twice.
+/// - Bytes: C (2 itemsize + 4) a row of device memory (float64: 8 for 4); of rows that a block does
+///   not hold, logits and target three times more, from L2. dense: 4 C more, and twice that from
+///   L2. P votes twice.
 /// - Threads: 32 to 256 a row, rows by grid stride.
 /// - The row: in registers, kSoftVectors 16-byte vectors of logits and their target a thread;
-/// longer
-///   rows in L2.
+///   longer rows in L2.
 /// - Accumulators: float (float64: double); sums over rows: double.
 /// - Hazards, each with its barrier: votes counted before the classes of the target are told apart,
 ///   those before ranks; logits looked up at voted classes before the gradient, which may overwrite
