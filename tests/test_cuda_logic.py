@@ -829,22 +829,36 @@ def test_faultless_kernel_passes(harnesses, tmp_path, build):
         assert run_fault(harnesses[build], 0, tmp_path, **schedule) == ""
 
 
-def test_missing_barrier_in_the_loss_kernel_is_caught(tmp_path):
-    """Each barrier of a held row is needed: without it the race check speaks."""
-    source = (KERNELS / "loss.cuh").read_text()
-    barriers = list(re.finditer(r"^ +Group::sync\(\);.*$", source, re.M))
-    assert len(barriers) == 3
+BARRIERS = {  # file -> barriers of which each is needed, how many they are, a call that shows it
+    "held row": ("loss.cuh", r"^ +Group::sync\(\);.*$", 3, {"shape": SHAPES["block"]}),
+    "cluster in place": (
+        "loss.cuh",
+        r"^ +if \(CLUSTER && a.grad == a.logits\) cluster_sync\(\);$",
+        1,
+        {"shape": SHAPES["cluster"], "in_place": True},
+    ),
+    "soft targets": ("soft_loss.cuh", r"^ +__syncthreads\(\);.*$", 3, {"threads": 64}),
+}
+
+
+@pytest.mark.parametrize("barriers", BARRIERS)
+def test_missing_barrier_in_a_loss_kernel_is_caught(tmp_path, barriers):
+    """Without any one of them the race check speaks."""
+    file, pattern, count, options = BARRIERS[barriers]
+    source = (KERNELS / file).read_text()
+    found = list(re.finditer(pattern, source, re.M))
+    assert len(found) == count
     mutants = []
-    for i, barrier in enumerate(barriers):
+    for i, barrier in enumerate(found):
         copy = tmp_path / str(i)
         shutil.copytree(ROOT / "csrc", copy / "csrc")
         shutil.copytree(HARNESS, copy / "tests" / "cuda_harness")
-        text = source[: barrier.start()] + source[barrier.end() :]
-        (copy / "csrc" / "cuda" / "loss.cuh").write_text(text)
+        (copy / "csrc" / "cuda" / file).write_text(source[: barrier.start()] + source[barrier.end() :])
         mutants.append(copy / "csrc" / "cuda")
-    cases = [loss_case(make(3, 41, 20), shape=SHAPES["block"], blocks=1)]
+    case = make(3, 41, 20)
+    cases = [loss_case(soft(case, "mixup") if "soft" in file else case, blocks=1, **options)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         compiled = pool.map(lambda m: compile_harness("races", m, ("-DHARNESS_DTYPES=1",)), mutants)
-        for program, barrier in zip(list(compiled), barriers):
+        for program, barrier in zip(list(compiled), found):
             ((faults, _),) = execute(program, cases, tmp_path)
             assert "without a barrier between" in faults or "uninitialised" in faults, barrier.group()
