@@ -297,7 +297,7 @@ def efficacy_block(preset: str, folder: Path) -> str:
         "images); none of the others can be called one. "
         f"{len(certain)} of the table's {len(differences)} are bold, "
         f"{sum(d.mean > 0 for d in certain)} of them gains; "
-        f"chance alone would make about {0.05 * len(differences):.1f}. "
+        f"chance alone would give about {0.05 * len(differences):.1f}. "
         f"{efficacy.ZIPF}, minus label smoothing: {', '.join(over_smoothing)}.\n\n"
         f"<sub>Options of examples/train.py: {options}. {len(records)} runs, "
         f"{sum(r['seconds'] for r in records) / 60:.0f} min of training. {where}.</sub>"

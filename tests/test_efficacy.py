@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_the_table_follows_from_the_records(tmp_path, monkeypatch):
     assert f"| {NAMES[2]} | 73.00 ± 12.00 | +3.00 ± 2.00 | 67.00 ± 9.00 | **-3.00 ± 1.00** |" in lines
     assert "-0.00" not in text
     assert sum(line.startswith("| ") for line in lines) == len(NAMES) + 2
-    assert "2 of the table's 18 are bold, 1 of them gains; chance alone would make about 0.9" in text
+    assert "2 of the table's 18 are bold, 1 of them gains; chance alone would give about 0.9" in text
     assert "easy +0.00 ± 1.00, hard **-3.00 ± 1.00**.\n" in text
     assert f"{len(records)} runs, 30 min of training" in text
     assert "`--hard --common`" in text
@@ -205,3 +206,31 @@ def test_report_writes_and_checks_the_table(tmp_path, monkeypatch):
     assert f"| {NAMES[0]} | 60.00 ± 0.00 |  |" in text
     readme.write_text(text.replace("60.00", "61.00", 1))
     assert any("efficacy-cpu differs" in p for p in report.check(readme, tmp_path))
+
+
+# What is committed -----------------------------------------------------------------------------------
+
+
+def test_committed_records_are_the_plan_s():
+    plan, path = efficacy.PLANS["cpu"], efficacy.FOLDER / "cpu.json"
+    assert path.stat().st_size < 200_000
+    records = harness.load(path)
+    assert len({r["command"] for r in records}) == len(records)
+    used = efficacy.balanced(plan, records)
+    for data in plan.data:
+        assert len(efficacy.accuracies(used, data, efficacy.BASELINE)) >= 3
+    for r in records:
+        assert r in used, r["command"]
+        assert len(r["accuracy"]) == r["settings"]["epochs"]
+        assert r["last"] == r["accuracy"][-1]
+        assert r["best"] == max(r["accuracy"])
+        assert r["env"]["threads"] == 1
+        assert r["env"]["commit"] != "unknown"
+        assert not r["env"]["dirty"]
+    assert json.loads(path.read_text())["format"] == 1
+
+
+def test_readme_shows_the_committed_records():
+    blocks = dict(report.MARKED.findall((ROOT / "README.md").read_text()))
+    assert blocks["efficacy-cpu"] == report.block("efficacy-cpu", {}) + "\n"
+    assert report.NOTHING not in blocks["efficacy-cpu"]
