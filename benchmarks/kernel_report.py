@@ -409,6 +409,13 @@ def report_case(arch: int, index: int) -> tuple[list[Row], str]:
     return rows, "" if rows else f"sm_{arch} {case.name}: launches none of {', '.join(case.kernels)}"
 
 
+def accesses(ttgir: str) -> str:
+    """Loads (L) and stores (S) of bfloat16, those of logits and gradient, and barriers (B), in order."""
+    memory = r"(tt\.load|tt\.store) .*x!tt\.ptr<bf16>|(?:gpu|ttg)\.barrier"
+    letters = {"tt.load": "L", "tt.store": "S", "": "B"}
+    return "".join(letters[kind] for kind in re.findall(memory, ttgir))
+
+
 # Warp specialisation on Hopper -----------------------------------------------------------------------
 
 WARP_GROUPS = (

@@ -155,6 +155,30 @@ def test_specialization_on_hopper_is_no_good_yet():
     assert "" not in ast.literal_eval(done.stdout), done.stdout
 
 
+@compiles
+def test_gradient_may_lie_over_the_logits():
+    """All reads of a row, then a barrier, then each logit read again only to be written, then the patches.
+
+    Triton's interpreter, of a single thread, shows no race between threads; the order in the code does.
+    """
+    names = ["loss 8192x997 bf16 P=49", "loss 4096x21841 bf16 P=49"]
+    names += ["soft 8192x997 bf16 P=49", "soft 8192x21841 bf16 P=49"]
+    program = (
+        f"import sys; sys.path[:0] = {[str(ROOT / 'benchmarks'), str(ROOT)]}; import kernel_report as k\n"
+        f"for case in (case for case in k.cases() if case.name in {names}):\n"
+        "    for name, kernel in k.compiled_launches(case.call, 90):\n"
+        "        if name in case.kernels:\n"
+        "            print(name, k.accesses(kernel.asm['ttgir']))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(names)
+    for line in lines:
+        assert re.fullmatch(r"\w+_kernel L+B(L?S)+BSB", line), line
+
+
 def test_model_knows_waves_and_tails():
     whole = kernel_report.vote_model(256 * 49, 2048, 1000, 128, 256, 132)
     assert whole["tiles"] == 392

@@ -331,6 +331,10 @@ def test_soft_least_classes_anywhere(soft_kernel, dense, least):
     for reduction in ("none", "mean"):
         args = soft_args(3, 79, logits=z, target=t, dtype=torch.float64, dense=dense, reduction=reduction)
         assert_same_soft(args)
+    z[2, 50] = NAN  # no matter to a row whose S is that class alone
+    assert_same_soft(
+        soft_args(3, 79, logits=z, target=t, dtype=torch.float64, dense=dense, ce=0.0, reduction="none")
+    )
 
 
 @pytest.mark.parametrize(
@@ -365,7 +369,7 @@ def test_soft_only_correct_beyond_a_tile():
     """argmax z = argmax t, lowest on ties in both, NaN skipped in t, -inf allowed; tiles of 2048 columns."""
     z = torch.randn(8, 4500, dtype=torch.float64)
     t = torch.rand(8, 4500, dtype=torch.float64)
-    for n, (c, d) in enumerate([(3, 4), (3, 4400), (2047, 2048), (4499, 4498), (0, 1), (5, 5), (7, 9)]):
+    for n, (c, d) in enumerate([(3, 4), (3, 2051), (2047, 2048), (4499, 403), (0, 1), (5, 5), (7, 9)]):
         z[n, [c, d]], t[n, [c, d]] = 9.0, 2.0
     t[4, 0] = z[5, 1] = NAN
     z[6, 7] = -INF
@@ -761,6 +765,13 @@ def test_launch_remembers_binaries_by_all_that_decides(no_driver):
     assert [(how, grid, args[2]) for how, grid, args in launched] == [
         (("stream of 3", "function", "metadata"), (2, 1, 1), 0.25)
     ]
+
+
+def test_plans_are_kept_apart_by_alignment():
+    x = torch.empty(5, 8)
+    unaligned = torch.empty(41)[1:].view(5, 8)
+    assert launching.described(x) == launching.described(torch.empty(5, 8))
+    assert launching.described(x) != launching.described(unaligned)
 
 
 def test_launch_under_a_profiler_takes_tritons_own_path(no_driver):
