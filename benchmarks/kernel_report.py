@@ -303,6 +303,8 @@ def loss_cases() -> Iterator[Case]:
         yield loss_case(256, C, FP32)
     for P in (16, 196, 320, 1024, 4096):
         yield loss_case(256, 1000, BF16, P, quick=P == 320)
+    for P in (1024, 4096):
+        yield loss_case(256, 10000, BF16, P)
     for C in (1000, 4096, 10000, 131073):
         everything = {"weight": True, "smoothing": 0.1}
         yield loss_case(256, C, BF16, None, "dense", dense=True)
@@ -335,6 +337,8 @@ def soft_loss_cases() -> Iterator[Case]:
             yield soft_loss_case(8192, C, dtype, quick=C == 21841 and dtype == BF16)
     for P in (16, 196, 320, 1024, 4096):
         yield soft_loss_case(256, 1000, BF16, P)
+    for P in (1024, 4096):
+        yield soft_loss_case(256, 10000, BF16, P)
     for C in (1000, 2048, 10000, 131073):
         everything = {"weight": True, "smoothing": 0.1, "only_correct": True}
         yield soft_loss_case(256, C, BF16, None, "dense", dense=True)

@@ -774,7 +774,7 @@ def test_plans_are_kept_apart_by_alignment():
     assert launching.described(x) != launching.described(unaligned)
 
 
-def test_launch_under_a_profiler_takes_tritons_own_path(no_driver):
+def test_launch_under_a_profiler_takes_tritons_own_path(no_driver, monkeypatch):
     launched = []
     launch = launching.Launch(OnGrid(lambda grid, *args, **options: Binary(launched)), (2, 1, 1), 4)
     launch(1)
@@ -788,8 +788,12 @@ def test_launch_under_a_profiler_takes_tritons_own_path(no_driver):
             launch(2)
         finally:
             chain.remove(hook)
-    launch(3)
-    assert [how for how, _, _ in launched] == ["watched"] * 2 + [("stream of 3", "function", "metadata")]
+    for name in ("launch_enter_hook", "launch_exit_hook"):  # a plain function, or none
+        monkeypatch.setattr(launching.knobs.runtime, name, hook)
+        launch(3)
+        monkeypatch.setattr(launching.knobs.runtime, name, None)
+    launch(4)
+    assert [how for how, _, _ in launched] == ["watched"] * 4 + [("stream of 3", "function", "metadata")]
 
 
 @pytest.mark.parametrize("soft", [False, True])

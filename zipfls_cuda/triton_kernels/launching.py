@@ -30,6 +30,11 @@ def described(x: Tensor) -> tuple:
     return x.dtype, x.shape, x.stride(), x.data_ptr() & 15
 
 
+def _hooked(hook: object) -> bool:
+    """Whether a profiler looks on: None, a function, or a chain of hooks that may be empty."""
+    return bool(getattr(hook, "calls", hook))
+
+
 class Launch:
     """A kernel on a grid, always with arguments of the same types, alignment and integers.
 
@@ -46,13 +51,13 @@ class Launch:
         self.compiled = None  # and None it stays where kernels are interpreted
 
     def __call__(self, *args) -> None:
-        compiled, hook = self.compiled, knobs.runtime.launch_enter_hook
+        compiled = self.compiled
         if compiled is None:
             # Multiply-adds said aloud: Triton 3.10 would leave them out.
             self.compiled = self.kernel[self.grid](
                 *args, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True
             )
-        elif getattr(hook, "calls", hook) or knobs.runtime.launch_exit_hook.calls:  # a profiler looks on
+        elif _hooked(knobs.runtime.launch_enter_hook) or _hooked(knobs.runtime.launch_exit_hook):
             compiled[self.grid](*args)
         else:
             active = driver.active

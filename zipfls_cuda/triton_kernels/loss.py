@@ -92,7 +92,7 @@ def row_tile(N: int, C: int, P2: int) -> tuple[int, int, int]:
     while R > 1 and R * P2 > 128:  # votes live in registers too: 8 rows of 64 spilled
         R //= 2
     if P2 > 128:
-        warps = max(warps, 8 if P2 > 1024 else 4)
+        warps = max(warps, 16 if P2 > 2048 else 8 if P2 > 1024 else 4)
     return B, R, warps
 
 
@@ -122,6 +122,8 @@ def cut_rows(logits: Tensor, P: int, label: int, longest: int, tile_of_long: tup
     long = is_long(C, itemsize, longest)
     if long:
         (B, warps), R = tile_of_long, 1
+        if P2 > 2048:  # votes live in registers too
+            warps = max(warps, 16)
     else:
         B, R, warps = row_tile(N, C, P2)
     groups = -(-N // R)

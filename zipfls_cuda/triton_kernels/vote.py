@@ -660,7 +660,7 @@ def _folded(
         constants,
         (M, rows, T, tiles, rows != T, FOLD_BLOCK),
         one,
-        one.to(scores).expand(tiles, M),
+        torch.empty((), dtype=scores, device=x.device).expand(tiles, M),
         one.expand(tiles, M),
         scratch,
     )
