@@ -124,6 +124,7 @@ def test_report_reaches_every_configuration(monkeypatch):
         (loss.loss_fwd_long_kernel, 8, loss.LONG_TILES[0][1]),
         (loss.loss_fwd_long_kernel, 8, loss.LONG_TILES[1][1]),
         (soft_loss.soft_loss_fwd_long_kernel, 8, soft_loss.LONG_TILE),
+        (soft_loss.soft_loss_fwd_long_kernel, 8, soft_loss.LONG_TILE_DENSE),
     ):
         assert (elements // V, warps) in {(L, warps) for L, _, warps in tiles[kernel]}
     launching.plans.clear()

@@ -288,7 +288,8 @@ def soft_kernel(request, monkeypatch):
     """Both kernels for soft targets, on the same rows."""
     if request.param == "long":
         monkeypatch.setattr(soft_file, "LONGEST_ROW", 32)
-        monkeypatch.setattr(soft_file, "LONG_TILE", (32, 4))
+        for name in ("LONG_TILE", "LONG_TILE_DENSE"):
+            monkeypatch.setattr(soft_file, name, (32, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -49,7 +49,8 @@ __all__ = ["loss_bwd", "loss_bwd_", "loss_fwd", "loss_grad_"]
 # Tuning ----------------------------------------------------------------------------------------------
 #
 # Chosen from the compiled code (make kernel-report: no spills, 16-byte accesses) and the model of time beside
-# it; no entry was measured on a GPU.
+# it; no entry was measured on a GPU. That is Triton 3.9: 3.6 keeps a few masks of some kernels on the stack
+# (8 or 16 bytes a thread), not for want of registers.
 
 LONGEST_ROW = 4096  # classes a program keeps in registers (float64: half): 16 float32 a thread at 8 warps
 PROGRAMS = loss_mean.MOST_PROGRAMS  # more rows than that are walked through
@@ -155,7 +156,6 @@ class Plan(NamedTuple):
     losses: Tensor  # like loss, ce and zipf
     grad: Tensor
     grad_scale: Tensor
-    reduction: str
     nothing: bool  # to do
 
     def results(self, logits: Tensor, gradient: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -194,7 +194,6 @@ def plan_of(
         one.expand(N) if reduction == "none" else one,
         logits.new_empty(()).expand(N, C) if gradient == GRADIENT else logits.new_empty(0),
         one if scaled else one.new_empty(0),
-        reduction,
         N == 0 and reduction == "none",
     )
 

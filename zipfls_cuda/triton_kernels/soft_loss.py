@@ -23,7 +23,7 @@ from .soft_loss_rows import soft_loss_fwd_kernel
 # Registers hold logits and target, so half as many classes as in loss.py, by which shorter rows are cut. Of
 # longer ones (elements a step, warps): more a thread spilled (make kernel-report). Not measured on a GPU.
 LONGEST_ROW = 2048
-LONG_TILE = (1024, 4)
+LONG_TILE, LONG_TILE_DENSE = (1024, 4), (512, 4)  # the second beside a mass for every class
 
 
 def _plan(
@@ -39,7 +39,13 @@ def _plan(
     gradient: int,
 ) -> Plan:
     label = log_mass.dim() if zipf_weight != 0 else 0
-    rows = cut_rows(logits, 0 if votes is None else votes.shape[1], label, LONGEST_ROW, LONG_TILE)
+    rows = cut_rows(
+        logits,
+        0 if votes is None else votes.shape[1],
+        label,
+        LONGEST_ROW,
+        LONG_TILE_DENSE if label == 2 else LONG_TILE,
+    )
     scaled = reduction == "mean" and gradient != NO_GRADIENT and logits.dtype == torch.float16
     constants = (
         ce_weight != 0, label, votes is not None, weighted, label_smoothing > 0,
