@@ -137,11 +137,12 @@ def test_label_without_synchronisation(backend, device):
 )
 def test_graph_replays_as_eager(backend, device, name, dtype):
     """Capture and replay, on new inputs in the same memory: as the eager call."""
-    C = 41 + 2 * list(OPTIONS).index(name)  # a size of its own, so that its tables are made while capturing
+    C = 41 + 4 * list(OPTIONS).index(name)  # a size of its own, so that its tables are made while capturing
     inputs, step = step_of(name, backend, 6, C, 16, dtype, device)
     if backend == "triton":  # kernels are compiled before; the tables of another size do not help
-        step_of(name, backend, 6, C + 1, 16, dtype, device)[1]()
-    F.linear(torch.ones(2, 2, device=device), torch.ones(2, 2, device=device))  # cuBLAS makes its handle
+        step_of(name, backend, 6, C + 2, 16, dtype, device)[1]()
+    w = torch.ones(2, 2, device=device, dtype=dtype, requires_grad=True)
+    F.linear(w.detach(), w).sum().backward()  # cuBLAS makes its handles, also in the thread of backward
     out = []
     graph = captured(lambda: out.extend(step()))
     for _ in range(3):
@@ -152,28 +153,37 @@ def test_graph_replays_as_eager(backend, device, name, dtype):
 
 
 def test_compiled_with_cuda_graphs(backend, device):
-    """Model and loss under torch.compile's own CUDA graphs train as in eager mode."""
+    """Model, votes and loss under torch.compile's own CUDA graphs train as in eager mode.
+
+    Compiled first: all that is made once for a shape is made while its graphs warm up and are recorded.
+    """
     torch._dynamo.reset()
+    C = {"cuda": 19, "triton": 23}[backend]  # a size that no other test has
     states = []
-    for compiled in (False, True):
+    for compiled in (True, False):
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 9)
+            nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, C)
         )
         model = model.to(device)
         zls.attach(model, feature="1", classifier="4", example=torch.randn(2, 3, 9, 9, device=device))
         criterion, optimizer = zls.ZipfLoss(), torch.optim.SGD(model.parameters(), 0.1)
-        run = torch.compile(model, mode="reduce-overhead") if compiled else model
+
+        def loss_of(images, target, model=model, criterion=criterion):
+            with torch.autocast("cuda", torch.bfloat16):
+                return criterion(model(images), target)
+
+        run = torch.compile(loss_of, mode="reduce-overhead") if compiled else loss_of
         with zls.use_backend(backend):
             for k in range(5):
                 images = torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(k)).to(device)
-                loss = criterion(run(images), torch.arange(8, device=device))
+                loss = run(images, torch.arange(8, device=device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
         states.append([p.detach().clone() for p in model.parameters()])
     for a, b in zip(*states, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -245,7 +255,8 @@ def test_second_device(backend, device, name):
 def test_out_of_range_poisons_its_row_and_not_the_context(backend, device, C, reduction):
     case = make(6, C, 20, device=device)
     expected = case.leaf()
-    zls.zipf_cross_entropy(expected, *case[1:], reduction="none", backend=backend).sum().backward()
+    options = {"reduction": "none", "backend": backend}
+    zls.zipf_cross_entropy(expected, case.target, case.votes.long(), **options).sum().backward()
     for row, bad in itertools.product((0, 5), (C, 2**31 - 1, -7, 2**40)):
         target, votes = case.target.clone(), case.votes.long()
         if bad == -7:
@@ -325,9 +336,9 @@ def peak_of(call) -> int:
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     result = call()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before  # asked for, not rounded up
     del result
     return peak
 

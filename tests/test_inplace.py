@@ -191,6 +191,8 @@ def test_refusals():
     case = make(6, 12, 9)
     for x, pattern in (
         (case.leaf(), "inplace needs logits that an operation made"),
+        (torch.randn(9, 12, requires_grad=True)[:6], "or a view of one"),
+        (torch.randn(12, 6, requires_grad=True).view(6, 12), "or a view of one"),
         ((case.leaf().T.contiguous() * 1).T, "inplace needs contiguous logits"),
         ((case.leaf() * 1)[:, :8], "inplace needs contiguous logits"),
     ):

@@ -136,10 +136,10 @@ def inplace(x: Tensor, sharded: bool) -> None:
     """Logits that the gradient may be written over."""
     if sharded:
         raise ValueError("inplace must be False for class shards (process_group)")
-    if x.is_leaf:
+    if x.is_leaf or (x._base is not None and x._base.is_leaf):
         raise ValueError(
-            "inplace needs logits that an operation made: these are a leaf of the graph, and their .grad "
-            "would be their own memory"
+            "inplace needs logits that an operation made: these are a leaf of the graph, or a view of one, "
+            "which the gradient would overwrite"
         )
     if not x.is_contiguous():
         raise ValueError(f"inplace needs contiguous logits, got strides {x.stride()}")

@@ -234,8 +234,9 @@ def zipf_cross_entropy(
             gradient accumulation, the samples of all micro-batches: a number, or a scalar tensor.
         inplace: keep no gradient beside the logits: backward computes it over them. Whoever looks at the
             logits afterwards finds the gradient there; a graph that still needs them raises, and so does a
-            second backward. They must be contiguous and no leaf. For a third pass over the logits it saves
-            memory of their size; under torch.compile and torch.func nothing changes.
+            second backward (but where saved_tensors_hooks keep autograd from noticing). They must be
+            contiguous and no leaf, nor a view of one. For a third pass over the logits it saves memory of
+            their size; under torch.compile and torch.func nothing changes.
         backend: name of a backend, or None for the best one.
         process_group: logits (N, C/W) and weight (C/W,) are this rank's class shards, in rank order; target
             and votes (required) are of all classes and the same on every rank, and so is the loss. The
@@ -325,12 +326,19 @@ def _log_mass(
     if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         # Part of the graph: computed on the device in the graph's own memory, so never cached.
         return _log_mass_table.__wrapped__(law, length, C, dtype, device)
-    return _log_mass_table(law, length, C, dtype, device)
+    # Of each stream its own: a kernel of another would not wait until the table is there.
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    return _log_mass_table(law, length, C, dtype, device, stream)
 
 
 @functools.lru_cache(maxsize=256)
 def _log_mass_table(
-    law: Distribution, length: int, num_classes: int, dtype: torch.dtype, device: torch.device
+    law: Distribution,
+    length: int,
+    num_classes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: int = 0,
 ) -> Tensor:
     """log mass(r) for r = 1 .. length, (length,), taken in float64 and rounded once."""
     with torch.inference_mode(False), torch.no_grad():

@@ -11,6 +11,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
@@ -106,7 +107,9 @@ Tensor dense_log_mass(const Tensor& table, const OptionalTensor& votes, const Te
 
 /// A counter that is 0 between launches, for the blocks of one to find out which of them is last.
 /// Launches on one stream come one after another, so each stream has one; a graph may be replayed
-/// on any stream, so each captured launch has its own.
+/// on any stream, so each captured launch has its own. Not from PyTorch's allocator, which
+/// torch.compile's CUDA graphs, while they warm up, point at a pool of which nothing may outlive
+/// the run.
 Tensor arrivals_of(const c10::cuda::CUDAStream& stream, const at::TensorOptions& options) {
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
     return at::zeros({1}, options.dtype(at::kInt));
@@ -115,7 +118,12 @@ Tensor arrivals_of(const c10::cuda::CUDAStream& stream, const at::TensorOptions&
       new std::map<std::pair<c10::DeviceIndex, c10::StreamId>, Tensor>;  // never freed
   const std::lock_guard<std::mutex> lock(mutex);
   Tensor& counter = (*known)[{stream.device_index(), stream.id()}];
-  if (!counter.defined()) counter = at::zeros({1}, options.dtype(at::kInt));
+  if (!counter.defined()) {
+    void* memory = nullptr;
+    C10_CUDA_CHECK(cudaMalloc(&memory, sizeof(int32_t)));
+    C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, sizeof(int32_t), stream));
+    counter = at::from_blob(memory, {1}, options.dtype(at::kInt));
+  }
   return counter;
 }
 

@@ -70,19 +70,20 @@ cudaError_t encode(CUtensorMap* map, VoteType type, const void* at, int64_t rows
 
 template <class Config>
 cudaError_t launch(const WgmmaProblem& problem, int multiprocessors, cudaStream_t stream) {
+  // First of all: it binds the device's context to a thread that has none, which encoding needs.
+  const auto kernel = vote_wgmma_kernel<Config>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           Config::kSharedBytes);
+  if (error != cudaSuccess) return error;
   CUtensorMap features, weight;
-  cudaError_t error = encode(&features, problem.type, problem.features, problem.rows, problem.D,
-                             problem.row_stride);
+  error = encode(&features, problem.type, problem.features, problem.rows, problem.D,
+                 problem.row_stride);
   if (error != cudaSuccess) return error;
   error =
       encode(&weight, problem.type, problem.weight, problem.C, problem.D, problem.weight_stride);
   if (error != cudaSuccess) return error;
 
   const WgmmaArgs args = wgmma_args<Config>(problem);
-  const auto kernel = vote_wgmma_kernel<Config>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               Config::kSharedBytes);
-  if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = Config::kCluster;
