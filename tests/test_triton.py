@@ -768,6 +768,25 @@ def test_launch_remembers_binaries_by_all_that_decides(no_driver):
     ]
 
 
+def test_partial_sums_are_kept_apart_by_their_type():
+    """Denominators of float32 and float64 losses with nothing but integers to tell them apart by."""
+    target, correct = torch.zeros(3000, dtype=torch.int64), torch.ones(3000, dtype=torch.int32)
+    for dtype in (torch.float32, torch.float64):
+        known = set(launching.plans)
+        totals = loss_mean.partial_totals(target, correct, None, 7, -100, True, dtype)
+        assert totals.sum(1).tolist() == [3000.0] * 3
+        assert set(launching.plans) - known, "launched from the other's plan"
+
+
+def test_templates_hold_no_memory():
+    x = launching.template((3, 4), torch.float64, torch.device("cpu"))
+    assert x.untyped_storage().nbytes() == 0
+    like = torch.empty_like(x, memory_format=torch.contiguous_format)
+    assert like.shape == (3, 4)
+    assert like.stride() == (4, 1)
+    assert like.untyped_storage().nbytes() == 96
+
+
 def test_plans_are_kept_apart_by_alignment():
     x = torch.empty(5, 8)
     unaligned = torch.empty(41)[1:].view(5, 8)

@@ -30,6 +30,15 @@ def described(x: Tensor) -> tuple:
     return x.dtype, x.shape, x.stride(), x.data_ptr() & 15
 
 
+def template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor without memory, for torch.empty_like: a plan must not hold on to a graph's memory pool."""
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype, device=device)
+    x = torch.empty((), dtype=dtype, device=device).expand(shape)
+    x.untyped_storage().resize_(0)
+    return x
+
+
 def _hooked(hook: object) -> bool:
     """Whether a profiler looks on: None, a function, or a chain of hooks that may be empty."""
     return bool(getattr(hook, "calls", hook))

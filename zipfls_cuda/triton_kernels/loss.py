@@ -39,7 +39,7 @@ from .label import (
     vote_scratch,
     vote_tile,
 )
-from .launching import Launch, described, device_of, plans, remembered
+from .launching import Launch, described, device_of, plans, remembered, template
 from .loss_bwd import loss_bwd, loss_bwd_
 from .loss_long import loss_fwd_long_kernel
 from .loss_rows import loss_fwd_kernel
@@ -186,14 +186,13 @@ def plan_of(
     N, C = logits.shape
     device = logits.device
     scaled = reduction == "mean" and gradient != NO_GRADIENT and logits.dtype == torch.float16
-    one = torch.empty((), dtype=dtype, device=device)
     return Plan(
         launch,
         rows,
         constants,
-        one.expand(N) if reduction == "none" else one,
-        logits.new_empty(()).expand(N, C) if gradient == GRADIENT else logits.new_empty(0),
-        one if scaled else one.new_empty(0),
+        template((N,) if reduction == "none" else (), dtype, device),
+        template((N, C) if gradient == GRADIENT else (0,), logits.dtype, device),
+        template(() if scaled else (0,), dtype, device),
         N == 0 and reduction == "none",
     )
 

@@ -12,6 +12,8 @@ interpreter.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import triton
 import triton.language as tl
@@ -322,8 +324,26 @@ def workspace(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         key = (dtype, x.device, torch._C._cuda_getCurrentRawStream(x.get_device()))
     found = _workspaces.get(key)
     if found is None:
-        found = _workspaces[key] = _new_workspace(x, dtype)
+        found = _workspaces[key] = _lasting_workspace(x, dtype) if x.is_cuda else _new_workspace(x, dtype)
     return found
+
+
+def _lasting_workspace(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A workspace that a thread of its own allocates.
+
+    torch.compile's CUDA graphs, while they warm up, send what the calling thread allocates to a pool of which
+    nothing may outlive the run.
+    """
+
+    def make() -> tuple[Tensor, Tensor, torch.cuda.Event]:
+        with torch.cuda.device(x.device):
+            made = _new_workspace(x, dtype)
+            return *made, torch.cuda.current_stream().record_event()
+
+    with ThreadPoolExecutor(1) as thread:
+        sums, counter, zeroed = thread.submit(make).result()
+    torch.cuda.current_stream(x.device).wait_event(zeroed)
+    return sums, counter
 
 
 def _new_workspace(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -387,5 +407,5 @@ def partial_totals(
         target, target.stride(0), correct, weight_or_target, totals,
         N, C, per_program, ignore_index, weight is not None, only_correct, 1024,
     )  # fmt: skip
-    launch(totals_kernel, (programs, 1, 1), args, (target, correct, weight_or_target), 4)
+    launch(totals_kernel, (programs, 1, 1), args, (target, correct, weight_or_target, totals), 4)
     return totals

@@ -36,7 +36,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .label import INTERPRET
-from .launching import Launch, described, device_of, launch, plans, remembered
+from .launching import Launch, described, device_of, launch, plans, remembered, template
 
 # Tuning ----------------------------------------------------------------------------------------------
 
@@ -590,7 +590,7 @@ def _plan(features: Tensor, weight: Tensor, has_bias: bool, upsample: int, preci
             config = INTERPRETED._replace(tma=config.tma)
             programs = min(3, triton.cdiv(M, config.BM))
         plan = _product(x, stride, M, rows, T, weight, has_bias, config, programs, V, precision)
-    votes = plan.votes.expand(features.shape[0], upsample * upsample * T)
+    votes = template((features.shape[0], upsample * upsample * T), torch.int32, x.device)
     return plan._replace(copied=x is not features, votes=votes)
 
 
@@ -648,8 +648,8 @@ def _folded(
     tiles: int,
     scratch: Tensor | None,
 ) -> Plan:
-    """The plan with templates of what it allocates, which hold no memory; ``votes`` yet to be expanded."""
-    one = torch.empty((), dtype=torch.int32, device=x.device)
+    """The plan with templates of what it allocates, which hold no memory, but for ``votes``."""
+    winners = template((tiles, M), torch.int32, x.device)
     return Plan(
         launch,
         Launch(vote_fold_kernel, (triton.cdiv(M, FOLD_BLOCK), 1, 1), 4)
@@ -659,9 +659,9 @@ def _folded(
         blocks,
         constants,
         (M, rows, T, tiles, rows != T, FOLD_BLOCK),
-        one,
-        torch.empty((), dtype=scores, device=x.device).expand(tiles, M),
-        one.expand(tiles, M),
+        winners,
+        template((tiles, M), scores, x.device),
+        winners,
         scratch,
     )
 
@@ -685,7 +685,7 @@ def _upsampled(
         D % config.BK == 0, V, precision, tl_scores, INTERPRET, config.BM, config.BN, config.BK, 32,
     )  # fmt: skip
     launch = Launch(vote_upsample_kernel, (programs, 1, 1), config.warps, config.stages)
-    scratch = torch.empty((), dtype=scores, device=x.device).expand(programs, images * area, config.BN)
+    scratch = template((programs, images * area, config.BN), scores, x.device)
     return _folded(x, scores, launch, None, constants, N * area * 4, area * 4, area * 4, tiles, scratch)
 
 
