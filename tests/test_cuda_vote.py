@@ -516,7 +516,7 @@ def test_vote_plans(driver):
 # What the emulation catches ---------------------------------------------------------------------------
 
 SM80, SM90, SCORES = "vote_sm80.cuh", "vote_sm90.cuh", "vote_scores.cuh"
-FOLD, TILES = "vote_fold.cuh", "vote_tiles.cuh"
+BEST, FOLD, TILES = "vote_best.cuh", "vote_fold.cuh", "vote_tiles.cuh"
 END = "  if constexpr (Config::kCluster > 1) ptx::cluster_sync();\n}"
 FAULTS = {  # name -> file, what stands there, what instead
     "no barrier between copies and products": (
@@ -531,7 +531,7 @@ FAULTS = {  # name -> file, what stands there, what instead
         "warp_class);",
     ),
     "one swizzle less": (TILES, "((chunk ^ ((row >> 1) & 3)) << 4)", "(chunk << 4)"),
-    "ties to the highest class": (FOLD, "challenger.index < holder.index", "challenger.index > holder.index"),
+    "ties to the highest class": (BEST, "challenger.index < holder.index", "challenger.index > holder.index"),
     "searched from the wrong end": (SCORES, "block = here ? 8", "block = here && block < 0 ? 8"),
     "a stage released before its products are done": (SM90, "ptx::products_wait<1>();", ""),
     "no turn of the parity": (SM90, "at.parity ^ 1", "at.parity"),
@@ -540,6 +540,24 @@ FAULTS = {  # name -> file, what stands there, what instead
     "both halves of the classes alike": (SM90, "static_cast<int32_t>(rank) * Config::kBoxRows", "0"),
     "one buffer for the biases of all tiles": (SM90, "    turn ^= 1;\n", ""),
     "a block leaves its cluster early": (SM90, END, "}"),
+    "counted in before the other lanes have stored": (
+        FOLD,
+        "  ptx::warp_sync();\n  return lane",
+        "  return lane",
+    ),
+    "counted in without having stored": (FOLD, "ptx::store_pair(", "if (false) ptx::store_pair("),
+    "folded by the last but one": (FOLD, "results.splits) - 1;\n  if", "results.splits) - 2;\n  if"),
+    "a warp counts at its neighbour's counter": (
+        SM90,
+        "(args.results, put / 16, lane);",
+        "(args.results, put / 32, lane);",
+    ),
+    "a block's warps count at one counter": (SM80, "tile * kWarps + warp, lane", "tile * kWarps, lane"),
+    "the last tile is never counted in": (
+        SM90,
+        "  if (put >= 0 && came_last(args.results, count_in",
+        "  if (false && came_last(args.results, count_in",
+    ),
 }
 
 
@@ -549,7 +567,7 @@ EXERCISES = {SM80: [(MMA, 200, 300, 1), (MMA_MAP, 200, 150, 2)], SM90: [(WIDE, 3
 
 def survives(driver, exercises) -> bool:
     """Whether a few calls go well, under several orders of threads and copies."""
-    for schedule in [*SCHEDULES.values(), (2, 0, 5), (2, 1, 6)]:
+    for schedule in [*SCHEDULES.values(), (2, 0, 5), (2, 1, 6), (2, 1, 3), (2, 0, 8)]:
         for kernel, D, C, upsample in exercises:
             features = maps(2 if upsample == 2 else 7, D, 7, 7, torch.bfloat16)
             weight, bias = (

@@ -5,6 +5,7 @@ Everything here is skipped without one, and has then proven nothing.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from contextlib import contextmanager
 
@@ -150,6 +151,55 @@ def test_graph_replays_as_eager(backend, device, name, dtype):
         graph.replay()
         torch.cuda.synchronize()
         check_alike(out, step())
+
+
+@pytest.mark.parametrize(("N", "C"), [(2, 300), (64, 1000)])
+def test_folded_votes_in_graphs_and_streams(backend, device, N, C):
+    """Votes folded from several tiles of classes: replayed, and on two streams at once, as alone."""
+    D = 64
+    weight = torch.randn(C, D, device=device).bfloat16()
+    maps = [
+        torch.randn(N, D, 7, 7, device=device).bfloat16().to(memory_format=torch.channels_last)
+        for _ in range(3)
+    ]
+    vote = functools.partial(zls.dense_vote, weight=weight, backend=backend)
+    expected = [vote(x) for x in maps]
+    static, out = maps[0].clone(), []
+    graph = captured(lambda: out.append(vote(static)))
+    streams = [torch.cuda.Stream() for _ in maps]
+    for _ in range(20):
+        got = []
+        for x, stream in zip(maps, streams, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(vote(x))
+        for x, votes in zip(maps, expected, strict=True):
+            static.copy_(x)
+            graph.replay()
+            assert torch.equal(out[0], votes)
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_votes_and_loss_are_two_launches(backend, device):
+    if backend == "triton":
+        pytest.skip("Triton's votes are folded by a launch of their own")
+    from torch.profiler import ProfilerActivity, profile
+
+    features = torch.randn(64, 256, 7, 7, device=device).bfloat16().to(memory_format=torch.channels_last)
+    weight, logits = torch.randn(1000, 256, device=device).bfloat16(), torch.randn(64, 1000, device=device)
+    target = torch.arange(64, device=device)
+
+    def dense_path():
+        votes = zls.dense_vote(features, weight, backend=backend)
+        return zls.zipf_cross_entropy(logits.requires_grad_(), target, votes, backend=backend)
+
+    dense_path()  # what is made once is made here
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        dense_path()
+        torch.cuda.synchronize()
+    launched = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launched) == 2, launched
 
 
 def test_compiled_with_cuda_graphs(backend, device):

@@ -1,8 +1,6 @@
 // Binds the loss and label kernels to torch for CUDA tensors: checks, guards, strides, memory from
 // the caching allocator, the current stream. Nothing here synchronises with the device. (Votes:
 // register_vote.cpp.)
-#include <map>
-#include <mutex>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -11,16 +9,15 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "arrivals.h"
 #include "launch.h"
 
 namespace zipfls::cuda {
@@ -103,28 +100,6 @@ Tensor dense_log_mass(const Tensor& table, const OptionalTensor& votes, const Te
                       int64_t C) {
   const Tensor index = rank_index(votes.has_value() ? count_votes(*votes, C) : logits);
   return table.index_select(0, index.flatten()).view(index.sizes());
-}
-
-/// A counter that is 0 between launches, for the blocks of one to find out which of them is last.
-/// Launches on one stream come one after another, so each stream has one; a graph may be replayed
-/// on any stream, so each captured launch has its own. Not from PyTorch's allocator, which
-/// torch.compile's CUDA graphs, while they warm up, point at a pool of which nothing may outlive
-/// the run.
-Tensor arrivals_of(const c10::cuda::CUDAStream& stream, const at::TensorOptions& options) {
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
-    return at::zeros({1}, options.dtype(at::kInt));
-  static std::mutex mutex;
-  static auto* const known =
-      new std::map<std::pair<c10::DeviceIndex, c10::StreamId>, Tensor>;  // never freed
-  const std::lock_guard<std::mutex> lock(mutex);
-  Tensor& counter = (*known)[{stream.device_index(), stream.id()}];
-  if (!counter.defined()) {
-    void* memory = nullptr;
-    C10_CUDA_CHECK(cudaMalloc(&memory, sizeof(int32_t)));
-    C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, sizeof(int32_t), stream));
-    counter = at::from_blob(memory, {1}, options.dtype(at::kInt));
-  }
-  return counter;
 }
 
 enum class Gradient { kNone, kNew, kInPlace };
@@ -220,7 +195,7 @@ struct LossCall {
   bool ready(int blocks, const c10::cuda::CUDAStream& stream) {
     if (a.reduction == kNone) return a.N > 0;
     sums = at::empty({2, blocks}, options.dtype(at::kDouble));
-    arrivals = arrivals_of(stream, options);
+    arrivals = arrivals_of(stream, 1);
     a.sums = sums.mutable_data_ptr<double>();
     a.arrivals = reinterpret_cast<uint32_t*>(arrivals.mutable_data_ptr<int32_t>());
     return true;

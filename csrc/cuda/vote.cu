@@ -1,12 +1,8 @@
-// vote_fwd_cuda: the launches of one call (vote_run.h says which), the fold of partial pairs,
-// packing.
+// vote_fwd_cuda: the launches of one call (vote_run.h says which), packing.
 //
-// All in the caller's stream: packing of weights and features where their layout needs it, the
-// product with its argmax, and the fold where the classes were split. Channels-last features take
-// one launch where one tile spans the classes, else two. No kernel here has run on a GPU yet.
-//
-// vote_fold_kernel: one thread a position, kFoldThreads a block; (splits * 8 + 4) bytes moved a
-// position; no shared memory. vote_pack_kernel, vote_slabs_kernel: see vote_pack.cuh.
+// All in the caller's stream: packing of weights and features where their layout needs it, and the
+// product with its argmax. Channels-last features take one launch. No kernel here has run on a GPU
+// yet. vote_pack_kernel, vote_slabs_kernel: see vote_pack.cuh.
 #include "vote.h"
 
 #include "vote_launch.h"
@@ -15,12 +11,6 @@
 namespace zipfls::cuda {
 namespace vote {
 namespace {
-
-__global__ void __launch_bounds__(kFoldThreads)
-    vote_fold_kernel(const Partials partials, int64_t count, int32_t* votes) {
-  const int64_t vote = static_cast<int64_t>(blockIdx.x) * kFoldThreads + threadIdx.x;
-  if (vote < count) votes[vote] = fold_vote(partials, vote);
-}
 
 template <class T>
 __global__ void __launch_bounds__(kPackThreads) vote_pack_kernel(const PackArgs args) {
@@ -55,11 +45,6 @@ struct StreamLauncher {
     error = launch_wgmma(kernel, problem, multiprocessors, stream);
     return error == cudaSuccess;
   }
-  bool fold(const Partials& partials, int64_t count, int32_t* votes) {
-    return launch(vote_fold_kernel, ceil_div(count, kFoldThreads), kFoldThreads, partials, count,
-                  votes);
-  }
-
   template <class... Parameters, class... Arguments>
   bool launch(void (*kernel)(Parameters...), int64_t blocks, int threads,
               const Arguments&... arguments) {
@@ -95,17 +80,19 @@ const char* vote_refusal(const VoteProblem& x, const VoteDevice& device) {
   return nullptr;
 }
 
-size_t vote_scratch_bytes(const VoteProblem& x, const VoteDevice& device) {
-  if (x.N * x.H * x.W == 0) return 0;
-  return vote::plan_votes(x, device, vote::uses_wgmma(device)).bytes;
+VoteNeeds vote_needs(const VoteProblem& x, const VoteDevice& device) {
+  if (x.N * x.H * x.W == 0) return {};
+  const vote::VotePlan plan = vote::plan_votes(x, device, vote::uses_wgmma(device));
+  return {plan.bytes, plan.arrivals};
 }
 
 cudaError_t vote_fwd_cuda(const VoteProblem& problem, const VoteDevice& device, void* scratch,
-                          cudaStream_t stream) {
+                          uint32_t* arrivals, cudaStream_t stream) {
   if (problem.N * problem.H * problem.W == 0) return cudaSuccess;
   vote::StreamLauncher launcher = {device.multiprocessors, stream};
   const vote::VotePlan plan = vote::plan_votes(problem, device, vote::uses_wgmma(device));
-  vote::run_votes(launcher, plan, problem, device.multiprocessors, static_cast<char*>(scratch));
+  vote::run_votes(launcher, plan, problem, device.multiprocessors, static_cast<char*>(scratch),
+                  arrivals);
   return launcher.error;
 }
 

@@ -13,8 +13,12 @@
 
 namespace zipfls::cuda {
 
-/// Bytes of device memory, on a 256-byte boundary, that vote_fwd_cuda needs besides its arguments.
-size_t vote_scratch_bytes(const VoteProblem& problem, const VoteDevice& device);
+/// Device memory that vote_fwd_cuda needs besides its arguments.
+struct VoteNeeds {
+  size_t scratch = 0;    // bytes, on a 256-byte boundary
+  int64_t arrivals = 0;  // counters, which are 0 before and after
+};
+VoteNeeds vote_needs(const VoteProblem& problem, const VoteDevice& device);
 
 /// Why no kernel here serves the problem on the device; null if one does.
 const char* vote_refusal(const VoteProblem& problem, const VoteDevice& device);
@@ -22,6 +26,6 @@ const char* vote_refusal(const VoteProblem& problem, const VoteDevice& device);
 /// Votes of all positions, on the current device, in the stream's order. Nothing is synchronised.
 /// An empty problem (no position) launches nothing. C >= 1; at most 2^31 - 1 classes.
 cudaError_t vote_fwd_cuda(const VoteProblem& problem, const VoteDevice& device, void* scratch,
-                          cudaStream_t stream);
+                          uint32_t* arrivals, cudaStream_t stream);
 
 }  // namespace zipfls::cuda

@@ -1,91 +1,86 @@
-// The pair (best score, its class), how pairs are compared, and the fold of a position's pairs into
-// its vote.
+// From a warp's best pairs to votes. Where the classes of a position are split, each part leaves
+// its pair in device memory, and whichever warp comes last with one for a group of positions folds
+// them.
 //
-// The one source of the vote's rules: among equal computed scores the lowest class; a NaN score
-// never wins; minus infinity may; class -1 where every score is NaN. Plain C++ that both nvcc and a
-// host compiler take.
+// Bytes moved: 8 written and 8 read per position and part, through L2; 4 written per position; one
+// atomic per part and group of positions (the 16 or 32 that a warp has). Rows lie next to each
+// other, so that a warp reads whole lines: part s of row r is at pairs[s * rows + r].
 //
-// Pairs of range s of the classes lie at partials[s * rows + row]: rows next to each other, so that
-// the threads of a warp, one position each, read 256 contiguous bytes per range. The fold reads
-// every pair once (8 bytes) and writes 4 bytes a position; it has no shared memory, no atomics, and
-// one order of comparison, which the rules make irrelevant anyway: `better` is associative and
-// commutative.
+// Why the product's kernel does this, and neither one of its own nor the loss's: a launch costs
+// more than the fold, which here runs beside other tiles' products; the loss would read every pair
+// twice (for its label too), where few lanes of a row wait for them, and spills with it in; and
+// votes are votes for every caller. The dense path is two launches in all, votes and loss.
 //
-// A launch of its own, and not the loss's first step: its bytes are small beside the product's, and
-// the loss would read those pairs once more for its label, where a row's few leading lanes wait for
-// them; the loss kernels, compiled to just below their bound of registers, spill with it in; and
-// "votes" would mean two things on the way through every caller. Where one tile holds all classes
-// there is nothing to fold, and no such launch.
+// Hazards
+//   Pairs stored by one warp -> read by another, of any block: all lanes store, warp_sync, then
+//   lane
+//     0 counts the warp in with release; the last one to come has seen every count, fences, and
+//     reads from L2. Nobody waits for anybody.
+//   Counters are 0 before a launch, and again after: the last arrival wraps them.
+//   Which warp folds is not determined; what it finds is, by `better`.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#ifndef ZIPFLS_HOST_DEVICE
+#include "vote_tiles.cuh"
 #ifdef __CUDACC__
-#define ZIPFLS_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define ZIPFLS_HOST_DEVICE inline __attribute__((always_inline))
-#endif
-#endif
+#include "vote_ptx.cuh"
+#endif  // elsewhere the includer has its own ptx::
 
 namespace zipfls::cuda::vote {
 
-/// A score and its class; class -1: nothing but NaN so far, and the score means nothing.
-struct alignas(8) Best {
-  float score;
-  int32_t index;
-};
-
-ZIPFLS_HOST_DEVICE Best nothing() { return {-INFINITY, -1}; }
-
-ZIPFLS_HOST_DEVICE bool beats(Best challenger, Best holder) {
-  if (challenger.index < 0) return false;
-  if (holder.index < 0) return true;
-  return challenger.score > holder.score ||
-         (challenger.score == holder.score && challenger.index < holder.index);
-}
-
-ZIPFLS_HOST_DEVICE Best better(Best a, Best b) {
-  const bool second = beats(b, a);  // field by field, to stay in registers
-  return {second ? b.score : a.score, second ? b.index : a.index};
-}
-
-/// How rows of the matrix product and positions correspond: image n's P positions are rows n *
-/// pitch .. + P. pitch > P where the tensor is a slice of longer images (tokens without their class
-/// token): the rows in between are computed and never looked at.
-struct RowMap {
-  int64_t positions;  // P
-  int64_t pitch;
-
-  ZIPFLS_HOST_DEVICE int64_t row_of(int64_t vote) const {
-    return pitch == positions ? vote : vote / positions * pitch + vote % positions;
-  }
-  /// Index of a row's vote, -1 for a row in between.
-  ZIPFLS_HOST_DEVICE int64_t vote_of(int64_t row) const {
-    if (pitch == positions) return row;
-    const int64_t p = row % pitch;
-    return p < positions ? row / pitch * positions + p : -1;
-  }
-};
-
-/// The pairs of all positions: (splits, rows) Best.
-struct Partials {
-  const Best* pairs;
-  int64_t rows;
-  int32_t splits;
+/// Where the votes go, and the pairs on their way to them.
+struct Results {
+  int32_t* votes;
   RowMap map;
+  int64_t rows;        // of the product; upsampling: votes
+  int32_t splits;      // parts of the classes; 1: nothing is folded, what follows is unused
+  Best* pairs;         // (splits, rows)
+  uint32_t* arrivals;  // a counter for each group of rows
 };
 
-/// The vote with a given index.
-ZIPFLS_HOST_DEVICE int32_t fold_vote(const Partials& partials, int64_t vote) {
-  const Best* pair = partials.pairs + partials.map.row_of(vote);
-  Best best = *pair;
-  for (int32_t s = 1; s < partials.splits; s++) {
-    pair += partials.rows;
-    best = better(best, *pair);
+ZIPFLS_VOTE_DEVICE void put_vote(const Results& results, int64_t row, int32_t vote) {
+  const int64_t at = results.map.vote_of(row);
+  if (at >= 0) results.votes[at] = vote;
+}
+
+/// The best pair of a row among the classes of one part.
+ZIPFLS_VOTE_DEVICE void put_best(const Results& results, int32_t split, int64_t row, Best best) {
+  if (results.splits == 1) {
+    put_vote(results, row, best.index);
+  } else {
+    ptx::store_pair(results.pairs + split * results.rows + row, best);
   }
-  return best.index;
+}
+
+/// The warp has put what it has for a group of rows: counts it in. For came_last, of all its lanes.
+ZIPFLS_VOTE_DEVICE uint32_t count_in(const Results& results, int64_t group, int lane) {
+  ptx::warp_sync();
+  return lane == 0 ? ptx::count_release(results.arrivals + group,
+                                        static_cast<uint32_t>(results.splits) - 1)
+                   : 0;
+}
+
+/// Whether all other parts' pairs of the group are there to be read. All lanes.
+ZIPFLS_VOTE_DEVICE bool came_last(const Results& results, uint32_t arrived) {
+  const bool last = ptx::shuffle(arrived, 0) == static_cast<uint32_t>(results.splits) - 1;
+  if (last) ptx::acquire();
+  return last;
+}
+
+/// Best pair of a row among parts first, first + step, ...
+ZIPFLS_VOTE_DEVICE Best fold(const Results& results, int64_t row, int32_t first, int32_t step) {
+  Best best = nothing();
+#pragma unroll 4
+  for (int32_t s = first; s < results.splits; s += step)
+    best = better(best, ptx::load_pair(results.pairs + s * results.rows + row));
+  return best;
+}
+
+/// Votes of 16 rows, by a warp: two lanes a row.
+ZIPFLS_VOTE_DEVICE void fold_sixteen(const Results& results, int64_t first_row, int lane) {
+  const int64_t row = first_row + lane % 16;
+  Best best = row < results.rows ? fold(results, row, lane / 16, 2) : nothing();
+  best = better(best, {ptx::shuffle_xor(best.score, 16), ptx::shuffle_xor(best.index, 16)});
+  if (lane < 16 && row < results.rows) put_vote(results, row, best.index);
 }
 
 }  // namespace zipfls::cuda::vote

@@ -32,7 +32,8 @@ struct VotePlan {
   bool pack_weight;
   int64_t images;                   // of one round: all, but for packed features beyond kPackBytes
   int64_t row_pitch, weight_pitch;  // elements, of what is packed
-  size_t weight_at, features_at, partials_at, bytes;  // scratch, see lay_out
+  size_t weight_at, features_at, pairs_at, bytes;  // scratch, see lay_out
+  int64_t arrivals;                                // counters, see vote_fold.cuh
 };
 
 /// The product of one round.
@@ -183,8 +184,10 @@ inline void lay_out(VotePlan& plan, const VoteProblem& x, int multiprocessors) {
   };
   plan.weight_at = 0;
   plan.features_at = round_up(plan.pack_weight ? x.C * plan.weight_pitch * size : 0);
-  plan.partials_at = plan.features_at + round_up(plan.features == Layout::kPacked ? features : 0);
-  plan.bytes = plan.partials_at + round_up(pairs);
+  plan.pairs_at = plan.features_at + round_up(plan.features == Layout::kPacked ? features : 0);
+  plan.bytes = plan.pairs_at + round_up(pairs);
+  // 8 warps or fewer have a tile's rows; a cluster may have one more tile than there are.
+  plan.arrivals = shape.splits > 1 ? (shape.tiles + 1) * 8 : 0;
 }
 
 /// wgmma: whether the device has it and this build a kernel for it.

@@ -40,6 +40,39 @@ ZIPFLS_VOTE_DEVICE T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
+template <class T>
+ZIPFLS_VOTE_DEVICE T shuffle(T x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+/// All lanes of the warp; orders their accesses to memory.
+ZIPFLS_VOTE_DEVICE void warp_sync() { __syncwarp(); }
+
+/// A pair that another block may read, or has written; past L1, which knows nothing of it.
+ZIPFLS_VOTE_DEVICE void store_pair(Best* at, Best pair) {
+  __stcg(reinterpret_cast<float2*>(at), make_float2(pair.score, __int_as_float(pair.index)));
+}
+ZIPFLS_VOTE_DEVICE Best load_pair(const Best* at) {
+  const float2 pair = __ldcg(reinterpret_cast<const float2*>(at));
+  return {pair.x, __float_as_int(pair.y)};
+}
+/// Adds 1 to a counter, or makes it 0 where it is `last`; returns what it was. What this thread
+/// wrote, and what was ordered before it by a barrier, is there for whoever sees the count and then
+/// calls acquire.
+ZIPFLS_VOTE_DEVICE uint32_t count_release(uint32_t* counter, uint32_t last) {
+  uint32_t before;
+  asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(last)
+               : "memory");
+  return before;
+}
+/// All lanes of the warp: what others released before a count that one of them has seen may be
+/// read.
+ZIPFLS_VOTE_DEVICE void acquire() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  __syncwarp();
+}
+
 // sm_80: asynchronous copies, ldmatrix, mma.sync --------------------------------------------------
 
 /// 16 bytes to shared memory, past L1: `bytes` of them (0 to 16) from device memory, the rest
@@ -114,7 +147,6 @@ ZIPFLS_VOTE_DEVICE void cluster_sync() {
 ZIPFLS_VOTE_DEVICE void group_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-ZIPFLS_VOTE_DEVICE void warp_sync() { __syncwarp(); }
 
 /// Gives registers back, or asks for more; the whole warpgroup.
 template <int kRegisters>

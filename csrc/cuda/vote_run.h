@@ -1,12 +1,10 @@
-// The course of one call: pack what needs it, multiply, fold; in rounds where packed features are
-// large.
+// The course of one call: pack what needs it, multiply; in rounds where packed features are large.
 //
 // A template over who launches, so that the tests take the same course on the CPU. A launcher has
 //   pack(PackArgs, element size, blocks)
 //   slabs(PackArgs, blocks)
 //   mma(Kernel, VoteType, Layout, MmaArgs, blocks)
 //   wgmma(Kernel, WgmmaProblem)
-//   fold(Partials, count, votes)
 // each of which returns false to stop.
 #pragma once
 
@@ -26,19 +24,23 @@ bool pack(Launcher& launcher, PackArgs args, int64_t size) {
                        ceil_div(args.N * args.H * args.W, kPackTile) * args.channel_tiles);
 }
 
-/// The product of the problem's images, features and weight in their final layout, and the fold.
+/// The product of the problem's images, features and weight in their final layout.
 template <class Launcher>
 bool multiply(Launcher& launcher, const VotePlan& plan, const VoteProblem& x, int multiprocessors,
-              char* scratch) {
+              char* scratch, uint32_t* arrivals) {
   const int64_t size = element_size(x.type);
   const bool plain_rows = x.upsample == 1 && plan.features != Layout::kPositionMinor;
   const VoteShape shape = shape_of(plan, x, x.N, multiprocessors);
-  Best* const pairs = reinterpret_cast<Best*>(scratch + plan.partials_at);
+  const Results results = {x.votes,
+                           shape.map,
+                           shape.rows,
+                           shape.splits,
+                           reinterpret_cast<Best*>(scratch + plan.pairs_at),
+                           arrivals};
   if (plan.kernel == Kernel::kWgmmaWide || plan.kernel == Kernel::kWgmmaNarrow) {
     WgmmaProblem product = {};
     product.type = x.type;
     product.features = x.features;
-    product.rows = shape.rows;
     product.row_stride = flat_rows(x).stride * size;
     product.weight = x.weight;
     product.C = x.C;
@@ -46,48 +48,37 @@ bool multiply(Launcher& launcher, const VotePlan& plan, const VoteProblem& x, in
     product.D = x.D;
     product.bias = x.bias;
     product.bias_stride = x.bias_stride;
-    product.map = shape.map;
-    product.partials = pairs;
-    product.votes = x.votes;
-    if (!launcher.wgmma(plan.kernel, product)) return false;
-  } else {
-    const void* const nowhere = x.votes;  // an address that copies of no bytes may be given
-    MmaArgs args = {};
-    args.features = static_cast<const char*>(x.D == 0 ? nowhere : x.features);
-    args.weight = static_cast<const char*>(x.D == 0 ? nowhere : x.weight);
-    args.bias = x.bias;
-    args.bias_stride = x.bias_stride;
-    args.stride_n = x.stride_n * size;
-    args.stride_h = x.stride_h * size;
-    args.stride_w = (plain_rows ? flat_rows(x).stride : x.W > 1 ? x.stride_w : 1) * size;
-    args.stride_d = x.stride_d * size;
-    args.weight_stride = x.weight_stride_c * size;
-    args.channel_bytes = x.D * size;
-    args.rows = shape.rows;
-    args.N = x.N;
-    args.D = x.D;
-    args.H = static_cast<int32_t>(x.H);
-    args.W = static_cast<int32_t>(x.W);
-    args.C = static_cast<int32_t>(x.C);
-    args.class_tiles = shape.class_tiles;
-    args.tiles_per_split = shape.tiles_per_split;
-    args.splits = shape.splits;
-    args.map = shape.map;
-    args.patches = shape.patches;
-    args.partials = pairs;
-    args.votes = x.votes;
-    if (!launcher.mma(plan.kernel, x.type, plan.features, args, shape.tiles * shape.splits))
-      return false;
+    product.results = results;
+    return launcher.wgmma(plan.kernel, product);
   }
-  if (shape.splits == 1) return true;
-  return launcher.fold(Partials{pairs, shape.rows, shape.splits, shape.map},
-                       x.N * shape.map.positions, x.votes);
+  const void* const nowhere = x.votes;  // an address that copies of no bytes may be given
+  MmaArgs args = {};
+  args.features = static_cast<const char*>(x.D == 0 ? nowhere : x.features);
+  args.weight = static_cast<const char*>(x.D == 0 ? nowhere : x.weight);
+  args.bias = x.bias;
+  args.bias_stride = x.bias_stride;
+  args.stride_n = x.stride_n * size;
+  args.stride_h = x.stride_h * size;
+  args.stride_w = (plain_rows ? flat_rows(x).stride : x.W > 1 ? x.stride_w : 1) * size;
+  args.stride_d = x.stride_d * size;
+  args.weight_stride = x.weight_stride_c * size;
+  args.channel_bytes = x.D * size;
+  args.N = x.N;
+  args.D = x.D;
+  args.H = static_cast<int32_t>(x.H);
+  args.W = static_cast<int32_t>(x.W);
+  args.C = static_cast<int32_t>(x.C);
+  args.class_tiles = shape.class_tiles;
+  args.tiles_per_split = shape.tiles_per_split;
+  args.patches = shape.patches;
+  args.results = results;
+  return launcher.mma(plan.kernel, x.type, plan.features, args, shape.tiles * shape.splits);
 }
 
-/// The whole call.
+/// The whole call. arrivals: plan.arrivals counters, 0 before and after.
 template <class Launcher>
 bool run_votes(Launcher& launcher, const VotePlan& plan, const VoteProblem& problem,
-               int multiprocessors, char* scratch) {
+               int multiprocessors, char* scratch, uint32_t* arrivals) {
   const int64_t size = element_size(problem.type);
   VoteProblem x = problem;
   if (plan.pack_weight) {
@@ -103,7 +94,7 @@ bool run_votes(Launcher& launcher, const VotePlan& plan, const VoteProblem& prob
     x.weight_stride_c = plan.weight_pitch, x.weight_stride_d = 1;
   }
   if (plan.features != Layout::kPacked)
-    return multiply(launcher, plan, x, multiprocessors, scratch);
+    return multiply(launcher, plan, x, multiprocessors, scratch, arrivals);
 
   for (int64_t n = 0; n < problem.N; n += plan.images) {
     PackArgs args = {};
@@ -121,7 +112,7 @@ bool run_votes(Launcher& launcher, const VotePlan& plan, const VoteProblem& prob
     x.stride_d = 1, x.stride_w = plan.row_pitch;
     x.stride_h = x.W * x.stride_w, x.stride_n = x.H * x.stride_h;
     x.votes = problem.votes + n * x.H * x.W * x.upsample * x.upsample;
-    if (!multiply(launcher, plan, x, multiprocessors, scratch)) return false;
+    if (!multiply(launcher, plan, x, multiprocessors, scratch, arrivals)) return false;
   }
   return true;
 }

@@ -4,8 +4,8 @@
 // Bytes moved
 //   In: each tile of kRows positions reads its features once per tile of classes, and the weights
 //   of its classes, through L2; device memory gives both about once, since blocks next to each
-//   other in time share them. Out: 8 bytes per position and range of classes, or the votes where
-//   one block sees all classes.
+//   other in time share them. Out: the votes, 4 bytes a position; where the classes are split over
+//   blocks, 8 bytes per position and block before that, written and read again (vote_fold.cuh).
 //
 // Threads
 //   kWarpsDown * kWarpsAcross warps, each with a rectangle of kRows / kWarpsDown positions by
@@ -34,8 +34,10 @@
 //   Best pairs of a warp (plain): a lane updates only its own rows'; block_sync before the end.
 //   Scores (upsampling): written past the block_sync of a step after the last look at the tile
 //     before; read past one more.
+//   Pairs -> fold: see vote_fold.cuh.
 #pragma once
 
+#include "vote_fold.cuh"
 #include "vote_scores.cuh"
 #include "vote_tuning.h"
 
@@ -50,14 +52,11 @@ struct MmaArgs {
   int64_t stride_n, stride_h, stride_w, stride_d;
   int64_t weight_stride;
   int64_t channel_bytes;  // D * size: what a row holds
-  int64_t rows;  // plain: rows of the product, see RowMap; upsampling: pairs per range of classes
   int64_t N, D;
   int32_t H, W, C;
-  int32_t class_tiles, tiles_per_split, splits;
-  RowMap map;
+  int32_t class_tiles, tiles_per_split;
   Patches patches;
-  Best* partials;  // (splits, rows); unused where splits is 1
-  int32_t* votes;
+  Results results;  // a group of rows: those of a warp
 };
 
 /// Which bytes are next to each other in memory.
@@ -128,10 +127,10 @@ struct FeatureCopies {
       return args.features + at.n * args.stride_n + at.h * args.stride_h + at.w * args.stride_w;
     } else {
       const int64_t flat = tile * Config::kRows + r;
-      if (flat >= args.rows) return nullptr;
+      if (flat >= args.results.rows) return nullptr;
       if constexpr (kByChannel)
-        return args.features + flat / args.map.pitch * args.stride_n +
-               flat % args.map.pitch * args.stride_w;
+        return args.features + flat / args.results.map.pitch * args.stride_n +
+               flat % args.results.map.pitch * args.stride_w;
       return args.features + flat * args.stride_w;
     }
   }
@@ -294,11 +293,12 @@ ZIPFLS_VOTE_DEVICE void take_doubled(const float* scores, const float* bias,
 template <class Config>
 ZIPFLS_VOTE_DEVICE void vote_mma(const MmaArgs& args, int64_t block, int thread, char* shared) {
   using Element = typename Config::Element;
+  const Results& results = args.results;
   const int lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / Config::kWarpsAcross * Config::kWarpRows;
   const int warp_class = warp % Config::kWarpsAcross * Config::kWarpClasses;
-  const int64_t tile = block / args.splits;
-  const int32_t split = static_cast<int32_t>(block % args.splits);
+  const int64_t tile = block / results.splits;
+  const int32_t split = static_cast<int32_t>(block % results.splits);
   const int32_t first_tile = split * args.tiles_per_split;
   const int32_t tiles = args.class_tiles - first_tile < args.tiles_per_split
                             ? args.class_tiles - first_tile
@@ -408,28 +408,35 @@ ZIPFLS_VOTE_DEVICE void vote_mma(const MmaArgs& args, int64_t block, int thread,
       }
       if (mine.n < 0) continue;
       const int q = first + share;
-      const int64_t vote = doubled(mine, args.H, args.W, q / 2, q % 2);
-      if (args.splits == 1) {
-        args.votes[vote] = found.index;
-      } else {
-        args.partials[split * args.rows + vote] = found;
-      }
+      put_best(results, split, doubled(mine, args.H, args.W, q / 2, q % 2), found);
     }
   } else {
     ptx::block_sync();
     for (int r = thread; r < Config::kRows; r += Config::kThreads) {
       const int64_t row = tile * Config::kRows + r;
-      if (row >= args.rows) continue;
+      if (row >= results.rows) continue;
       Best best = pairs[r];
 #pragma unroll
       for (int across = 1; across < Config::kWarpsAcross; across++)
         best = better(best, pairs[across * Config::kRows + r]);
-      if (args.splits == 1) {
-        const int64_t vote = args.map.vote_of(row);
-        if (vote >= 0) args.votes[vote] = best.index;
-      } else {
-        args.partials[split * args.rows + row] = best;
-      }
+      put_best(results, split, row, best);
+    }
+  }
+
+  if (results.splits == 1) return;
+  constexpr int kWarps = Config::kThreads / 32;
+  if (!came_last(results, count_in(results, tile * kWarps + warp, lane))) return;
+  // The same rows again, of all classes.
+  if constexpr (Config::kUpsample) {
+    if (mine.n < 0) return;
+    for (int q = thread % Config::kShare; q < 4; q += Config::kShare) {
+      const int64_t vote = doubled(mine, args.H, args.W, q / 2, q % 2);
+      put_vote(results, vote, fold(results, vote, 0, 1).index);
+    }
+  } else {
+    for (int r = thread; r < Config::kRows; r += Config::kThreads) {
+      const int64_t row = tile * Config::kRows + r;
+      if (row < results.rows) put_vote(results, row, fold(results, row, 0, 1).index);
     }
   }
 }

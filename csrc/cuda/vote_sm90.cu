@@ -76,7 +76,7 @@ cudaError_t launch(const WgmmaProblem& problem, int multiprocessors, cudaStream_
                                            Config::kSharedBytes);
   if (error != cudaSuccess) return error;
   CUtensorMap features, weight;
-  error = encode(&features, problem.type, problem.features, problem.rows, problem.D,
+  error = encode(&features, problem.type, problem.features, problem.results.rows, problem.D,
                  problem.row_stride);
   if (error != cudaSuccess) return error;
   error =

@@ -7,7 +7,8 @@
 //   a cluster have the same classes and different positions; each fetches its half of the classes'
 //   rows and sends it to both, so L2 delivers 128 + kClasses / kCluster rows a block. Device memory
 //   gives the features once, and the weights once per group of rows (kGroupBytes).
-//   Out: 8 bytes per position and tile of classes, or the votes where one tile holds all classes.
+//   Out: the votes, 4 bytes a position; with several tiles of classes 8 bytes per position and tile
+//   before that, written and read again (vote_fold.cuh).
 //
 // Threads
 //   384. Warpgroup 0 is the producer, one thread of it; warpgroups 1 and 2 consume, 64 positions
@@ -27,6 +28,9 @@
 //   and it lasts: who has the tensor cores alone gains just what the other gains a moment later.
 //   Ping-pong (a tile for each consumer) would need no lag, but with 128 accumulators a thread its
 //   tiles are 128 x 128, which ask half as much again of L2.
+//   A warp counts itself in, for the fold, only when the next tile's products are under way, and
+//   looks at the count after them, so that the latencies of its stores and of the atomic are
+//   hidden.
 //
 // Hazards, and what orders them
 //   Stage written by the copy engine -> read by wgmma: barrier `full`, one arrival and all bytes of
@@ -39,9 +43,11 @@
 //   Accumulators: products_begin before, products_wait after, `hold` against the compiler.
 //   Bias: each consumer has two buffers of its own, by turns. Written before the main loop, read
 //     after a group_sync (128 threads); written again two tiles later, past the group_sync between.
+//   Pairs -> fold: see vote_fold.cuh.
 //   A block's shared memory outlives the other's copies and arrivals: cluster_sync at the end.
 #pragma once
 
+#include "vote_fold.cuh"
 #include "vote_plan.h"
 #include "vote_scores.cuh"
 #include "vote_tuning.h"
@@ -51,28 +57,23 @@ namespace zipfls::cuda::vote {
 /// The wgmma kernels' matrices: rows of D elements, 16-byte aligned, strides in bytes.
 struct WgmmaProblem {
   VoteType type;
-  const void* features;  // (rows, D)
-  int64_t rows, row_stride;
+  const void* features;  // (results.rows, D)
+  int64_t row_stride;
   const void* weight;  // (C, D)
   int64_t C, weight_stride, D;
   const void* bias;
   int64_t bias_stride;  // elements
-  RowMap map;
-  Best* partials;  // (class tiles, rows)
-  int32_t* votes;
+  Results results;      // splits: tiles of classes
 };
 
 /// What the kernel is told.
 struct WgmmaArgs {
   const void* bias;
-  int64_t bias_stride;  // elements
-  int64_t rows;
+  int64_t bias_stride;            // elements
   int64_t down;                   // tiles of rows, kCluster blocks each
   int64_t group;                  // of them, see tile_at
   int32_t C, class_tiles, depth;  // depth: stages a tile
-  RowMap map;
-  Best* partials;  // (class_tiles, rows); unused where class_tiles is 1
-  int32_t* votes;
+  Results results;                // a group of rows: the 16 of a warp
 };
 
 template <class Element_, int kClasses_, int kCluster_, int kRing_>
@@ -103,15 +104,12 @@ WgmmaArgs wgmma_args(const WgmmaProblem& problem) {
   WgmmaArgs args = {};
   args.bias = problem.bias;
   args.bias_stride = problem.bias_stride;
-  args.rows = problem.rows;
-  args.down = ceil_div(problem.rows, kRowsDown);
+  args.down = ceil_div(problem.results.rows, kRowsDown);
   args.group = std::max<int64_t>(1, kGroupBytes / (kRowsDown * problem.row_stride));
   args.C = static_cast<int32_t>(problem.C);
   args.class_tiles = static_cast<int32_t>(ceil_div(problem.C, Config::kClasses));
   args.depth = static_cast<int32_t>(ceil_div(problem.D, Config::kChannels));
-  args.map = problem.map;
-  args.partials = problem.partials;
-  args.votes = problem.votes;
+  args.results = problem.results;
   return args;
 }
 
@@ -196,9 +194,13 @@ ZIPFLS_VOTE_DEVICE void consume(const WgmmaArgs& args, int64_t cluster, int64_t 
   Place at;
   int turn = 0;
   bool first = true;
+  int64_t put = -1;  // first of the rows that the warp has put pairs of, and not counted itself in
+  uint32_t arrived = 0;
   for (int64_t t = cluster; t < args.down * args.class_tiles; t += clusters) {
     const TileAt tile = tile_at(t, args.down, args.class_tiles, args.group);
     const int32_t first_class = tile.across * Config::kClasses;
+    const int64_t first_row =
+        (tile.down * Config::kCluster + rank) * kBulkRows + consumer * 64 + warp * 16;
     float* const bias = shared.bias[consumer][turn];
     for (int c = thread; c < Config::kClasses; c += 128)
       bias[c] = padded_bias<Element>(args.bias, args.bias_stride,
@@ -217,6 +219,7 @@ ZIPFLS_VOTE_DEVICE void consume(const WgmmaArgs& args, int64_t cluster, int64_t 
             sum, features + rows_view + 2 * slab, features + kWeightView + 2 * slab, k + slab > 0);
       ptx::products_commit();
       ptx::hold(sum);
+      if (k == 0 && put >= 0) arrived = count_in(args.results, put / 16, lane);
       ptx::products_wait<1>();  // those of the stage before
       if (k > 0) release<Config>(&shared.empty[before], lane);
       if (first && consumer == 0 && k + 1 == (args.depth < kStagger ? args.depth : kStagger) &&
@@ -228,6 +231,7 @@ ZIPFLS_VOTE_DEVICE void consume(const WgmmaArgs& args, int64_t cluster, int64_t 
     ptx::products_wait<0>();
     ptx::hold(sum);
     release<Config>(&shared.empty[before], lane);
+    if (put >= 0 && came_last(args.results, arrived)) fold_sixteen(args.results, put, lane);
 
     ptx::group_sync(1 + consumer, 128);
     Best rows[2];
@@ -236,20 +240,16 @@ ZIPFLS_VOTE_DEVICE void consume(const WgmmaArgs& args, int64_t cluster, int64_t 
     if (lane % 4 < 2) {  // the first lane of four has the upper row, the second the lower
       const bool upper = lane % 4 == 0;
       const Best found = {upper ? low.score : high.score, upper ? low.index : high.index};
-      const int64_t row = (tile.down * Config::kCluster + rank) * kBulkRows + consumer * 64 +
-                          warp * 16 + fragment_row(lane, lane % 4);
-      if (row < args.rows) {
-        if (args.class_tiles == 1) {
-          const int64_t vote = args.map.vote_of(row);
-          if (vote >= 0) args.votes[vote] = found.index;
-        } else {
-          args.partials[tile.across * args.rows + row] = found;
-        }
-      }
+      const int64_t row = first_row + fragment_row(lane, lane % 4);
+      if (row < args.results.rows) put_best(args.results, tile.across, row, found);
     }
+    if (args.class_tiles > 1) put = first_row;
     turn ^= 1;
     first = false;
   }
+  if (put >= 0 && came_last(args.results, count_in(args.results, put / 16, lane)))
+    fold_sixteen(args.results, put, lane);
+  ptx::warp_sync();
 }
 
 /// The kernel: block `block` of `blocks`; ring: kSharedBytes of shared memory.

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "vote_fold.cuh"
+#include "vote_best.cuh"
 
 #ifdef __CUDACC__
 #define ZIPFLS_VOTE_DEVICE __device__ __forceinline__

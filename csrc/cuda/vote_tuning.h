@@ -102,6 +102,4 @@ constexpr int64_t kPackBytes = int64_t{64} << 20;
 /// A slice of longer images is computed in place where at most 1/4 of the rows are in between.
 constexpr int64_t kPitchSlack = 4;
 
-constexpr int kFoldThreads = 128;  // a thread a position: 98 blocks at 256 x 49
-
 }  // namespace zipfls::cuda::vote

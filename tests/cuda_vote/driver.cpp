@@ -1,6 +1,9 @@
 // The vote kernels' own course (csrc/cuda/vote_run.h) on the emulated GPU, as a shared library for
 // test_cuda_vote.py.
+#include <algorithm>
 #include <exception>
+#include <numeric>
+#include <random>
 
 #include "emulator.h"
 
@@ -25,7 +28,7 @@ std::string& message() {
   return text;
 }
 
-/// The launches of the last call, for the test to see what it tested: "pack;wgmma wide;fold;".
+/// The launches of the last call, for the test to see what it tested: "pack;wgmma wide;".
 std::string& journal() {
   static std::string text;
   return text;
@@ -35,9 +38,20 @@ struct EmulatedLauncher {
   emulator::Schedule schedule;
   int multiprocessors;
 
+  /// Blocks (or clusters) may run in any order: that of their warps.
+  std::vector<int64_t> in_order(int64_t count) {
+    std::vector<int64_t> order(static_cast<size_t>(count));
+    std::iota(order.begin(), order.end(), 0);
+    if (schedule.order == emulator::Schedule::kDescending) std::reverse(order.begin(), order.end());
+    if (schedule.order == emulator::Schedule::kRandom) {
+      std::mt19937 random(schedule.seed);
+      std::shuffle(order.begin(), order.end(), random);
+    }
+    return order;
+  }
   void blocks_of(int64_t blocks, int threads, size_t shared,
                  const std::function<void(int64_t, int, char*)>& body) {
-    for (int64_t block = 0; block < blocks; block++) {
+    for (const int64_t block : in_order(blocks)) {
       emulator::run_cluster(schedule, 1, threads, shared,
                             [&](int, int thread) { body(block, thread, emulator::block().arena); });
       schedule.seed++;
@@ -125,16 +139,17 @@ struct EmulatedLauncher {
       return ptx::TensorMap{static_cast<const char*>(at), rows, stride, problem.D * size,
                             static_cast<int>(size)};
     };
-    const ptx::TensorMap features = map(problem.features, problem.rows, problem.row_stride);
+    const ptx::TensorMap features = map(problem.features, problem.results.rows, problem.row_stride);
     const ptx::TensorMap weight = map(problem.weight, problem.C, problem.weight_stride);
     constexpr size_t kStatic = (sizeof(WgmmaShared<Config>) + 15) / 16 * 16;
-    for (int64_t first = 0; first < blocks; first += Config::kCluster) {
+    for (const int64_t cluster : in_order(blocks / Config::kCluster)) {
       emulator::run_cluster(schedule, Config::kCluster, Config::kThreads,
                             kStatic + Config::kSharedBytes, [&](int rank, int thread) {
                               char* const arena = emulator::block().arena;
-                              vote_wgmma<Config>(
-                                  args, &features, &weight, first + rank, blocks, thread,
-                                  *reinterpret_cast<WgmmaShared<Config>*>(arena), arena + kStatic);
+                              vote_wgmma<Config>(args, &features, &weight,
+                                                 cluster * Config::kCluster + rank, blocks, thread,
+                                                 *reinterpret_cast<WgmmaShared<Config>*>(arena),
+                                                 arena + kStatic);
                             });
       schedule.seed++;
     }
@@ -156,12 +171,6 @@ struct EmulatedLauncher {
     }
     if (problem.type == VoteType::kBFloat16) return wgmma_of<BFloat16>(kernel, problem);
     throw emulator::Fault("no such kernel");
-  }
-
-  bool fold(const Partials& partials, int64_t count, int32_t* votes) {
-    journal() += "fold;";
-    for (int64_t vote = 0; vote < count; vote++) votes[vote] = fold_vote(partials, vote);
-    return true;
   }
 };
 
@@ -223,7 +232,10 @@ int vote_run(const Call* call) {
     EmulatedLauncher launcher = {{static_cast<emulator::Schedule::Order>(call->order),
                                   call->late != 0, static_cast<unsigned>(call->seed)},
                                  static_cast<int>(call->multiprocessors)};
-    run_votes(launcher, plan, problem_of(*call), launcher.multiprocessors, first);
+    std::vector<uint32_t> arrivals(static_cast<size_t>(plan.arrivals));
+    run_votes(launcher, plan, problem_of(*call), launcher.multiprocessors, first, arrivals.data());
+    for (const uint32_t counter : arrivals)
+      if (counter != 0) throw emulator::Fault("a counter of arrivals is not back at 0");
     return 0;
   } catch (const std::exception& error) {
     message() = error.what();

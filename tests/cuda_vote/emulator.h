@@ -8,7 +8,8 @@
 //                 (late) or at once (early);
 //   bulk copies   the same, and late ones come when nothing else can run, or at random;
 //   wgmma         operands are read, and accumulators written, when the group is waited for (late)
-//   or at once.
+//   or at once;
+//   pairs         others see them when they are released (late) or at once.
 // Shared memory starts as noise. Threads run in ascending, descending or random order of warps.
 // Deadlocks, collectives in which the threads disagree, misaligned or outside addresses, and
 // barriers that overflow are errors.
@@ -96,6 +97,7 @@ struct Fiber {
   };
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  std::vector<std::function<void()>> stores;  // of pairs, that no other thread sees yet
 };
 
 /// Threads that act together: all must call the same thing.
@@ -125,6 +127,8 @@ struct Block {
   std::vector<Collective> warps;
   std::vector<Collective> warpgroups;
   std::vector<Warpgroup> products;
+  std::vector<std::vector<std::function<void()>>>
+      stores;  // by warp: ordered before its next release
   Collective all;
   Collective named[16];
   std::vector<std::pair<void*, MBarrier>> barriers;
@@ -251,6 +255,7 @@ inline void run_cluster(const Schedule& schedule, int blocks, int threads, size_
     block.warpgroups.resize(static_cast<size_t>(threads / 128 + 1));
     for (auto& w : block.warpgroups) w.size = 128;
     block.products.resize(block.warpgroups.size());
+    block.stores.resize(block.warps.size());
   }
   const size_t count = static_cast<size_t>(blocks) * static_cast<size_t>(threads);
   while (stacks.size() < count) {
@@ -328,6 +333,11 @@ inline void run_cluster(const Schedule& schedule, int blocks, int threads, size_
       if (stuck) m.fault = "deadlock:" + where;
     }
   }
+  for (const auto& block : m.blocks)
+    for (const auto& stores : block->stores)
+      for (const auto& store : stores) store();
+  for (const Fiber& fiber : m.fibers)
+    for (const auto& store : fiber.stores) store();
   std::string fault = m.fault;
   if (fault.empty() && !m.bulk.empty()) fault = "copies outlive the kernel";
   machine() = nullptr;
@@ -408,7 +418,16 @@ void store16(void* at, const Vector& x) {
   std::memcpy(at, &x, 16);
 }
 inline void block_sync() { emulator::together(block().all, self().thread, "block_sync", nullptr); }
-inline void warp_sync() { emulator::together_warp("warp_sync", nullptr); }
+inline void warp_sync() {
+  emulator::together_warp("warp_sync", &self(), [](std::vector<void*>& lanes) {
+    auto& ordered = block().stores[static_cast<size_t>(self().thread / 32)];
+    for (void* lane : lanes) {
+      auto& stores = static_cast<emulator::Fiber*>(lane)->stores;
+      ordered.insert(ordered.end(), stores.begin(), stores.end());
+      stores.clear();
+    }
+  });
+}
 inline void cluster_sync() {
   emulator::Machine& m = *emulator::machine();
   const int slot = block().rank * block().all.size + self().thread;
@@ -437,6 +456,50 @@ T shuffle_xor(T x, int mask) {
   });
   return call.out;
 }
+
+template <class T>
+T shuffle(T x, int from) {
+  struct Call {
+    T in, out;
+    int from;
+  } call = {x, x, from};
+  emulator::together_warp("shuffle", &call, [](std::vector<void*>& lanes) {
+    for (void* lane : lanes) {
+      Call& mine = *static_cast<Call*>(lane);
+      mine.out = static_cast<Call*>(lanes[static_cast<size_t>(mine.from)])->in;
+    }
+  });
+  return call.out;
+}
+
+// Pairs that other blocks read --------------------------------------------------------------------
+
+/// Late, a pair is stored when its thread releases, or one that it has met at a barrier before, and
+/// else when the kernel ends.
+inline void store_pair(Best* at, Best pair) {
+  if (reinterpret_cast<uintptr_t>(at) % 8 != 0) fail("misaligned device memory");
+  const auto store = [=] { *at = pair; };
+  if (emulator::machine()->schedule.late) {
+    self().stores.push_back(store);
+  } else {
+    store();
+  }
+}
+inline Best load_pair(const Best* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 8 != 0) fail("misaligned device memory");
+  return *at;
+}
+inline uint32_t count_release(uint32_t* counter, uint32_t last) {
+  auto& ordered = block().stores[static_cast<size_t>(self().thread / 32)];
+  for (const auto& store : ordered) store();
+  ordered.clear();
+  for (const auto& store : self().stores) store();
+  self().stores.clear();
+  const uint32_t before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+}
+inline void acquire() { emulator::together_warp("acquire", nullptr); }
 
 // cp.async ----------------------------------------------------------------------------------------
 
