@@ -2,7 +2,7 @@
 
 ZIPFLS_BUILD=cuda|cpu|none forces one of the three, and failing then is an error; unset, the best that this
 machine can build is built, down to pure Python where there is no C++ compiler. Whether a GPU is visible plays
-no part. TORCH_CUDA_ARCH_LIST sets the GPU architectures (default: 8.0 9.0a 10.0a+PTX).
+no part. TORCH_CUDA_ARCH_LIST sets the GPU architectures (default: 8.0 9.0a 10.0+PTX).
 """
 
 import os
@@ -15,7 +15,7 @@ import torch
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0a+PTX"
+DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 
 
 def toolkit() -> str | None:

@@ -300,10 +300,18 @@ def test_vote_layouts(driver, dtype, wgmma):
     )
     packed = maps(5, 24, 5, 5, dtype, channels_last=False)
     assert taken(packed, images=2, kernel=kernel).count("pack") == 3  # rounds
+    many, bias300 = aligned(integers(300, 24, dtype=dtype, seed=6)), integers(300, dtype=dtype, seed=7)
+    maps7 = maps(5, 24, 7, 7, dtype, channels_last=False)
+    for images in (4, 3):  # the last round is smaller, and splits its classes where the others do not
+        journal = taken(maps7, 2, weight=many, bias=bias300, images=images, multiprocessors=2)
+        assert journal.count("pack") == 2
 
     assert "pack" in taken(tokens, weight=aligned(weight.t().contiguous()).t(), kernel=kernel)
     assert "pack" in taken(tokens, weight=torch.stack([weight, weight], -1)[..., 0], kernel=kernel)
     taken(tokens, bias=torch.stack([bias, bias], -1)[..., 0], kernel=kernel)
+    assert "pack" in taken(tokens, weight=weight[:1].expand(70, -1), kernel=kernel)  # rows that overlap
+    overlapping = aligned(tokens.flatten()[: 24 + 8 * 17][None])[0].as_strided((1, 18, 24), (160, 8, 1))
+    assert ("pack" in taken(overlapping, kernel=kernel)) == bool(wgmma)
     one = aligned(integers(4, 1, 3, 3, dtype=dtype, seed=4))
     taken(one, weight=aligned(integers(70, 1, dtype=dtype, seed=5)))
     taken(torch.zeros(2, 0, 3, 3, dtype=dtype), weight=torch.zeros(70, 0, dtype=dtype))

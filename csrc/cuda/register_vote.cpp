@@ -94,17 +94,17 @@ at::Tensor vote_fwd(const at::Tensor& features, const at::Tensor& weight,
   const VoteDevice device = current_device();
   const char* const reason = vote_refusal(x, device);
   TORCH_CHECK(reason == nullptr, "backend='cuda' cannot serve vote_fwd on this device: ", reason);
-  const VoteNeeds needs = vote_needs(x, device);
+  const vote::VotePlan plan = vote_plan(x, device);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor scratch =
-      at::empty({static_cast<int64_t>(needs.scratch)}, features.options().dtype(at::kByte));
+      at::empty({static_cast<int64_t>(plan.bytes)}, features.options().dtype(at::kByte));
   at::Tensor arrivals;
   uint32_t* counters = nullptr;
-  if (needs.arrivals > 0) {
-    arrivals = arrivals_of(stream, needs.arrivals);
+  if (plan.arrivals > 0) {
+    arrivals = arrivals_of(stream, plan.arrivals);
     counters = reinterpret_cast<uint32_t*>(arrivals.mutable_data_ptr<int32_t>());
   }
-  C10_CUDA_CHECK(vote_fwd_cuda(x, device, scratch.mutable_data_ptr(), counters, stream));
+  C10_CUDA_CHECK(vote_fwd_cuda(x, plan, device, scratch.mutable_data_ptr(), counters, stream));
   return votes;
 }
 

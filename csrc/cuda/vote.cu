@@ -5,6 +5,8 @@
 // yet. vote_pack_kernel, vote_slabs_kernel: see vote_pack.cuh.
 #include "vote.h"
 
+#include <atomic>
+
 #include "vote_launch.h"
 #include "vote_run.h"
 
@@ -61,8 +63,9 @@ struct StreamLauncher {
 /// Whether the current device runs the wgmma kernels. All devices of that capability give the same
 /// answer.
 bool uses_wgmma(const VoteDevice& device) {
+  static std::atomic<bool> present = false;  // once it is, for good
   if (device.major != 9 || device.minor != 0) return false;
-  static const bool present = wgmma_present();
+  if (!present) present = wgmma_present();
   return present;
 }
 
@@ -80,17 +83,14 @@ const char* vote_refusal(const VoteProblem& x, const VoteDevice& device) {
   return nullptr;
 }
 
-VoteNeeds vote_needs(const VoteProblem& x, const VoteDevice& device) {
-  if (x.N * x.H * x.W == 0) return {};
-  const vote::VotePlan plan = vote::plan_votes(x, device, vote::uses_wgmma(device));
-  return {plan.bytes, plan.arrivals};
+vote::VotePlan vote_plan(const VoteProblem& x, const VoteDevice& device) {
+  return vote::plan_votes(x, device, vote::uses_wgmma(device));
 }
 
-cudaError_t vote_fwd_cuda(const VoteProblem& problem, const VoteDevice& device, void* scratch,
-                          uint32_t* arrivals, cudaStream_t stream) {
-  if (problem.N * problem.H * problem.W == 0) return cudaSuccess;
+cudaError_t vote_fwd_cuda(const VoteProblem& problem, const vote::VotePlan& plan,
+                          const VoteDevice& device, void* scratch, uint32_t* arrivals,
+                          cudaStream_t stream) {
   vote::StreamLauncher launcher = {device.multiprocessors, stream};
-  const vote::VotePlan plan = vote::plan_votes(problem, device, vote::uses_wgmma(device));
   vote::run_votes(launcher, plan, problem, device.multiprocessors, static_cast<char*>(scratch),
                   arrivals);
   return launcher.error;

@@ -9,23 +9,24 @@
 
 #include <cuda_runtime_api.h>
 
-#include "vote_problem.h"
+#include "vote_plan.h"
 
 namespace zipfls::cuda {
-
-/// Device memory that vote_fwd_cuda needs besides its arguments.
-struct VoteNeeds {
-  size_t scratch = 0;    // bytes, on a 256-byte boundary
-  int64_t arrivals = 0;  // counters, which are 0 before and after
-};
-VoteNeeds vote_needs(const VoteProblem& problem, const VoteDevice& device);
 
 /// Why no kernel here serves the problem on the device; null if one does.
 const char* vote_refusal(const VoteProblem& problem, const VoteDevice& device);
 
-/// Votes of all positions, on the current device, in the stream's order. Nothing is synchronised.
-/// An empty problem (no position) launches nothing. C >= 1; at most 2^31 - 1 classes.
-cudaError_t vote_fwd_cuda(const VoteProblem& problem, const VoteDevice& device, void* scratch,
-                          uint32_t* arrivals, cudaStream_t stream);
+/// Kernel, tiles and memory for a problem with at least one position, on the current device.
+vote::VotePlan vote_plan(const VoteProblem& problem, const VoteDevice& device);
+
+/// Votes of all positions by its plan, on the current device, in the stream's order. Nothing is
+/// synchronised.
+///
+/// Args:
+///   scratch: plan.bytes bytes of device memory on a 256-byte boundary.
+///   arrivals: plan.arrivals counters in device memory, 0 before and after.
+cudaError_t vote_fwd_cuda(const VoteProblem& problem, const vote::VotePlan& plan,
+                          const VoteDevice& device, void* scratch, uint32_t* arrivals,
+                          cudaStream_t stream);
 
 }  // namespace zipfls::cuda

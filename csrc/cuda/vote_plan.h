@@ -172,13 +172,21 @@ inline double wgmma_cost(int64_t rows, int64_t C, int multiprocessors, int32_t c
   return static_cast<double>(waves) * classes / kWideClasses;
 }
 
-/// Where a plan's scratch lies.
+/// Where a plan's scratch lies, large enough for every round: the last one may have fewer images,
+/// so fewer tiles, and so more splits than the others.
 inline void lay_out(VotePlan& plan, const VoteProblem& x, int multiprocessors) {
   const int64_t size = element_size(x.type),
                 features = plan.images * x.H * x.W * plan.row_pitch * size;
-  const VoteShape shape = shape_of(plan, x, plan.images, multiprocessors);
-  const int64_t pairs =
-      shape.splits > 1 ? shape.splits * shape.rows * static_cast<int64_t>(sizeof(Best)) : 0;
+  int64_t pairs = 0;
+  plan.arrivals = 0;
+  for (const int64_t images : {plan.images, x.N % plan.images}) {
+    if (images == 0) continue;
+    const VoteShape shape = shape_of(plan, x, images, multiprocessors);
+    if (shape.splits == 1) continue;
+    pairs = std::max(pairs, shape.splits * shape.rows * static_cast<int64_t>(sizeof(Best)));
+    // 8 warps or fewer have a tile's rows; a cluster may have one more tile than there are.
+    plan.arrivals = std::max(plan.arrivals, (shape.tiles + 1) * 8);
+  }
   const auto round_up = [](int64_t bytes) {
     return static_cast<size_t>(ceil_div(bytes, 256) * 256);
   };
@@ -186,8 +194,6 @@ inline void lay_out(VotePlan& plan, const VoteProblem& x, int multiprocessors) {
   plan.features_at = round_up(plan.pack_weight ? x.C * plan.weight_pitch * size : 0);
   plan.pairs_at = plan.features_at + round_up(plan.features == Layout::kPacked ? features : 0);
   plan.bytes = plan.pairs_at + round_up(pairs);
-  // 8 warps or fewer have a tile's rows; a cluster may have one more tile than there are.
-  plan.arrivals = shape.splits > 1 ? (shape.tiles + 1) * 8 : 0;
 }
 
 /// wgmma: whether the device has it and this build a kernel for it.
@@ -195,8 +201,15 @@ inline VotePlan plan_votes(const VoteProblem& x, const VoteDevice& device, bool 
   const int64_t size = element_size(x.type), P = x.H * x.W, round = 16 / size;
   VotePlan plan = {};
   plan.features = layout_of(x, wgmma);
-  plan.pack_weight = x.D > 0 && !(aligned(x.weight) && (x.D == 1 || x.weight_stride_d == 1) &&
-                                  keeps_alignment(x.C, x.weight_stride_c, size));
+  // Rows that overlap, or are one and the same, are packed too: the copy engine is told a distance
+  // between rows, and its documentation does not say that it may be less than a row.
+  const auto apart = [&](int64_t rows, int64_t stride) { return rows <= 1 || stride >= x.D; };
+  plan.pack_weight =
+      x.D > 0 && !(aligned(x.weight) && (x.D == 1 || x.weight_stride_d == 1) &&
+                   keeps_alignment(x.C, x.weight_stride_c, size) && apart(x.C, x.weight_stride_c));
+  if (wgmma && x.upsample == 1 && plan.features == Layout::kRows && x.D > 0 &&
+      !apart(x.N * P, flat_rows(x).stride))
+    plan.features = Layout::kPacked;
   plan.row_pitch = plan.weight_pitch = ceil_div(x.D, round) * round;
   plan.images = x.N;
   if (plan.features == Layout::kPacked)

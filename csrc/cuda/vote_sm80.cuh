@@ -346,9 +346,11 @@ ZIPFLS_VOTE_DEVICE void vote_mma(const MmaArgs& args, int64_t block, int thread,
       start_weight<Config>(args, first_class, ahead, stage + Config::kFeatureBytes, thread);
       if (ahead == 0) {
         float* const to = bias + ahead_tile % kStages * Config::kClasses;
-        for (int c = thread; c < Config::kClasses; c += Config::kThreads)
-          to[c] = padded_bias<Element>(args.bias, args.bias_stride,
-                                       static_cast<int64_t>(first_class) + c, args.C);
+        for (int i = thread; i < Config::kClasses; i += Config::kThreads) {
+          const int64_t c = static_cast<int64_t>(first_class) + i;
+          to[i] = padded_bias<Element>(stored_bias<Element>(args.bias, args.bias_stride, c, args.C),
+                                       c, args.C);
+        }
       }
       ahead_stage = ahead_stage + 1 == kStages ? 0 : ahead_stage + 1;
       if (++ahead == steps_a_tile) ahead = 0, ahead_tile++;

@@ -41,8 +41,9 @@
 //   A block's copies -> the other block's `full`: they land in the phase they are meant for, since
 //     that block's consumers have arrived at the sender's `empty` after their phase was complete.
 //   Accumulators: products_begin before, products_wait after, `hold` against the compiler.
-//   Bias: each consumer has two buffers of its own, by turns. Written before the main loop, read
-//     after a group_sync (128 threads); written again two tiles later, past the group_sync between.
+//   Bias: each consumer has two buffers of its own, by turns. Written beside the first products,
+//     read after a group_sync (128 threads); written again two tiles later, past the group_sync
+//     between.
 //   Pairs -> fold: see vote_fold.cuh.
 //   A block's shared memory outlives the other's copies and arrivals: cluster_sync at the end.
 #pragma once
@@ -202,9 +203,12 @@ ZIPFLS_VOTE_DEVICE void consume(const WgmmaArgs& args, int64_t cluster, int64_t 
     const int64_t first_row =
         (tile.down * Config::kCluster + rank) * kBulkRows + consumer * 64 + warp * 16;
     float* const bias = shared.bias[consumer][turn];
-    for (int c = thread; c < Config::kClasses; c += 128)
-      bias[c] = padded_bias<Element>(args.bias, args.bias_stride,
-                                     static_cast<int64_t>(first_class) + c, args.C);
+    typename Element::Stored stored[Config::kClasses / 128];
+#pragma unroll
+    for (int i = 0; i < Config::kClasses / 128; i++)
+      stored[i] =
+          stored_bias<Element>(args.bias, args.bias_stride,
+                               static_cast<int64_t>(first_class) + thread + 128 * i, args.C);
     if (first && consumer == 1) ptx::barrier_wait(&shared.stagger, 0);
 
     uint32_t before = 0;
@@ -219,7 +223,13 @@ ZIPFLS_VOTE_DEVICE void consume(const WgmmaArgs& args, int64_t cluster, int64_t 
             sum, features + rows_view + 2 * slab, features + kWeightView + 2 * slab, k + slab > 0);
       ptx::products_commit();
       ptx::hold(sum);
-      if (k == 0 && put >= 0) arrived = count_in(args.results, put / 16, lane);
+      if (k == 0) {
+#pragma unroll
+        for (int i = 0; i < Config::kClasses / 128; i++)
+          bias[thread + 128 * i] = padded_bias<Element>(
+              stored[i], static_cast<int64_t>(first_class) + thread + 128 * i, args.C);
+        if (put >= 0) arrived = count_in(args.results, put / 16, lane);
+      }
       ptx::products_wait<1>();  // those of the stage before
       if (k > 0) release<Config>(&shared.empty[before], lane);
       if (first && consumer == 0 && k + 1 == (args.depth < kStagger ? args.depth : kStagger) &&

@@ -54,14 +54,18 @@ struct TensorFloat32 {
 template <class Element>
 constexpr int kSize = static_cast<int>(sizeof(typename Element::Stored));
 
-/// bias[c], or 0 without one; NaN past the last class. Added to every score, it keeps the columns
-/// of a ragged tile from winning without a select or a branch of their own.
+/// bias[c] as it is stored, 0 without one or past the last class.
 template <class Element>
-ZIPFLS_HOST_DEVICE float padded_bias(const void* bias, int64_t stride, int64_t c, int64_t C) {
-  if (c >= C) return NAN;
-  return bias == nullptr
-             ? 0.0f
-             : Element::widen(static_cast<const typename Element::Stored*>(bias)[c * stride]);
+ZIPFLS_HOST_DEVICE typename Element::Stored stored_bias(const void* bias, int64_t stride, int64_t c,
+                                                        int64_t C) {
+  using Stored = typename Element::Stored;
+  return bias == nullptr || c >= C ? Stored{} : static_cast<const Stored*>(bias)[c * stride];
+}
+/// NaN past the last class. Added to every score, it keeps the columns of a ragged tile from
+/// winning without a select or a branch of their own.
+template <class Element>
+ZIPFLS_HOST_DEVICE float padded_bias(typename Element::Stored bias, int64_t c, int64_t C) {
+  return c < C ? Element::widen(bias) : NAN;
 }
 
 // Shared memory -----------------------------------------------------------------------------------

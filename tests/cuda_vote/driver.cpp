@@ -226,16 +226,25 @@ int vote_run(const Call* call) {
   try {
     journal().clear();
     const VotePlan plan = plan_of(*call);
-    std::vector<char> scratch(plan.bytes + 256, static_cast<char>(0xff));
+    constexpr size_t kGuard = 4096;
+    std::vector<char> scratch(plan.bytes + 256 + kGuard, static_cast<char>(0xff));
     char* const first =
         scratch.data() + (256 - reinterpret_cast<uintptr_t>(scratch.data()) % 256) % 256;
+    std::vector<uint32_t> arrivals(static_cast<size_t>(plan.arrivals) + kGuard);
+    std::fill_n(arrivals.end() - kGuard, kGuard, 77);
     EmulatedLauncher launcher = {{static_cast<emulator::Schedule::Order>(call->order),
                                   call->late != 0, static_cast<unsigned>(call->seed)},
                                  static_cast<int>(call->multiprocessors)};
-    std::vector<uint32_t> arrivals(static_cast<size_t>(plan.arrivals));
     run_votes(launcher, plan, problem_of(*call), launcher.multiprocessors, first, arrivals.data());
-    for (const uint32_t counter : arrivals)
-      if (counter != 0) throw emulator::Fault("a counter of arrivals is not back at 0");
+    for (size_t i = 0; i < kGuard; i++) {
+      if (first[plan.bytes + i] != static_cast<char>(0xff))
+        throw emulator::Fault("written past the scratch");
+      if (arrivals[arrivals.size() - kGuard + i] != 77)
+        throw emulator::Fault("counted past the counters");
+    }
+    for (int64_t i = 0; i < plan.arrivals; i++)
+      if (arrivals[static_cast<size_t>(i)] != 0)
+        throw emulator::Fault("a counter of arrivals is not back at 0");
     return 0;
   } catch (const std::exception& error) {
     message() = error.what();

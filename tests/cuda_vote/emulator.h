@@ -114,9 +114,20 @@ struct MBarrier {
   uint32_t phase;
 };
 
+/// Products of a warpgroup. Each warp goes through the same sequence of them at its own pace; one
+/// is multiplied when all four have issued it.
 struct Warpgroup {
-  std::vector<std::function<void()>> open;
-  std::deque<std::vector<std::function<void()>>> groups;
+  struct Product {
+    int warps = 0;  // that have issued it
+    bool done = false;
+    std::vector<void*> calls;  // of the threads so far
+    std::function<void()> multiply;
+  };
+  std::deque<Product> products;  // all, in order
+  struct Warp {
+    size_t issued = 0;                 // products
+    std::vector<size_t> groups = {0};  // products issued when each group was committed
+  } warps[4];
 };
 
 struct Block {
@@ -153,6 +164,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   Collective cluster;
   std::deque<Pending> bulk;
+  std::vector<std::shared_ptr<void>> calls;  // what threads gave to products
   Fiber* current = nullptr;
   void* scheduler = nullptr;
   std::string fault;
@@ -720,23 +732,34 @@ void claim_registers() {
 inline emulator::Warpgroup& products() {
   return block().products[static_cast<size_t>(self().thread / 128)];
 }
-inline void products_begin() { emulator::together_group("wgmma.fence", nullptr); }
+inline emulator::Warpgroup::Warp& products_of_warp() {
+  return products().warps[self().thread % 128 / 32];
+}
+inline void products_begin() { emulator::together_warp("wgmma.fence", nullptr); }
 inline void products_commit() {
-  emulator::Warpgroup& group = products();
-  emulator::together_group("wgmma.commit", nullptr, [&group](std::vector<void*>&) {
-    group.groups.push_back(std::move(group.open));
-    group.open.clear();
+  emulator::together_warp("wgmma.commit", nullptr, [](std::vector<void*>&) {
+    products_of_warp().groups.push_back(products_of_warp().issued);
   });
+}
+inline void multiply_until(emulator::Warpgroup& group, size_t count) {
+  for (size_t i = 0; i < count; i++) {
+    if (group.products[i].done) continue;
+    group.products[i].multiply();
+    group.products[i].done = true;
+    group.products[i].multiply = nullptr;
+  }
 }
 template <int kPending>
 void products_wait() {
+  emulator::together_warp("wgmma.wait", nullptr);
   emulator::Warpgroup& group = products();
-  emulator::together_group("wgmma.wait", nullptr, [&group](std::vector<void*>&) {
-    while (group.groups.size() > kPending) {
-      for (const auto& product : group.groups.front()) product();
-      group.groups.pop_front();
-    }
-  });
+  const auto& groups = products_of_warp().groups;
+  const size_t count = groups.size() > kPending ? groups[groups.size() - 1 - kPending] : 0;
+  const auto issued = [&group, count] {
+    return count == 0 || group.products[count - 1].warps == 4;
+  };
+  if (!issued()) emulator::pause("wgmma.wait", issued);
+  multiply_until(group, count);
 }
 template <int kCount>
 void hold(float (&)[kCount]) {}
@@ -761,18 +784,25 @@ struct GroupCall {
 };
 template <class Element, int N>
 void multiply_group(float (&d)[N / 2], uint64_t a, uint64_t b, uint32_t accumulate) {
-  GroupCall call = {d, a, b, accumulate};
+  const auto call = std::make_shared<GroupCall>(GroupCall{d, a, b, accumulate});
+  emulator::machine()->calls.push_back(call);  // other warps may come much later
   emulator::Warpgroup& group = products();
   emulator::Block* const where = &block();
-  emulator::together_group("wgmma", &call, [&](std::vector<void*>& threads) {
+  emulator::together_warp("wgmma", call.get(), [&](std::vector<void*>& lanes) {
+    const size_t index = products_of_warp().issued++;
+    if (index == group.products.size()) group.products.emplace_back();
+    emulator::Warpgroup::Product& product = group.products[index];
+    product.calls.resize(128);
+    std::copy(lanes.begin(), lanes.end(), product.calls.begin() + self().thread % 128 / 32 * 32);
+    if (++product.warps < 4) return;
     std::vector<GroupCall> calls;
-    for (void* thread : threads) {
+    for (void* thread : product.calls) {
       calls.push_back(*static_cast<GroupCall*>(thread));
       if (calls.back().a != calls[0].a || calls.back().b != calls[0].b ||
           calls.back().accumulate != calls[0].accumulate)
         fail("threads of a warpgroup disagree about a product");
     }
-    const auto product = [calls, where] {
+    const auto multiply = [calls, where] {
       constexpr uint32_t kDepth = 32 / kSize<Element>;
       static float A[64][kDepth], B[kDepth][N], D[64][N];
       for (uint32_t k = 0; k < kDepth; k++) {
@@ -805,11 +835,8 @@ void multiply_group(float (&d)[N / 2], uint64_t a, uint64_t b, uint32_t accumula
           calls[t].d[i] = D[row][column];
         }
     };
-    if (emulator::machine()->schedule.late) {
-      group.open.push_back(product);
-    } else {
-      product();
-    }
+    product.multiply = multiply;
+    if (!emulator::machine()->schedule.late) multiply_until(group, index + 1);
   });
 }
 
