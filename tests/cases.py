@@ -9,6 +9,16 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# (N, D, H, W, C) of channels_last maps, and which wgmma kernel an sm_90 of 132 multiprocessors gives them to.
+# The smaller shapes of test_vote.py all go to mma.sync.
+WGMMA_SHAPES = {
+    (65, 200, 7, 7, 1000): "wide",
+    (20, 72, 14, 14, 517): "wide",
+    (256, 520, 7, 7, 1000): "wide",  # several tiles a cluster, each deeper than the ring of stages
+    (128, 264, 8, 8, 100): "narrow",
+    (128, 264, 7, 7, 100): "narrow",
+}
+
 
 class Case(NamedTuple):
     logits: Tensor  # (N, C)

@@ -79,3 +79,16 @@ def device(backend) -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _tensor_float_32(request):
+    """Backend "cuda" multiplies float32 as TensorFloat-32 or not at all: its tests allow that."""
+    wanted = "backend" in request.fixturenames and request.getfixturevalue("backend") == "cuda"
+    if not wanted or not torch.cuda.is_available():
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True  # fp32_precision follows; the reverse is not true
+    yield
+    matmul.allow_tf32 = before

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES
+from cases import DTYPES, WGMMA_SHAPES
 
 import zipfls_cuda as zls
 from zipfls_cuda import ops
@@ -21,12 +21,28 @@ def serves(backend, device, dtype):
 
 def exact_scores(features, weight, bias, upsample):
     """(N, P, C) float64 scores; interpolation on the features, where the package does it on the scores."""
-    features = features.double().cpu()
+    features = features.double()
     if features.dim() == 4:
         if upsample == 2:
             features = F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)
         features = features.flatten(2).transpose(1, 2)
-    return features @ weight.double().cpu().t() + (0 if bias is None else bias.double().cpu())
+    return features @ weight.double().t() + (0 if bias is None else bias.double())
+
+
+def tf32_allowed():
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def rounding(features, weight):
+    """What a product may be off by, of its size, and whether inputs lose digits before it."""
+    if features.dtype == torch.float64:
+        return 2.0**-53, False
+    if not features.is_cuda:
+        return 2.0**-24, False
+    held = all(torch.equal(x.half().float(), x) for x in (features, weight) if x.dtype == torch.float32)
+    if tf32_allowed() and not held:
+        return 2.0**-11, True
+    return 2.0**-21, False  # tensor cores cut a sum's addends off at the largest one's last digit
 
 
 def assert_votes(votes, features, weight, bias=None, upsample=1):
@@ -34,26 +50,26 @@ def assert_votes(votes, features, weight, bias=None, upsample=1):
     assert votes.dtype == torch.int32
     assert votes.shape == scores.shape[:2]
     D = weight.shape[1]
-    eps = 2.0**-53 if features.dtype == torch.float64 else 2.0**-24
-    if features.is_cuda and features.dtype == torch.float32:
-        eps = 2.0**-11  # TensorFloat-32, where PyTorch's setting allows it
+    eps, lossy = rounding(features, weight)
     size = features.double().abs().max().item() * weight.double().abs().max().item() * D
     margin = 4 * eps * (size / D**0.5 + (0 if bias is None else bias.double().abs().max().item()))
     best = scores.max(-1).values
-    chosen = scores.gather(-1, votes.long().cpu().unsqueeze(-1)).squeeze(-1)
+    chosen = scores.gather(-1, votes.long().unsqueeze(-1)).squeeze(-1)
     assert (best - chosen <= margin).all(), f"a vote misses the best score by {(best - chosen).max():.3g}"
     top2 = scores.topk(2, -1).values
     clear = top2[..., 0] - top2[..., 1] > 2 * margin
-    assert clear.float().mean() > 0.9, "the case decides too little"
-    assert torch.equal(votes.cpu()[clear], scores.argmax(-1).int()[clear])
+    assert lossy or clear.float().mean() > 0.9, "the case decides too little"
+    assert torch.equal(votes[clear], scores.argmax(-1).int()[clear])
 
 
 def inputs(N, D, H, W, C, dtype, device, seed=0):
+    """Features, weight, bias; where TensorFloat-32 is allowed, numbers that it holds: few votes are open."""
     g = torch.Generator().manual_seed(seed)
-    features = torch.randn(N, D, H, W, generator=g).to(device, dtype)
-    weight = torch.randn(C, D, generator=g).to(device, dtype)
-    bias = torch.randn(C, generator=g).to(device, dtype)
-    return features, weight, bias
+    shapes = (N, D, H, W), (C, D), (C,)
+    values = [torch.randn(shape, generator=g) for shape in shapes]
+    if device.type == "cuda" and tf32_allowed():
+        values = [x.half() for x in values]
+    return tuple(x.to(device, dtype) for x in values)
 
 
 SHAPES = [
@@ -210,3 +226,65 @@ def test_vote_repeats_bitwise(backend, device):
     first = zls.dense_vote(features, weight, bias, backend=backend)
     for _ in range(3):
         assert torch.equal(zls.dense_vote(features, weight, bias, backend=backend), first)
+
+
+# Sizes that only a GPU is asked for --------------------------------------------------------------------
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def large_inputs(backend, device, shape, dtype, layout="channels_last"):
+    if device.type != "cuda" or not serves(backend, device, dtype):
+        pytest.skip(f"{backend} does not serve {dtype} on a GPU")
+    features, weight, bias = inputs(*shape, dtype, device)
+    return features.to(memory_format=getattr(torch, layout)), weight, bias
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
+@pytest.mark.parametrize("dtype", [*HALF_DTYPES, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", WGMMA_SHAPES, ids=str)
+def test_vote_where_wgmma_multiplies(backend, device, shape, dtype, layout):
+    features, weight, bias = large_inputs(backend, device, shape, dtype, layout)
+    assert_votes(zls.dense_vote(features, weight, bias, backend=backend), features, weight, bias)
+    assert_votes(zls.dense_vote(features, weight, backend=backend), features, weight)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [*HALF_DTYPES, torch.float32], ids=str)
+def test_vote_tokens_after_a_class_token(backend, device, dtype):
+    features, weight, bias = large_inputs(backend, device, (24, 96, 197, 1, 1000), dtype)
+    tokens = features.flatten(2).transpose(1, 2).contiguous()[:, 1:]
+    assert_votes(zls.dense_vote(tokens, weight, bias, backend=backend), tokens, weight, bias)
+
+
+@on_gpu
+@pytest.mark.parametrize("upsample", [1, 2])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_vote_in_several_rounds(backend, device, dtype, layout, upsample):
+    """More features than are packed at a time (64 MiB), the last round a small one."""
+    features, weight, bias = large_inputs(backend, device, (700, 1024, 7, 7, 50), dtype, layout)
+    votes = zls.dense_vote(features, weight, bias, upsample=upsample, backend=backend)
+    assert_votes(votes, features, weight, bias, upsample)
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
+@pytest.mark.parametrize("shape", [(6, 40, 33, 29, 300), (40, 96, 8, 8, 1000)], ids=str)
+@pytest.mark.parametrize("dtype", [*HALF_DTYPES, torch.float32], ids=str)
+def test_vote_upsampled_of_many_tiles(backend, device, dtype, shape, layout):
+    features, weight, bias = large_inputs(backend, device, shape, dtype, layout)
+    votes = zls.dense_vote(features, weight, bias, upsample=2, backend=backend)
+    assert_votes(votes, features, weight, bias, upsample=2)
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", [(3, 33, 5, 7, 101), *WGMMA_SHAPES], ids=str)
+def test_vote_of_digits_beyond_tensor_float_32(backend, device, shape):
+    """Digits that TensorFloat-32 drops, where it is allowed: within its error of the best score."""
+    N, D, H, W, C = shape
+    features, weight = torch.randn(N, D, H, W, device=device), torch.randn(C, D, device=device)
+    votes = zls.dense_vote(features, weight, backend=backend)
+    assert_votes(votes, features, weight)
