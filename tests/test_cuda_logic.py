@@ -371,6 +371,21 @@ def test_corners_in_every_kernel(harnesses, tmp_path, shape, dtype):
     check_loss(harnesses["plain"], tmp_path, calls)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_shares_of_low_rows(harnesses, tmp_path, dtype):
+    """A warp, or a block of a cluster, with nothing but -inf, in rows whose exponentials would overflow."""
+    vector, calls = 16 // dtype.itemsize, []
+    for shape, low, zipf in itertools.product(SHAPES.values(), (-1000.0, -300.0, 300.0), (0.0, 0.5)):
+        case = make(5, 75 * vector, 9, dtype=dtype)
+        case.logits.add_(low)
+        case.target[:] = torch.tensor([1, 2, 30 * vector, 65 * vector, 70 * vector])
+        for first, last in ((32, 64), (0, 32), (38, 75)):
+            masked = case._replace(logits=case.logits.clone())
+            masked.logits[:, first * vector : last * vector] = -torch.inf
+            calls.append((masked, {"shape": shape, "zipf_weight": zipf, "reduction": "sum"}))
+    check_loss(harnesses["plain"], tmp_path, calls)
+
+
 def test_masked_class_without_mass_is_skipped(harnesses, tmp_path):
     votes = torch.tensor([[c for c in range(6) for _ in range(6 - c)]]).int()  # every rank is taken
     logits, target = torch.tensor([[1.0, 0.5, -0.5, 2.0, 0.0, -torch.inf]]), torch.tensor([0])

@@ -291,8 +291,8 @@ def zipf_head_loss(
     Source: Fig. 1.
     """
     votes = dense_vote(features, weight, bias, upsample=upsample, backend=backend)
-    # Pooled logits are the mean of the dense scores, but not taken from there: weight's gradient needs the pooled
-    # features all the same, and with them the logits are a product of 1/P the size.
+    # Pooled logits are the mean of the dense scores, but not taken from there: weight's gradient needs the
+    # pooled features all the same, and with them the logits are a product of 1/P the size.
     pooled = features.mean((2, 3) if features.dim() == 4 else 1)
     logits = F.linear(pooled, weight, bias)
     class_weight = options.pop("class_weight", None)

@@ -31,6 +31,8 @@ at::Tensor arrivals_of(const c10::cuda::CUDAStream& stream, int64_t count) {
         std::max<int64_t>({count, 1024, counters.defined() ? 2 * counters.numel() : 0});
     const auto bytes = static_cast<size_t>(size) * sizeof(int32_t);
     void* memory = nullptr;
+    // Another thread's capture, if there is one, neither forbids this nor minds it.
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
     C10_CUDA_CHECK(cudaMalloc(&memory, bytes));
     C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
     counters = at::from_blob(memory, {size}, options);

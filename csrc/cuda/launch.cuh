@@ -59,8 +59,10 @@ template <class Kernel, class... Arguments>
 cudaError_t launch(Kernel kernel, int blocks, int threads, uint32_t shared, int cluster,
                    cudaStream_t stream, Arguments... arguments) {
   if (shared > 48 * 1024) {  // more than every device gives unasked
+    // All that the device has, which only permits: the limit is the kernel's, not this call's, and
+    // another thread may launch it with more. The kernels have no static shared memory beside it.
     const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(shared));
+                                            current_device().shared_per_block);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

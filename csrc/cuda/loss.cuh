@@ -711,7 +711,7 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
 #pragma unroll
     for (int e = 0; e < K_MAX * V; e++) stats.max = larger(stats.max, x[e]);
     stats.max = lanes_max<Group::kLeaders>(stats.max);
-    const A warp_shift = shift_of(stats.max);
+    const A warp_max = stats.max, warp_shift = shift_of(warp_max);
 #pragma unroll
     for (int k = 0; k < K_MAX; k++) {
       const uint32_t j = Group::lane() + k * Group::size();
@@ -774,8 +774,10 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
 
     // 5. The gradient, over the logits in shared memory, patched there and stored as it then lies.
     if (with_grad) {
-      const A factor =
-          Group::kWholeBlock && warp_shift != f.shift ? exp_of(warp_shift - f.shift) : A(1);
+      // A warp with nothing but -inf has exponentials of 0, and a shift that means nothing.
+      const A factor = !Group::kWholeBlock || warp_shift == f.shift ? A(1)
+                       : warp_max == -infinity<A>()                 ? A(0)
+                                                                    : exp_of(warp_shift - f.shift);
 #pragma unroll
       for (int k = 0; k < K_MAX; k++) {
         const uint32_t j = Group::lane() + k * Group::size();
