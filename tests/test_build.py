@@ -35,6 +35,32 @@ def test_build_info():
     assert info["torch"] == torch.__version__.split("+")[0]
 
 
+@pytest.mark.parametrize(
+    ("built", "runs", "fails"),
+    [
+        ("8.0,9.0a,10.0+PTX", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 1)], [(7, 5)]),
+        ("9.0a", [(9, 0)], [(8, 0), (8, 9), (10, 0), (12, 0)]),
+        ("10.0a+PTX", [(10, 0)], [(9, 0), (10, 3), (12, 0)]),
+        ("10.0f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("Hopper", [(9, 0), (8, 0)], []),  # left to CUDA
+    ],
+)
+def test_architectures_that_a_build_runs_on(monkeypatch, built, runs, fails):
+    monkeypatch.setattr(ops, "_C", object())
+    monkeypatch.setattr(ops, "build_info", lambda: {"cuda": "13.0", "cuda_arch": built})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for capability in runs + fails:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, c=capability: c)
+        reason = ops.reason_against("cuda")
+        assert (reason == "") == (capability in runs), (capability, reason)
+        if reason:
+            assert built in reason
+            assert "{}.{}".format(*capability) in reason
+
+
 THREADS = """
 import os, torch
 import zipfls_cuda

@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 
@@ -231,7 +232,26 @@ def reason_against(backend: str) -> str:
             return "the C++ extension was built without CUDA"
         if not torch.cuda.is_available():
             return "there is no CUDA device"
+        if torch.cuda.is_initialized():  # asking for capabilities would initialise CUDA, which forbids forks
+            built = build_info()["cuda_arch"]
+            found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+            if not any(_built_for(built, capability) for capability in found):
+                there = ", ".join(f"{major}.{minor}" for major, minor in sorted(found))
+                return f"it was built for compute capability {built}, not {there} (TORCH_CUDA_ARCH_LIST)"
     return ""
+
+
+def _built_for(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for these architectures, as TORCH_CUDA_ARCH_LIST names them, runs on a device."""
+    for name in architectures.split(","):
+        parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if parts is None:  # "Hopper" and the like
+            return True
+        built, only, ptx = (int(parts[1]), int(parts[2])), parts[3], parts[4]
+        same_family = built[0] == capability[0] and built <= capability
+        if built == capability or (same_family and only != "a") or (ptx and not only and built <= capability):
+            return True
+    return False
 
 
 def backends() -> tuple[str, ...]:
