@@ -2,6 +2,7 @@
 
     python benchmarks/efficacy.py                  what a CPU can do: one thread, about an hour
     python benchmarks/efficacy.py --preset gpu     the larger plan: all fractals, more epochs and seeds, bf16
+    python benchmarks/efficacy.py --preset h200 --jobs 9  three methods, for minutes on a large GPU
     python benchmarks/efficacy.py --seeds 10       more seeds; a run that has its record is skipped
 
 Every run is one command line of examples/train.py, which its record names. Records go to
@@ -20,8 +21,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import harness
@@ -55,6 +58,7 @@ class Plan:
     options: str  # of every run
     data: dict[str, str]  # data set -> its options
     seeds: dict[str, int]  # data set -> how many
+    methods: tuple[str, ...] = tuple(METHODS)
 
     def run(self, data: str, method: str, seed: int) -> dict:
         """What names a run."""
@@ -68,7 +72,7 @@ class Plan:
             for seed in range(max(least, *self.seeds.values()))
             for data in self.data
             if seed < max(least, self.seeds[data])
-            for method in METHODS
+            for method in self.methods
         ]
 
 
@@ -90,7 +94,20 @@ PLANS = {
         },
         {"digits": 10, "fractals": 10},
     ),
+    "h200": Plan(
+        "--depth 20 --amp bf16 --device cuda",
+        {"fractals": "--data fractals:200 --epochs 24 --batch-size 128"},
+        {"fractals": 6},
+        (BASELINE, SMOOTHING, ZIPF),
+    ),
 }
+# Instead of any of them where benchmarks walk through everything at tiny sizes; never reported.
+TINY = Plan(
+    "--depth 8 --width 4 --size 16 --epochs 1 --batch-size 32 --device cpu",
+    {"digits": "--data digits --limit 40"},
+    {"digits": 1},
+    (BASELINE, SMOOTHING, ZIPF),
+)
 
 # Running ---------------------------------------------------------------------------------------------
 
@@ -117,7 +134,21 @@ def run_one(run: dict, cache: Path) -> dict:
     }
 
 
-def run_all(plan: Plan, path: Path, cache: Path, least: int = 0) -> int:
+def run_some(runs: Sequence[dict], cache: Path, jobs: int) -> Iterator[dict]:
+    """The records of runs as they are done, `jobs` at a time, each job a process with one thread."""
+    if jobs == 1:
+        for run in runs:
+            yield run_one(run, cache)
+        return
+    for options in {run["command"].partition(" --loss")[0]: run["command"] for run in runs}.values():
+        args = train.parse_arguments(train.make_parser(), shlex.split(options))
+        train.load_data(args.data, args.size, cache, args.limit)  # once, before all need it
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for done in as_completed([pool.submit(run_one, run, cache) for run in runs]):
+            yield done.result()
+
+
+def run_all(plan: Plan, path: Path, cache: Path, least: int = 0, jobs: int = 1) -> int:
     """Do the runs of a plan that have no record in the file, writing it after each; returns their number."""
     runs, records = {}, []
     if path.exists():
@@ -129,12 +160,12 @@ def run_all(plan: Plan, path: Path, cache: Path, least: int = 0) -> int:
     have = {r["command"] for r in records}
     missing = [run for run in todo if run["command"] not in have]
     print(f"{len(missing)} runs to do, {len(todo) - len(missing)} have their record in {path}")
-    for i, run in enumerate(missing, 1):
-        start = time.monotonic()
-        record = {"run": here} | run_one(run, cache)
+    start = time.monotonic()
+    for i, found in enumerate(run_some(missing, cache, jobs), 1):
+        record = {"run": here} | found
         records.append(record)
         harness.dump(path, runs, records)
-        name = f"{run['data']}, {run['method']}, seed {run['seed']}"
+        name = f"{record['data']}, {record['method']}, seed {record['seed']}"
         passed = time.monotonic() - start
         print(f"{i}/{len(missing)}  {name}: {100 * record['last']:.2f} %  ({passed:.0f} s)", flush=True)
     return len(missing)
@@ -177,7 +208,7 @@ def balanced(plan: Plan, records: Sequence[dict]) -> list[dict]:
     chosen = []
     for data in plan.data:
         for seed in sorted({r["seed"] for r in records}):
-            mine = [by_command.get(plan.run(data, method, seed)["command"]) for method in METHODS]
+            mine = [by_command.get(plan.run(data, method, seed)["command"]) for method in plan.methods]
             chosen += mine if all(mine) else []
     return chosen
 
@@ -200,10 +231,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=0, metavar="N", help="at least N seeds of each data set")
     parser.add_argument("--records", type=Path, metavar="FILE", help="(default: the plan's own)")
     parser.add_argument("--cache", type=Path, default=harness.ROOT / ".data", metavar="FOLDER")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     args = parser.parse_args()
     if args.preset == "cpu":
         torch.set_num_threads(1)  # an accuracy must not depend on how many there are
-    run_all(PLANS[args.preset], args.records or FOLDER / f"{args.preset}.json", args.cache, args.seeds)
+    plan = TINY if harness.TINY else PLANS[args.preset]
+    records = args.records or FOLDER / f"{'tiny' if harness.TINY else args.preset}.json"
+    run_all(plan, records, args.cache, args.seeds, args.jobs)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -53,15 +54,16 @@ def write(folder: Path, plan: efficacy.Plan, percent) -> list[dict]:
 
 @pytest.mark.parametrize("preset", efficacy.PLANS)
 def test_every_command_is_one_and_all_differ(preset, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: preset == "gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: preset != "cpu")
     plan = efficacy.PLANS[preset]
     runs = plan.runs()
-    assert len({run["command"] for run in runs}) == len(runs) == len(NAMES) * sum(plan.seeds.values())
+    assert len({run["command"] for run in runs}) == len(runs) == len(plan.methods) * sum(plan.seeds.values())
+    assert set(NAMES[:3]) <= set(plan.methods) <= set(NAMES)
     assert min(plan.seeds.values()) >= 3
     for run in runs:
         args = efficacy.train.parse_arguments(efficacy.train.make_parser(), shlex.split(run["command"]))
         assert (args.data.partition(":")[0], args.seed) == (run["data"], [run["seed"]])
-        assert args.device == {"cpu": "cpu", "gpu": "cuda"}[preset]
+        assert args.device == ("cpu" if preset == "cpu" else "cuda")
 
 
 def test_methods_train_with_the_loss_they_name():
@@ -119,12 +121,11 @@ def test_runs_go_on_where_they_stopped(tmp_path, monkeypatch):
     assert len({r["run"] for r in records}) == 3  # sessions, each with its own environment
 
 
-def test_a_run_is_trained_and_can_be_repeated(tmp_path, monkeypatch):
-    few = {NAMES[i]: efficacy.METHODS[NAMES[i]] for i in (0, 2, 8)}
-    monkeypatch.setattr(efficacy, "METHODS", few)
+def test_a_run_is_trained_and_can_be_repeated(tmp_path):
+    few = dataclasses.replace(TINY, methods=tuple(NAMES[i] for i in (0, 2, 8)))
     found = []
     for name in ("one.json", "two.json"):
-        assert efficacy.run_all(TINY, tmp_path / name, tmp_path) == 3
+        assert efficacy.run_all(few, tmp_path / name, tmp_path) == 3
         found.append(harness.load(tmp_path / name))
     for first, second in zip(*found):
         assert len(first["accuracy"]) == first["settings"]["epochs"] == 2
@@ -136,6 +137,29 @@ def test_a_run_is_trained_and_can_be_repeated(tmp_path, monkeypatch):
     assert len({r["cross_entropy"] for r in found[0]}) == 3  # three methods, three networks
     text = (tmp_path / "one.json").read_text()
     assert str(tmp_path) not in text
+
+
+def test_runs_side_by_side_are_the_same_runs(tmp_path):
+    """Processes of one thread each give what one after the other gives, and every run its record."""
+    found = []
+    for jobs in (1, 3):
+        path = tmp_path / f"{jobs}.json"
+        assert efficacy.run_all(efficacy.TINY, path, tmp_path, jobs=jobs) == 3
+        found.append({r["command"]: (r["accuracy"], r["cross_entropy"]) for r in harness.load(path)})
+    assert found[0] == found[1]
+    assert list(found[0]) == [run["command"] for run in efficacy.TINY.runs()]
+
+
+def test_data_is_made_once_for_runs_side_by_side(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(efficacy.train, "load_data", lambda *args: made.append(args))
+    monkeypatch.setattr(efficacy, "ProcessPoolExecutor", lambda *args: pytest.fail("made"))
+    plan = efficacy.Plan(
+        "--device cpu", {"a": "--data fractals:7", "b": "--data digits --limit 9"}, {"a": 2, "b": 2}
+    )
+    with pytest.raises(pytest.fail.Exception, match="made"):
+        list(efficacy.run_some(plan.runs(), tmp_path, 2))
+    assert made == [("fractals:7", 32, tmp_path, None), ("digits", 32, tmp_path, 9)]
 
 
 # The table -------------------------------------------------------------------------------------------
@@ -190,6 +214,14 @@ def test_only_whole_seeds_of_the_plan_as_it_stands_count(tmp_path, monkeypatch):
     assert f"| {NAMES[0]} | 61.50 ± 0.71 |  |" in text
     harness.dump(file, {"1": ENV}, records[: len(NAMES)])
     assert report.block("efficacy-cpu", {}, tmp_path) == report.NOTHING
+
+
+def test_a_plan_of_some_methods_is_balanced_by_them():
+    plan = efficacy.Plan("--common", {"easy": "--easy"}, {"easy": 2}, tuple(NAMES[:3]))
+    records = [record(run, 0.5) for run in plan.runs()]
+    assert len(records) == 6
+    assert efficacy.balanced(plan, records) == records
+    assert efficacy.balanced(plan, records[:-1]) == records[:3]
 
 
 def test_report_writes_and_checks_the_table(tmp_path, monkeypatch):
