@@ -1,0 +1,351 @@
+"""Variants of the CUDA kernels' launch constants, and with a stage left out: compiled apart, checked, timed.
+
+    python benchmarks/tune.py [--only loss vote] [--out tune.json]
+
+A variant is a few replacements in the text of csrc/cuda. Each is compiled into a library of its own without
+torch (seconds; all of them at once, on as many cores as there are), called through ctypes on the same inputs,
+compared with what the kernels as they stand compute, and timed. What comes out is a table of times over the
+standing kernels' (below 1: the variant is faster), for choosing the constants in tuning.h and vote_tuning.h.
+Where a stage is left out the results are wrong on purpose: the difference in time is what the stage costs.
+
+``--compile`` stops after compiling, which needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "tune"
+SOURCES = {"loss": ("loss.cu",), "vote": ("vote.cu", "vote_sm80.cu", "vote_sm90.cu")}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Replacements (file, what stands there once, what instead)."""
+
+    name: str
+    edits: tuple[tuple[str, str, str], ...] = ()
+    right: bool = True  # False: a stage is left out, and so are right results
+
+
+def loss(name: str, old: str, new: str) -> Variant:
+    return Variant(f"{name} {new}", (("tuning.h", f"{name} = {old}", f"{name} = {new}"),))
+
+
+def vote(name: str, old: str, new: str) -> Variant:
+    return Variant(f"{name} {new}", (("vote_tuning.h", f"{name} = {old}", f"{name} = {new}"),))
+
+
+def swap(name: str, file: str, old: str, new: str, right: bool = True) -> Variant:
+    return Variant(name, ((file, old, new),), right)
+
+
+AS_IT_IS = Variant("as it is")
+RESIDENT = "kSmallResident = (sizeof(T) == 2   ? "
+STREAMED, STORED = "__ldcs(static_cast<const uint4*>(at))", "__stcg(static_cast<uint4*>(at), raw)"
+BEST = "best_of_fragment<Config::kClasses / 8>(sum, bias, fragment_column(lane), first_class,"
+ANY = "rows[0] = {sum[0] + bias[lane], first_class}, rows[1] = {sum[2], first_class}"
+PACKED = "if (!pack(launcher, args, size)) return false;\n    x.N"
+VARIANTS = {
+    "loss": (
+        AS_IT_IS,
+        loss("kHeldVectors", "4", "2"),
+        swap("kSmallResident 4", "tuning.h", RESIDENT + "5", RESIDENT + "4"),
+        loss("kSmallBlock", "128", "256"),
+        loss("kWideBlock", "320", "256"),
+        loss("kWideBlock", "320", "512"),
+        loss("kLongBlock", "512", "256"),
+        loss("kLongBlock", "512", "1024"),
+        loss("kLargestCluster", "8", "4"),
+        loss("kClusterSlice", "768", "384"),
+        loss("kClusterSlice", "768", "1280"),
+        loss("kFullDeviceVectors", "4", "2"),
+        loss("kIdleDeviceVectors", "1", "2"),
+        loss("kIdleDeviceVectors", "1", "4"),
+        loss("kVotesPerThread", "4", "1"),
+        swap("plain loads", "device.cuh", STREAMED, "*static_cast<const uint4*>(at)"),
+        swap("stores first to leave L2", "device.cuh", STORED, STORED.replace("__stcg", "__stcs")),
+    ),
+    "vote": (
+        AS_IT_IS,
+        vote("kStagger", "2", "1"),
+        vote("kStagger", "2", "3"),
+        vote("kWideStages", "4", "3"),
+        vote("kGroupBytes", "int64_t{16} << 20", "int64_t{8} << 20"),
+        vote("kGroupBytes", "int64_t{16} << 20", "int64_t{32} << 20"),
+        vote("kNarrowPenalty", "1.35", "0.5"),  # 128 x 128 tiles wherever wgmma serves
+        vote("kMinBulkTiles", "33", "1 << 30"),  # mma.sync everywhere
+        vote("kPackBytes", "int64_t{64} << 20", "int64_t{32} << 20"),
+        vote("kPackBytes", "int64_t{64} << 20", "int64_t{18} << 20"),
+        swap("promotion to 128 bytes", "vote_sm90.cu", "PROMOTION_L2_256B", "PROMOTION_L2_128B"),
+        swap("without argmax", "vote_sm90.cuh", BEST + " rows)", ANY, right=False),
+        swap("without fold", "vote_sm90.cuh", "if (args.class_tiles > 1) put = first_row;", "", right=False),
+        swap("without packing", "vote_run.h", PACKED, "x.N", right=False),
+    ),
+}
+
+LOSSES = ((8192, 4096), (4096, 21841), (8192, 10007), (1024, 131072), (32768, 1000), (1024, 1000), (128, 100))
+MAPS = {  # N, D, side, C, channels_last
+    "ResNet-50": (256, 2048, 7, 1000, True),
+    "ResNet-18": (256, 512, 7, 1000, True),
+    "ViT-B/16": (256, 768, 14, 1000, True),
+    "iNat21": (256, 2048, 7, 10000, True),
+    "stage 2": (128, 256, 8, 100, True),
+    "ResNet-50 NCHW": (256, 2048, 7, 1000, False),
+}
+
+
+class LossCall(ctypes.Structure):
+    """tune.cu has the same."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("logits", "target", "votes", "log_mass")]
+    _fields_ += [(name, ctypes.c_int64) for name in "NCP"]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("parts", "grad", "scratch", "arrivals")]
+
+
+class VoteCall(ctypes.Structure):
+    """tune.cu has the same."""
+
+    _fields_ = [("features", ctypes.c_void_p)]
+    _fields_ += [
+        (n, ctypes.c_int64) for n in ("N", "D", "H", "W", "stride_n", "stride_d", "stride_h", "stride_w")
+    ]
+    _fields_ += [("weight", ctypes.c_void_p), ("C", ctypes.c_int64), ("votes", ctypes.c_void_p)]
+    _fields_ += [("scratch", ctypes.c_void_p), ("room", ctypes.c_int64)]
+    _fields_ += [("arrivals", ctypes.c_void_p), ("counters", ctypes.c_int64)]
+
+
+CALLS = {"loss": LossCall, "vote": VoteCall}
+
+
+def varied(kernels: Path, variant: Variant) -> None:
+    """Makes the replacements in a copy of csrc/cuda."""
+    for file, old, new in variant.edits:
+        text = (kernels / file).read_text()
+        if text.count(old) != 1:
+            raise ValueError(f"{variant.name}: {file} has {text.count(old)} times {old!r}")
+        (kernels / file).write_text(text.replace(old, new))
+
+
+def command(kind: str, arch: str, kernels: Path) -> list[str]:
+    """nvcc's, for tune.cu over a copy of csrc/cuda; the sources of kernels are still to follow."""
+    call = CALLS[kind]
+    return [
+        *(shutil.which("nvcc"), "-std=c++17", "-O3", "-Xcompiler", "-fPIC"),
+        *("-gencode", f"arch=compute_{arch},code=sm_{arch}", f"-I{kernels}"),
+        *(f"-DTUNE_{kind.upper()}", f"-DTUNE_CALL_BYTES={ctypes.sizeof(call)}"),
+        str(Path(__file__).with_suffix(".cu")),
+    ]
+
+
+def compiled(kind: str, variant: Variant, arch: str) -> Path | str:
+    """The variant's library, or what nvcc said against it."""
+    folder = BUILD / kind / "".join(c if c.isalnum() else "_" for c in variant.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(KERNELS, folder / "cuda")
+    shutil.copy(KERNELS.parent / "label.h", folder)
+    varied(folder / "cuda", variant)
+    library = folder / "kernels.so"
+    sources = [folder / "cuda" / source for source in SOURCES[kind]]
+    done = subprocess.run(
+        [*command(kind, arch, folder / "cuda"), *sources, "-shared", "-o", library],
+        capture_output=True,
+        text=True,
+    )
+    return library if done.returncode == 0 else (done.stderr or done.stdout)[-2000:]
+
+
+class Problem:
+    """One call's inputs and outputs on the GPU; several of each, so that none is found in L2."""
+
+    def __init__(self, kind: str, size: tuple) -> None:
+        self.kind, self.calls, self.kept, self.outputs = kind, [], [], []
+        make = self._loss if kind == "loss" else self._vote
+        nbytes = make(size)
+        while len(self.calls) < 32 and len(self.calls) * nbytes < 200e6:
+            make(size)
+
+    def _zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        self.kept.append(torch.zeros(shape, dtype=dtype, device="cuda"))
+        return self.kept[-1]
+
+    def _loss(self, size: tuple) -> int:
+        N, C = size
+        logits = torch.randn(N, C, device="cuda").bfloat16()
+        target = torch.randint(C, (N,), device="cuda")
+        votes = torch.randint(C, (N, 49), device="cuda", dtype=torch.int32)
+        log_mass = -torch.arange(1, min(49, C) + 2, device="cuda").float().log()
+        parts, grad = self._zeros(3, dtype=torch.float32), self._zeros(N, C, dtype=torch.bfloat16)
+        scratch, arrivals = self._zeros(1 << 17, dtype=torch.float64), self._zeros(1, dtype=torch.int32)
+        at = [x.data_ptr() for x in (logits, target, votes, log_mass)]
+        ends = [x.data_ptr() for x in (parts, grad, scratch, arrivals)]
+        self.kept += [logits, target, votes, log_mass]
+        self.outputs.append((parts, grad))
+        self.calls.append(LossCall(*at, N, C, 49, *ends))
+        return 2 * logits.nbytes
+
+    def _vote(self, size: tuple) -> int:
+        N, D, side, C, channels_last = size
+        features = torch.randn(N, D, side, side, device="cuda").bfloat16()
+        if channels_last:
+            features = features.to(memory_format=torch.channels_last)
+        weight = torch.randn(C, D, device="cuda").bfloat16()
+        votes = self._zeros(N, side * side, dtype=torch.int32)
+        scratch, counters = self._zeros(128 << 20, dtype=torch.uint8), self._zeros(1 << 18, dtype=torch.int32)
+        strides = [features.stride(axis) for axis in (0, 1, 2, 3)]
+        self.kept += [features, weight]
+        self.outputs.append((votes,))
+        self.calls.append(
+            VoteCall(
+                features.data_ptr(), N, D, side, side, *strides, weight.data_ptr(), C, votes.data_ptr(),
+                scratch.data_ptr(), scratch.nbytes, counters.data_ptr(), counters.numel(),
+            )
+        )  # fmt: skip
+        return features.nbytes
+
+    def run(self, kernels: ctypes.CDLL, k: int) -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        error = kernels.tune_run(ctypes.byref(self.calls[k % len(self.calls)]), stream)
+        if error:
+            raise RuntimeError(f"CUDA error {error}")
+
+    def results(self, kernels: ctypes.CDLL) -> list[torch.Tensor]:
+        for x in self.outputs[0]:
+            x.fill_(-7)
+        self.run(kernels, 0)
+        torch.cuda.synchronize()
+        return [x.clone() for x in self.outputs[0]]
+
+    def time(self, kernels: ctypes.CDLL) -> float:
+        """Median seconds a call; all queue up behind a kernel that waits, so that none waits for the host."""
+        for k in range(3):
+            self.run(kernels, k)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for k in range(20):
+            self.run(kernels, k)
+        host = (time.perf_counter() - begin) / 20
+        torch.cuda.synchronize()
+        samples = []
+        for _ in range(15):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(int(2e9 * (host * 20 * 2 + 1e-4)))
+            start.record()
+            for k in range(20):
+                self.run(kernels, k)
+            end.record()
+            end.synchronize()
+            samples.append(start.elapsed_time(end) / 20e3)
+        return sorted(samples)[len(samples) // 2]
+
+
+def disagreement(kind: str, got: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
+    """What a variant computes differently; empty if nothing that rounding does not explain."""
+    if kind == "vote":
+        share = (got[0] != expected[0]).float().mean().item()
+        return f"{share:.2%} of the votes differ" if share > 1e-3 else ""
+    for name, a, b in zip(("loss", "gradient"), got, expected, strict=True):
+        error = (a.float() - b.float()).abs().max().item()
+        if not error <= 1e-2 * b.float().abs().max().item():
+            return f"the {name} differs by {error:.3g}"
+    return ""
+
+
+def measure(kind: str, libraries: dict[str, Path]) -> list[dict]:
+    """Rows {kind, case, variant, seconds, ratio, wrong}."""
+    sizes = {f"{N} x {C}": (N, C) for N, C in LOSSES} if kind == "loss" else MAPS
+    right = {v.name: v.right for v in VARIANTS[kind]}
+    rows = []
+    for case, size in sizes.items():
+        torch.manual_seed(0)
+        problem, expected, base = Problem(kind, size), None, None
+        for name, library in libraries.items():
+            kernels, row = ctypes.CDLL(str(library)), {"kind": kind, "case": case, "variant": name}
+            got = problem.results(kernels)
+            seconds = problem.time(kernels)
+            if name == AS_IT_IS.name:
+                expected, base = got, seconds
+            row["wrong"] = disagreement(kind, got, expected) if right[name] else "left out"
+            rows.append(row | {"seconds": seconds, "ratio": seconds / base})
+        del problem
+        torch.cuda.empty_cache()
+    return rows
+
+
+def table(kind: str, rows: list[dict]) -> str:
+    """A line a variant, a column a case: microseconds of the standing kernels, then times over theirs."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    lines = [f"{kind:28}" + "".join(f"{case:>17}" for case in cases)]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        cells = []
+        for case in cases:
+            (row,) = (r for r in rows if (r["case"], r["variant"]) == (case, name))
+            text = f"{1e6 * row['seconds']:.1f} us" if name == AS_IT_IS.name else f"{row['ratio']:.3f}"
+            cells.append(text + ("!" if row["wrong"] not in ("", "left out") else ""))
+        lines.append(f"{name:28}" + "".join(f"{cell:>17}" for cell in cells))
+    lines += [
+        f"! {r['variant']}, {r['case']}: {r['wrong']}" for r in rows if r["wrong"] not in ("", "left out")
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", default=[], help="those whose names contain one of these")
+    parser.add_argument("--arch", default="90a", help="as nvcc names it")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
+    parser.add_argument("--compile", action="store_true", help="compile, and no more")
+    args = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        print("tune needs nvcc")
+        return 2
+    if not args.compile and not torch.cuda.is_available():
+        print("tune needs a CUDA device (--compile does not)")
+        return 2
+
+    wanted = [
+        (kind, v)
+        for kind in args.only
+        for v in VARIANTS[kind]
+        if v is AS_IT_IS or not args.variants or any(part in v.name for part in args.variants)
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        built = list(pool.map(lambda pair: compiled(*pair, args.arch), wanted))
+    libraries: dict[str, dict[str, Path]] = {kind: {} for kind in args.only}
+    for (kind, variant), result in zip(wanted, built, strict=True):
+        if isinstance(result, str):
+            print(f"{kind}, {variant.name}: does not compile\n{result}")
+        else:
+            libraries[kind][variant.name] = result
+    failed = len(wanted) - sum(map(len, libraries.values()))
+    if args.compile:
+        return 1 if failed else 0
+    rows = []
+    for kind, found in libraries.items():
+        rows += measure(kind, found)
+        print(table(kind, [row for row in rows if row["kind"] == kind]), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(rows, indent=0))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

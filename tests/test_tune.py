@@ -1,0 +1,68 @@
+"""benchmarks/tune.py, as far as it goes without a GPU: the variants apply, its calls are the kernels'."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SPEC = importlib.util.spec_from_file_location("tune", ROOT / "benchmarks" / "tune.py")
+tune = importlib.util.module_from_spec(SPEC)
+sys.modules["tune"] = tune
+SPEC.loader.exec_module(tune)
+
+VARIANTS = [(kind, v) for kind, variants in tune.VARIANTS.items() for v in variants]
+
+
+@pytest.mark.parametrize(("kind", "variant"), VARIANTS, ids=lambda x: getattr(x, "name", x))
+def test_variant_applies(tmp_path, kind, variant):
+    """Its replacements still find their text, once, and change it."""
+    kernels = shutil.copytree(tune.KERNELS, tmp_path / "cuda")
+    before = {p.name: p.read_text() for p in kernels.iterdir()}
+    tune.varied(kernels, variant)
+    changed = {p.name for p in kernels.iterdir() if p.read_text() != before[p.name]}
+    assert changed == {file for file, *_ in variant.edits}
+
+
+def test_variant_that_finds_nothing_is_named(tmp_path):
+    kernels = shutil.copytree(tune.KERNELS, tmp_path / "cuda")
+    with pytest.raises(ValueError, match=r"gone: tuning.h has 0 times 'no such text'"):
+        tune.varied(kernels, tune.swap("gone", "tuning.h", "no such text", ""))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc to compile the CUDA kernels with")
+@pytest.mark.parametrize("kind", tune.CALLS)
+def test_calls_are_what_the_kernels_take(tmp_path, kind):
+    command = [*tune.command(kind, "90a", tune.KERNELS), "-c", "-o", str(tmp_path / "tune.o")]
+    subprocess.run([*command, "-Werror", "all-warnings"], check=True)
+    other = f"-DTUNE_CALL_BYTES={8 * len(tune.CALLS[kind]._fields_) + 8}"
+    assert subprocess.run([*command, "-U", "TUNE_CALL_BYTES", other], capture_output=True).returncode != 0
+
+
+def test_disagreement():
+    votes = torch.arange(10000, dtype=torch.int32)
+    few, many = votes.clone(), votes.clone()
+    few[:5], many[:500] = -1, -1
+    assert tune.disagreement("vote", [few], [votes]) == ""
+    assert tune.disagreement("vote", [many], [votes]) == "5.00% of the votes differ"
+    parts, grad = torch.ones(3), torch.rand(4, 5)
+    assert tune.disagreement("loss", [parts, grad * 1.001], [parts, grad]) == ""
+    assert tune.disagreement("loss", [parts * 2, grad], [parts, grad]) == "the loss differs by 1"
+    assert "gradient" in tune.disagreement("loss", [parts, grad * torch.nan], [parts, grad])
+
+
+def test_table():
+    rows = [
+        {"case": "a", "variant": "as it is", "seconds": 1e-5, "ratio": 1.0, "wrong": ""},
+        {"case": "a", "variant": "x 3", "seconds": 9e-6, "ratio": 0.9, "wrong": "the loss differs by 1"},
+        {"case": "a", "variant": "without y", "seconds": 8e-6, "ratio": 0.8, "wrong": "left out"},
+    ]
+    lines = tune.table("loss", rows).splitlines()
+    assert [line.split()[-1] for line in lines[:4]] == ["a", "us", "0.900!", "0.800"]
+    assert lines[4:] == ["! x 3, a: the loss differs by 1"]
