@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,9 @@ LIGER = "Liger-Kernel"
 QUACK = "QuACK"
 QUACK_IN_FORWARD = "QuACK, gradient in forward"
 MATMUL = "torch.matmul alone"
+MATMUL_BATCHED = "torch.matmul alone, no copy"
 MATMUL_ARGMAX = "torch.matmul + torch.argmax"
+ARGMAX = "torch.argmax alone"
 LINEAR_CROSS_ENTROPY = "F.linear_cross_entropy"
 LINEAR_THEN_CROSS_ENTROPY = "F.linear + F.cross_entropy"
 CUT = "cut-cross-entropy"
@@ -40,6 +42,12 @@ CUT = "cut-cross-entropy"
 def ours(backend: str) -> str:
     """The name of one of our backends among the contestants."""
     return f"zipfls_cuda, {backend}"
+
+
+def kernels(names: Iterable[str]) -> list[str]:
+    """Our backends among contestants, plain PyTorch left out where there is another."""
+    found = [name for name in names if name.startswith("zipfls_cuda")]
+    return [name for name in found if name != ours("reference")] or found
 
 
 def our_backends(device: str) -> list[str]:
@@ -57,7 +65,7 @@ class Loss:
     """A way to compute a loss of the logits.
 
     ``whole``: it has the Zipf term. ``in_place``: it destroys the logits. ``backward`` false: the call
-    already computes the gradient. ``sync``: it cannot be captured in a CUDA graph.
+    already computes the gradient. ``sync``: it makes the host wait for the device.
     """
 
     call: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -137,20 +145,21 @@ def losses(device: str, tiny: bool = False) -> dict[str, Loss]:
     if installed("scipy"):
         found[PUBLISHED] = Loss(published_zipf, whole=True, sync=True)
     if device == "cuda":
-        found |= _packaged_losses()
+        found |= _packages()[0]
     return found
 
 
-def _packaged_losses() -> dict[str, Loss]:
-    """Cross-entropies of other packages, as far as they are installed and import."""
-    found = {}
+@functools.cache
+def _packages() -> tuple[dict[str, Loss], dict[str, str]]:
+    """Cross-entropies of other packages, and why some are missing."""
+    found, missing = {}, {}
     try:
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
         liger = LigerCrossEntropyLoss()
         found[LIGER] = Loss(lambda logits, target, votes: liger(logits, target), in_place=True, sync=True)
-    except Exception:
-        pass
+    except Exception as error:
+        missing[LIGER] = _why("liger_kernel", error)
     try:
         from quack import cross_entropy as quack
 
@@ -161,9 +170,26 @@ def _packaged_losses() -> dict[str, Loss]:
             found[QUACK_IN_FORWARD] = Loss(
                 lambda logits, target, votes: forward(logits.detach(), target, return_dx=True), backward=False
             )
-    except Exception:
-        pass
-    return found
+        else:
+            missing[QUACK_IN_FORWARD] = "this QuACK has no gradient in forward"
+    except Exception as error:
+        missing[QUACK] = _why("quack", error)
+    return found, missing
+
+
+def _why(package: str, error: Exception) -> str:
+    """Why a package could not be used."""
+    return f"{type(error).__name__}: {error}"[:160] if installed(package) else "not installed"
+
+
+def absent(device: str) -> dict[str, str]:
+    """Peers that are not measured on a device type here, by name, and why."""
+    missing = {} if installed("scipy") else {PUBLISHED: "SciPy is not installed"}
+    if not hasattr(F, "linear_cross_entropy"):
+        missing[LINEAR_CROSS_ENTROPY] = "not in this PyTorch"
+    if device == "cuda":
+        missing |= _packages()[1] | _cut_cross_entropy()[1]
+    return missing
 
 
 # Votes ---------------------------------------------------------------------------------------------
@@ -181,6 +207,11 @@ def matmul_alone(features: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(_rows(features), weight.t())
 
 
+def matmul_batched(features: Tensor, weight: Tensor) -> Tensor:
+    """The dense scores (N, C, P) of an NCHW map as it lies: a product per sample, no transposing copy."""
+    return torch.matmul(weight, features.flatten(2))
+
+
 def matmul_argmax(features: Tensor, weight: Tensor, upsample: int = 1) -> Tensor:
     """Dense scores, doubled bilinearly where asked, then torch.argmax: (N, P)."""
     scores = matmul_alone(features, weight)
@@ -192,12 +223,16 @@ def matmul_argmax(features: Tensor, weight: Tensor, upsample: int = 1) -> Tensor
     return scores.argmax(1).view(N, -1)
 
 
-def votes(device: str, upsample: int = 1) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """All ways to vote, ours first, by name."""
+def votes(
+    device: str, upsample: int = 1, layout: str = "channels_last"
+) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """All ways to vote on a layout, ours first, by name; the products alone stop at the scores."""
     found: dict[str, Callable] = {
         ours(b): functools.partial(zls.dense_vote, upsample=upsample, backend=b) for b in our_backends(device)
     }
     found[MATMUL] = matmul_alone
+    if layout == "NCHW":
+        found[MATMUL_BATCHED] = matmul_batched
     found[MATMUL_ARGMAX] = functools.partial(matmul_argmax, upsample=upsample)
     return found
 
@@ -224,13 +259,18 @@ def heads(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         found[LINEAR_CROSS_ENTROPY] = lambda features, weight, target: F.linear_cross_entropy(
             features.mean((2, 3)), weight, target
         )
-    if device == "cuda" and installed("cut_cross_entropy"):
-        try:
-            from cut_cross_entropy import linear_cross_entropy
-
-            found[CUT] = lambda features, weight, target: linear_cross_entropy(
-                features.mean((2, 3)), weight, target
-            )
-        except Exception:
-            pass
+    if device == "cuda":
+        found |= _cut_cross_entropy()[0]
     return found
+
+
+@functools.cache
+def _cut_cross_entropy() -> tuple[dict[str, Callable], dict[str, str]]:
+    """The head of cut-cross-entropy, or why it is missing."""
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except Exception as error:
+        return {}, {CUT: _why("cut_cross_entropy", error)}
+    return {
+        CUT: lambda features, weight, target: linear_cross_entropy(features.mean((2, 3)), weight, target)
+    }, {}

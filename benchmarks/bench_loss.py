@@ -18,8 +18,10 @@ from harness import TINY, Entry
 ON_GPU = harness.device().type == "cuda"
 LOSSES = baselines.losses(harness.device().type, TINY)
 OURS = [name for name in LOSSES if name.startswith("zipfls_cuda")]
+KERNELS = baselines.kernels(LOSSES)
 BRIEF = [*OURS[:2], baselines.CROSS_ENTROPY]  # for sweeps
 EAGER = [name for name in LOSSES if "compile" not in name]
+COMPILED = [baselines.COMPILED_CROSS_ENTROPY, baselines.COMPILED_REFERENCE]
 SCIPY_AT_MOST = 3_000_000  # logits; ranking more than that takes SciPy seconds
 
 
@@ -44,15 +46,26 @@ class Case:
         """Contestants: all at the main shapes, few elsewhere."""
         if self.sweep in ("C", "N", "P"):
             return BRIEF
+        if self.sweep == "compiled":
+            return [*KERNELS, *COMPILED]
         if self.mode == "infer":
-            return [*OURS[:1], baselines.CROSS_ENTROPY]
+            return [*KERNELS, baselines.CROSS_ENTROPY]
         if self.mode != "both" or self.sweep:
             return BRIEF
         if self.clock:
             return [name for name in EAGER if name != baselines.PUBLISHED]
-        names = list(LOSSES) if ON_GPU or self.dtype == "float32" else EAGER
+        names = list(LOSSES) if self.dtype == "float32" and not ON_GPU else EAGER
         small = self.N * self.C <= SCIPY_AT_MOST and self.dtype == ("bfloat16" if ON_GPU else "float32")
         return [*[n for n in names if small or n != baselines.PUBLISHED], baselines.COPY]
+
+    @property
+    def timer(self) -> harness.HostClock | harness.DeviceClock:
+        return harness.DeviceClock() if ON_GPU and self.clock != "host" else harness.HostClock()
+
+    @property
+    def where(self) -> harness.Where:
+        described = {k: v for k, v in asdict(self).items() if k not in ("mode", "clock")}
+        return harness.Where("loss", described, self.mode, self.timer.name)
 
 
 def cpu_cases() -> list[Case]:
@@ -69,13 +82,15 @@ def cpu_cases() -> list[Case]:
 
 
 def gpu_cases() -> list[Case]:
+    """What matters most first, as time may run out: a shape of every regime, small ones and host time, then
+    the other main shapes, modes, sweeps, and last the peers that take seconds to compile."""
     bf16 = functools.partial(Case, dtype="bfloat16")
-    long = [(8192, 4096), (8192, 8192), (8192, 16384), (4096, 32768), (2048, 131072), (8192, 10000)]
-    short = [(32768, 1000), (131072, 1000)]
-    odd = [(4096, 21841), (8192, 10007)]
+    first = [(8192, 10000), (32768, 1000), (4096, 21841)]  # long rows, many short ones, odd ones
     small = [(256, 1000), (512, 1000), (1024, 1000), (128, 100)]
-    main = [*long, *short, *odd, *small]
-    cases = [bf16(N, C) for N, C in main]
+    others = [(8192, 4096), (8192, 8192), (8192, 16384), (4096, 32768), (2048, 131072), (131072, 1000)]
+    cases = [bf16(N, C) for N, C in [*first, *small]]
+    cases += [bf16(N, C, mode=mode, clock="host") for N, C in small for mode in ("both", "forward")]
+    cases += [bf16(N, C) for N, C in [*others, (8192, 10007)]]
     cases += [Case(N, C) for N, C in [(8192, 10000), (32768, 1000), (256, 1000), (128, 100)]]
     cases += [
         bf16(N, C, mode=mode)
@@ -87,7 +102,7 @@ def gpu_cases() -> list[Case]:
     ]
     cases += [bf16(N, 1000, sweep="N") for N in (64, 256, 1024, 4096, 16384, 65536)]
     cases += [bf16(1024, 1000, P, sweep="P") for P in (1, 16, 49, 196, 784, 3136)]
-    cases += [bf16(N, C, mode=mode, clock="host") for N, C in small for mode in ("both", "forward")]
+    cases += [bf16(N, C, sweep="compiled") for N, C in [*first, (2048, 131072), (256, 1000), (128, 100)]]
     return cases
 
 
@@ -98,7 +113,13 @@ def tiny_cases() -> list[Case]:
         Case(4, 10, mode="backward"),
         Case(4, 10, mode="infer"),
     ]
-    return [*main, Case(4, 20, sweep="C"), Case(4, 8, 4, sweep="host"), Case(4, 10, clock="host")]
+    return [
+        *main,
+        Case(4, 10, sweep="compiled"),
+        Case(4, 20, sweep="C"),
+        Case(4, 8, 4, sweep="host"),
+        Case(4, 10, clock="host"),
+    ]
 
 
 CASES = tiny_cases() if TINY else gpu_cases() if ON_GPU else cpu_cases()
@@ -128,6 +149,10 @@ def entries(case: Case) -> list[Entry]:
 def entry(name: str, loss: baselines.Loss, mode: str, inputs: list[tuple]) -> Entry:
     """One contestant in one mode."""
 
+    def hand_over(x: tuple, out: torch.Tensor) -> None:
+        x[0].grad = None  # of another call on the same logits that was prepared together with this one
+        out.backward()
+
     def both(x: tuple) -> None:
         x[0].grad = None
         out = loss.call(*x)
@@ -148,22 +173,26 @@ def entry(name: str, loss: baselines.Loss, mode: str, inputs: list[tuple]) -> En
 
     if mode == "backward":
         prepare = [functools.partial(forward, x) for x in inputs]
-        return Entry(name, [torch.Tensor.backward] * len(inputs), prepare, capture=False, clear=clear)
+        calls = [functools.partial(hand_over, x) for x in inputs]
+        return Entry(name, calls, prepare, waits=loss.sync, clear=clear)
     call = {"both": both, "forward": forward, "infer": infer}[mode]
-    return Entry(name, [functools.partial(call, x) for x in inputs], capture=not loss.sync, clear=clear)
+    return Entry(name, [functools.partial(call, x) for x in inputs], waits=loss.sync, clear=clear)
 
 
 def run(case: Case, book: harness.Book) -> harness.Result:
     torch.compiler.reset()  # past a few shapes torch.compile would silently stop compiling
-    clock = harness.DeviceClock() if ON_GPU and case.clock != "host" else harness.HostClock()
     main = case.mode == "both" and not case.sweep and not case.clock
-    result = harness.race(entries(case), clock, seconds=2.5 if main else 0.8, memory=main)
     size = getattr(torch, case.dtype).itemsize * case.N * case.C
     passes = {"both": 2, "forward": 2, "infer": 1, "backward": 1}[case.mode]
-    described = {k: v for k, v in asdict(case).items() if k not in ("mode", "clock")}
-    mode = case.mode
-    book.add("loss", described, mode, clock.name, result, passes * size, 0, ours=OURS)
-    return result
+    return book.race(
+        case.where,
+        entries(case),
+        case.timer,
+        passes * size,
+        ours=OURS,
+        seconds=2.5 if main else 0.8,
+        memory=main or case.sweep == "compiled",
+    )
 
 
 # Launches and synchronisations ---------------------------------------------------------------------------
@@ -209,16 +238,13 @@ COUNTED = [(4, 10)] if TINY else [(256, 1000), (1024, 1000), (128, 100)] if ON_G
 
 @pytest.mark.parametrize("N,C", COUNTED)
 @pytest.mark.parametrize("name", [name for name in OURS if ON_GPU or TINY])
-def bench_launches(N: int, C: int, name: str, benchmark) -> None:
-    dtype = torch.bfloat16
-    inputs = harness.loss_inputs(N, C, 49, dtype)
-    facts = benchmark.pedantic(count, (LOSSES[name], inputs))
-    case = {"N": N, "C": C, "P": 49, "dtype": harness.name_of(dtype), "sweep": ""}
-    harness.book().fact("launches", case, name, facts)
+def bench_launches(N: int, C: int, name: str, fact) -> None:
+    where = harness.Where("launches", {"N": N, "C": C, "P": 49, "dtype": "bfloat16", "sweep": ""})
+    fact(where, name, lambda: count(LOSSES[name], harness.loss_inputs(N, C, 49, torch.bfloat16)))
 
 
 @pytest.mark.parametrize(
     "case,name", [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in case.names]
 )
 def bench_loss(case: Case, name: str, report) -> None:
-    report(f"loss {case}", name, functools.partial(run, case))
+    report(case.where, case.names, name, functools.partial(run, case))

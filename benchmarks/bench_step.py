@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import zipfls_cuda as zls
 
 ON_GPU = harness.device().type == "cuda"
+CLOCK = harness.DeviceClock() if ON_GPU else harness.HostClock()
 
 
 class Bottleneck(nn.Module):
@@ -116,6 +117,10 @@ class Case:
     def __str__(self) -> str:
         return f"{self.what} {self.N}x{self.size}x{self.size} C{self.C}{' compiled' if self.compiled else ''}"
 
+    @property
+    def where(self) -> harness.Where:
+        return harness.Where("step", asdict(self), "step", CLOCK.name)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -130,6 +135,10 @@ class Head:
     def __str__(self) -> str:
         return f"{self.N}x{self.H}x{self.H} D{self.D} C{self.C} {self.dtype}"
 
+    @property
+    def where(self) -> harness.Where:
+        return harness.Where("head", asdict(self), "both", CLOCK.name)
+
 
 if TINY:
     CASES = [Case(2, 5, 16, (1, 1), 4, "float32", what="tiny")]
@@ -142,6 +151,7 @@ else:
     CASES = [Case(32, 100, 32, (1, 1, 1), 16, "float32", what="small ResNet")]
     HEADS = [Head(64, 7, 512, 1000, "float32")]
 NAMES = list(criteria())
+HEAD_NAMES = list(baselines.heads(harness.device().type))
 
 
 @functools.lru_cache(maxsize=1)
@@ -161,10 +171,10 @@ def run(case: Case, book: harness.Book) -> harness.Result:
     fc = nn.Linear(model.channels, case.C).to(device)
     parameters = [*model.parameters(), *fc.parameters()]
     optimizer = torch.optim.SGD(parameters, 1e-3, momentum=0.9, foreach=True)
-    g = harness.seeded(0)
-    images = torch.randn(case.N, 3, case.size, case.size, generator=g).to(device)
+    drawn = {"generator": harness.seeded(0), "device": device}
+    images = torch.randn(case.N, 3, case.size, case.size, **drawn)
     images = images.contiguous(memory_format=torch.channels_last)
-    target = torch.randint(case.C, (case.N,), generator=g).to(device)
+    target = torch.randint(case.C, (case.N,), **drawn)
 
     def step(criterion: Callable) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -174,22 +184,25 @@ def run(case: Case, book: harness.Book) -> harness.Result:
         optimizer.step()
 
     entries = [
-        Entry(name, [functools.partial(step, f)], capture=False, clear=optimizer.zero_grad)
+        Entry(
+            name,
+            [functools.partial(step, f)],
+            waits=name == baselines.PUBLISHED,
+            deep=True,
+            clear=optimizer.zero_grad,
+        )
         for name, f in criteria().items()
     ]
-    clock = harness.DeviceClock() if ON_GPU else harness.HostClock()
-    result = harness.race(entries, clock, seconds=30.0 if ON_GPU else 10.0, memory=True)
-    ours = [name for name in result.samples if name.startswith("zipfls_cuda")]
-    peers = [baselines.PUBLISHED, baselines.SMOOTHING]
-    book.add("step", asdict(case), "step", clock.name, result, 0, 0, ours=[*ours, *peers])
-    return result
+    ours = [name for name in NAMES if name.startswith("zipfls_cuda")]
+    ours += [name for name in (baselines.PUBLISHED, baselines.SMOOTHING) if name in NAMES]
+    return book.race(case.where, entries, CLOCK, ours=ours, seconds=30.0 if ON_GPU else 10.0, memory=True)
 
 
 def run_head(case: Head, book: harness.Book) -> harness.Result:
     dtype = getattr(torch, case.dtype)
     features, weight = harness.vote_inputs(case.N, case.H, case.H, case.D, case.C, dtype, "channels_last")
     features, weight = features.requires_grad_(), weight.requires_grad_()
-    target = torch.randint(case.C, (case.N,), generator=harness.seeded(1)).to(features.device)
+    target = torch.randint(case.C, (case.N,), generator=harness.seeded(1), device=features.device)
 
     def clear() -> None:
         features.grad = weight.grad = None
@@ -202,27 +215,19 @@ def run_head(case: Head, book: harness.Book) -> harness.Result:
         Entry(name, [functools.partial(both, f)], clear=clear)
         for name, f in baselines.heads(harness.device().type).items()
     ]
-    clock = harness.DeviceClock() if ON_GPU else harness.HostClock()
-    result = harness.race(entries, clock, seconds=2.0, memory=True)
-    ours = [name for name in result.samples if name.startswith("zipfls_cuda")]
-    book.add("head", asdict(case), "both", clock.name, result, 0, 0, ours=ours)
-    return result
+    ours = [name for name in HEAD_NAMES if name.startswith("zipfls_cuda")]
+    return book.race(case.where, entries, CLOCK, ours=ours, seconds=2.0, memory=True)
 
 
 @pytest.mark.parametrize(
     "case,name", [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in NAMES]
 )
 def bench_step(case: Case, name: str, report) -> None:
-    report(f"step {case}", name, functools.partial(run, case))
+    report(case.where, NAMES, name, functools.partial(run, case))
 
 
 @pytest.mark.parametrize(
-    "case,name",
-    [
-        pytest.param(case, name, id=f"{case}-{name}")
-        for case in HEADS
-        for name in baselines.heads(harness.device().type)
-    ],
+    "case,name", [pytest.param(case, name, id=f"{case}-{name}") for case in HEADS for name in HEAD_NAMES]
 )
 def bench_head(case: Head, name: str, report) -> None:
-    report(f"head {case}", name, functools.partial(run_head, case))
+    report(case.where, HEAD_NAMES, name, functools.partial(run_head, case))

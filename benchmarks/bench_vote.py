@@ -7,7 +7,7 @@ written.
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import baselines
 import harness
@@ -16,6 +16,7 @@ import torch
 from harness import TINY, Entry
 
 ON_GPU = harness.device().type == "cuda"
+CLOCK = harness.DeviceClock() if ON_GPU else harness.HostClock()
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,22 @@ class Case:
         return " ".join(part for part in parts if part)
 
     @property
+    def where(self) -> harness.Where:
+        return harness.Where("vote", asdict(self), "forward", CLOCK.name)
+
+    @property
     def votes(self) -> dict:
-        found = baselines.votes(harness.device().type, self.upsample)
+        """Contestants that take features and weight: fewer in sweeps."""
+        found = baselines.votes(harness.device().type, self.upsample, self.layout)
         if self.sweep:
-            ours = [name for name in found if name.startswith("zipfls_cuda")][:1]
-            return {name: found[name] for name in [*ours, baselines.MATMUL, baselines.MATMUL_ARGMAX]}
+            names = [*baselines.kernels(found), baselines.MATMUL, baselines.MATMUL_ARGMAX]
+            return {name: found[name] for name in names}
         return found
+
+    @property
+    def names(self) -> list[str]:
+        alone = not self.sweep and self.upsample == 1
+        return [*self.votes, *([baselines.ARGMAX] if alone else [])]
 
 
 RESNET18, RESNET50, VIT, INAT, STAGE1, STAGE2, WIDE = (
@@ -71,18 +82,21 @@ def cpu_cases() -> list[Case]:
 
 def gpu_cases() -> list[Case]:
     bf16 = functools.partial(Case, dtype="bfloat16")
-    cases = [
+    main = [
         bf16(256, 7, 7, 2048, 1000, what=RESNET50),
         bf16(256, 7, 7, 512, 1000, what=RESNET18),
         bf16(256, 14, 14, 768, 1000, layout="tokens", what=VIT),
         bf16(256, 7, 7, 2048, 10000, what=INAT),
         bf16(128, 4, 4, 512, 100, what=STAGE1),
         bf16(128, 8, 8, 256, 100, what=STAGE2),
+    ]
+    cases = [
+        *main,
+        *(replace(case, layout="NCHW") for case in main),
         bf16(128, 4, 4, 512, 100, upsample=2, what=STAGE1),
         bf16(128, 8, 8, 256, 100, upsample=2, what=STAGE2),
         bf16(128, 7, 7, 2048, 1000, what=RESNET50),
-        bf16(256, 7, 7, 2048, 1000, layout="NCHW", what=RESNET50),
-        Case(256, 7, 7, 2048, 1000, what=RESNET50),
+        Case(256, 7, 7, 2048, 1000, "tf32", what=RESNET50),
     ]
     cases += [bf16(256, 7, 7, D, 1000, sweep="D") for D in (64, 256, 1024, 4096)]
     cases += [bf16(256, 7, 7, 1024, C, sweep="C") for C in (100, 1000, 4000, 21841)]
@@ -103,26 +117,34 @@ CASES = tiny_cases() if TINY else gpu_cases() if ON_GPU else cpu_cases()
 
 
 def run(case: Case, book: harness.Book) -> harness.Result:
-    dtype = getattr(torch, case.dtype)
+    dtype = harness.dtype_of(case.dtype)
     P = case.H * case.W
     size = (case.N * P + case.C) * case.D * dtype.itemsize
     inputs = [
         harness.vote_inputs(case.N, case.H, case.W, case.D, case.C, dtype, case.layout, seed)
         for seed in range(harness.copies(size))
     ]
-    entries = [Entry(name, [functools.partial(f, *x) for x in inputs]) for name, f in case.votes.items()]
-    clock = harness.DeviceClock() if ON_GPU else harness.HostClock()
-    with torch.no_grad():
-        result = harness.race(entries, clock, seconds=0.8 if case.sweep else 1.5, memory=not case.sweep)
-    ours = [name for name in result.samples if name.startswith("zipfls_cuda")]
     nbytes = size + 4 * case.N * P * case.upsample**2
     flops = 2 * case.N * P * case.D * case.C
-    book.add("vote", asdict(case), "forward", clock.name, result, nbytes, flops, ours=ours)
-    return result
+    with torch.no_grad(), harness.precision(case.dtype):
+        entries = [Entry(name, [functools.partial(f, *x) for x in inputs]) for name, f in case.votes.items()]
+        if baselines.ARGMAX in case.names:
+            scores = [baselines.matmul_alone(*x) for x in inputs]
+            entries.append(Entry(baselines.ARGMAX, [functools.partial(torch.argmax, s, 1) for s in scores]))
+        return book.race(
+            case.where,
+            entries,
+            CLOCK,
+            nbytes,
+            flops,
+            ours=[name for name in case.votes if name.startswith("zipfls_cuda")],
+            seconds=0.8 if case.sweep else 1.5,
+            memory=not case.sweep,
+        )
 
 
 @pytest.mark.parametrize(
-    "case,name", [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in case.votes]
+    "case,name", [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in case.names]
 )
 def bench_vote(case: Case, name: str, report) -> None:
-    report(f"vote {case}", name, functools.partial(run, case))
+    report(case.where, case.names, name, functools.partial(run, case))

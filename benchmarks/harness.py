@@ -6,11 +6,20 @@ median over rounds of (ours in that round / theirs in that round). A slow contes
 
 Clocks:
     host    perf_counter around a loop of calls: all there is on a CPU; on a GPU the time the host is busy.
-    device  CUDA events around replays of a captured graph, or around eager calls where capture fails. Inputs
-            rotate through copies that together exceed the L2 cache, as a training step would leave it.
+    device  CUDA events around eager calls that were all issued while the device still slept, so that neither
+            the host nor the latency of a launch is in the time. Inputs rotate through copies that together
+            exceed the L2 cache, as a training step would leave it, as far as MOST_COPIES reach.
+
+How a sample was taken (``how``):
+    calls       the host clock's
+    queued      the device clock's, the host ahead of the device throughout: device time
+    events      by CUDA events from an idle device, as the call makes the host wait: includes the host's time
+    host-bound  the host could not be brought ahead of the device: includes the host's time
 
 A record is one contestant in one race (fields: RECORD; ``facts`` hold what was counted, not timed). A file of
 records holds the environments of its runs (fields: ENVIRONMENT) once; ``load`` joins the two.
+
+An illegal access ends a CUDA context and all that would come after it in the process: see ``ContextLost``.
 """
 
 from __future__ import annotations
@@ -22,6 +31,7 @@ import gc
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -29,9 +39,10 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +57,9 @@ TINY = os.environ.get("ZIPFLS_BENCH") == "tiny"
 
 # A run on a CPU that has taken so many seconds hurries, so that a busy machine does not stretch it forever.
 START, PATIENCE = time.monotonic(), 210
+
+SURE = ("calls", "queued")  # how samples are taken that hold nothing but what they say
+MOST_COPIES = 256  # of the inputs; the smallest logits would need thousands
 
 ENVIRONMENT = (
     "device", "kind", "cpu", "threads", "driver", "clocks", "memory", "l2", "arch", "python", "torch", "cuda",
@@ -90,12 +104,13 @@ def _version(package: str) -> str:
 
 
 def _source_digest() -> str:
-    """Digest of the package's own sources: names the code where there is no repository to ask."""
+    """Digest of the package's sources and of how they are built: tells whether a record is of this code."""
     digest = hashlib.sha256()
     for folder in ("zipfls_cuda", "csrc"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
                 digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    digest.update((ROOT / "setup.py").read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -193,19 +208,33 @@ class Entry:
     name: str
     calls: Sequence[Callable]
     prepare: Sequence[Callable] | None = None
-    capture: bool = True  # may be captured in a CUDA graph
+    waits: bool = False  # the call makes the host wait for the device
+    deep: bool = False  # one call launches more than the device's queue holds: the host need only stay ahead
     clear: Callable | None = None  # frees what an earlier call left behind, before peak memory is measured
-    graph: tuple | None = None  # (captured graph, calls in it)
+    how: str = ""  # how samples are taken, set by the clock
+    host: float = 0.0  # seconds the host takes to issue a call, as far as the device clock knows
+    ahead: int = 0  # calls that the device clock issues before the device starts on them
+
+    def states(self, first: int, k: int) -> list[tuple]:
+        """What the calls ``first`` to ``first + k`` take."""
+        n = len(self.calls)
+        return [(self.prepare[i % n](),) if self.prepare else () for i in range(first, first + k)]
+
+    def issue(self, first: int, states: list[tuple]) -> None:
+        """The calls from ``first`` on, in turn over the copies of the inputs."""
+        n = len(self.calls)
+        for i, state in enumerate(states, first):
+            self.calls[i % n](*state)
 
 
 class HostClock:
     """perf_counter around a loop of calls; on a GPU from an empty queue, whose draining is not timed."""
 
     name = "host"
-    least = 1e-3  # seconds a sample should last
+    least, most = 1e-3, 200  # seconds a sample should last, calls it may take
 
-    def ready(self, entry: Entry) -> str:
-        return "calls"
+    def ready(self, entry: Entry) -> None:
+        entry.how = "calls"
 
     def sample(self, entry: Entry, k: int) -> float:
         """Seconds per call, over ``k`` calls."""
@@ -230,71 +259,97 @@ class HostClock:
 
 
 class DeviceClock:
-    """CUDA events around graph replays, or around eager calls of what cannot be captured."""
+    """CUDA events around eager calls, issued while the device sleeps so that it never waits for the host.
+
+    The sleep comes from the host's time per call. Where it turns out too short (measured: the sleep against
+    the host's time to issue), it grows; where that does not help fewer calls are issued at once, as a full
+    queue stops the host. A replay of a captured graph would need no sleep, but would time what capture adds:
+    tables and workspaces that eager calls keep are made anew in every captured call.
+    """
 
     name = "device"
-    least = 2e-4
-    in_graph = (
-        32  # at least so many calls in a graph of short ones, so that launching it is not what is timed
-    )
+    least, most = 1e-3, 1000
+    at_once, prepared = 256, 16  # calls issued at once; with prepared states, which take memory
+    hertz = 2e9  # of the counter that torch.cuda._sleep goes by, at most
+    margin, longest = 1.5, 0.2  # the sleep over the host's time as guessed; seconds of a sleep
 
-    def ready(self, entry: Entry) -> str:
-        """Warm up and capture; says how samples will be taken."""
-        for call, prepare in zip(entry.calls, entry.prepare or [None] * len(entry.calls)):
-            for _ in range(2):
-                call(prepare()) if prepare else call()
-        if not entry.capture or entry.prepare is not None:
-            return "events"
-        seconds = self.sample(entry, len(entry.calls))
-        n = len(entry.calls) if seconds > 1e-4 else max(self.in_graph, len(entry.calls))
-        graph = torch.cuda.CUDAGraph()
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                entry.calls[0]()
-            torch.cuda.current_stream().wait_stream(stream)
+    def ready(self, entry: Entry) -> None:
+        """Warm up, within reason; find out how long the host takes."""
+        start = time.perf_counter()
+        entry.issue(0, entry.states(0, 1))
+        for i in range(len(entry.calls)):
+            entry.issue(i, entry.states(i, 1))
+            if time.perf_counter() - start > 0.5:
+                break
+        taken = []
+        for i in range(3):
+            states = entry.states(i, 1)
             synchronize()
-            with torch.cuda.graph(graph):
-                for i in range(n):
-                    entry.calls[i % len(entry.calls)]()
-            graph.replay()
-            synchronize()
-        except Exception:  # it synchronises, or allocates in a way that capture forbids
-            synchronize()
-            return "events"
-        entry.graph = (graph, n)
-        return "graph"
+            start = time.perf_counter()
+            entry.issue(i, states)
+            taken.append(time.perf_counter() - start)
+        synchronize()
+        entry.host = min(taken)
+        entry.ahead = self.prepared if entry.prepare else self.at_once
+        entry.how = "events" if entry.waits else "queued"
 
     def sample(self, entry: Entry, k: int) -> float:
-        """Seconds per call, over at least ``k`` calls."""
+        """Seconds per call, over ``k`` calls."""
+        if entry.how == "events":
+            return self._from_idle(entry, k)
+        total, done = 0.0, 0
+        while done < k:
+            seconds, n = self._ahead(entry, done, k - done)
+            total, done = total + seconds, done + n
+        return total / k
+
+    def _ahead(self, entry: Entry, first: int, k: int) -> tuple[float, int]:
+        """Seconds the device takes for as many of ``k`` calls as can be issued ahead of it, and how many."""
+        guess = entry.host
+        while True:
+            n = max(1, min(k, entry.ahead, int(self.longest / (self.margin * entry.host + 1e-9))))
+            seconds, held = self._queued(entry, first, n)
+            if held or entry.how == "host-bound":
+                return seconds, n
+            if n > 1 and entry.host > guess:  # a longer sleep did not help
+                entry.ahead, entry.host = n // 2, guess
+            elif entry.host < 4 * guess:
+                entry.host *= self.margin
+            else:
+                entry.how = "host-bound"
+
+    def _queued(self, entry: Entry, first: int, k: int) -> tuple[float, bool]:
+        """Seconds the device takes for ``k`` calls, and whether it never had to wait for the host."""
+        states = entry.states(first, k)
+        begin, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        synchronize()
+        before = time.perf_counter()
+        begin.record()
+        torch.cuda._sleep(int(self.hertz * (50e-6 + self.margin * entry.host * k)))
+        start.record()
+        entry.issue(first, states)
+        end.record()
+        issued = time.perf_counter()
+        synchronize()
+        drained = time.perf_counter() - issued
+        seconds = 1e-3 * start.elapsed_time(end)
+        held = issued - before < 1e-3 * begin.elapsed_time(start)
+        # Deep: a queue full when the device woke up, and not empty when the host is through, never ran dry.
+        return seconds, held or (entry.deep and drained > 0.1 * seconds)
+
+    @staticmethod
+    def _from_idle(entry: Entry, k: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph, n = entry.graph or (None, len(entry.calls))
-        synchronize()
-        if graph is not None:
-            replays = -(-k // n)
+        total = 0.0
+        for i in range(k):
+            states = entry.states(i, 1)
+            synchronize()
             start.record()
-            for _ in range(replays):
-                graph.replay()
+            entry.issue(i, states)
             end.record()
-            k = replays * n
-        elif entry.prepare is None:
-            start.record()
-            for i in range(k):
-                entry.calls[i % n]()
-            end.record()
-        else:
-            total = 0.0
-            for i in range(k):
-                state = entry.prepare[i % n]()
-                start.record()
-                entry.calls[i % n](state)
-                end.record()
-                synchronize()
-                total += start.elapsed_time(end)
-            return total * 1e-3 / k
-        synchronize()
-        return start.elapsed_time(end) * 1e-3 / k
+            synchronize()
+            total += 1e-3 * start.elapsed_time(end)
+        return total / k
 
 
 def synchronize() -> None:
@@ -303,14 +358,37 @@ def synchronize() -> None:
 
 
 def copies(nbytes: int) -> int:
-    """How many copies of the inputs to rotate through: one on a CPU; on a GPU beyond three times its L2."""
+    """How many copies of the inputs to rotate through: one on a CPU; on a GPU three times its L2 of them."""
     if device().type == "cpu":
         return 1
     l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)
-    return max(1, min(16, -(-3 * l2 // max(1, nbytes))))
+    return max(1, min(MOST_COPIES, -(-3 * l2 // max(1, nbytes))))
 
 
 # Races ---------------------------------------------------------------------------------------------
+
+
+class ContextLost(Exception):  # noqa: N818
+    """A contestant ended the CUDA context (an illegal access), so that this process can measure no more."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+def context_lost() -> bool:
+    """Whether the CUDA context is beyond use: its error comes again with whatever is asked of it."""
+    try:
+        synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def reason_of(error: Exception) -> str:
+    """An exception in a line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 @dataclass
@@ -322,6 +400,18 @@ class Result:
     how: dict[str, str] = field(default_factory=dict)
     peak: dict[str, int | None] = field(default_factory=dict)  # bytes
     failed: dict[str, str] = field(default_factory=dict)  # name -> reason
+
+    @contextlib.contextmanager
+    def trying(self, name: str) -> Iterator[None]:
+        """A contestant that raises is out of the race, with its reason in ``failed``."""
+        try:
+            yield
+        except Exception as error:
+            reason = reason_of(error)
+            if context_lost():
+                raise ContextLost(name, reason) from error
+            self.failed[name] = reason
+            self.samples.pop(name, None)
 
     def taken(self, name: str) -> list[float]:
         return [s for s in self.samples[name] if s is not None]
@@ -360,27 +450,26 @@ def race(
         seconds, least_rounds = seconds / 4, 5
     result, running, share = Result(), [], {}
     for entry in entries:
-        try:
-            result.how[entry.name] = clock.ready(entry)
+        with result.trying(entry.name):
+            clock.ready(entry)
             once = clock.sample(entry, 1)
             if once < 0.1 and not TINY:
                 once = min(clock.sample(entry, 1) for _ in range(3))
-            k = 1 if TINY else min(200, max(1, round(clock.least / max(once, 1e-7))))
-            share[entry.name] = (k, once * k)
+            k = 1 if TINY else min(clock.most, max(1, math.ceil(clock.least / max(once, 1e-7))))
+            start = time.perf_counter()
+            clock.sample(entry, k)
+            share[entry.name] = (k, once, max(once * k, time.perf_counter() - start))
             result.peak[entry.name] = peak_memory(entry) if memory else None
-        except Exception as error:
-            result.failed[entry.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
-            continue
-        result.calls[entry.name] = share[entry.name][0]
-        result.samples[entry.name] = []
-        running.append(entry)
+            result.calls[entry.name] = k
+            result.samples[entry.name] = []
+            running.append(entry)
     if not running:
         return result
     budget = seconds / len(running)
-    fastest = min(duration / k for k, duration in share.values())
+    fastest = min(once for _, once, _ in share.values())
     wanted = {}
-    for name, (k, duration) in share.items():
-        least = 3 if duration / k > 10 * fastest else least_rounds
+    for name, (_, once, duration) in share.items():
+        least = 3 if once > 10 * fastest else least_rounds
         wanted[name] = min(most_rounds, max(least, int(budget / duration)))
     rounds = max(wanted.values())
     # Every 1st, 2nd, 4th, ... round, so that any two contestants meet in all rounds of the slower one.
@@ -391,14 +480,16 @@ def race(
     try:
         with NEIGHBOURS.watch():
             for i in range(rounds):
-                order = list(running)
+                order = [entry for entry in running if entry.name not in result.failed]
                 shuffle(order)
                 for entry in order:
                     runs = i % stride[entry.name] == 0
-                    sample = clock.sample(entry, share[entry.name][0]) if runs else None
-                    result.samples[entry.name].append(sample)
+                    with result.trying(entry.name):
+                        sample = clock.sample(entry, share[entry.name][0]) if runs else None
+                        result.samples[entry.name].append(sample)
     finally:
         gc.enable()
+    result.how = {entry.name: entry.how for entry in running}
     return result
 
 
@@ -440,7 +531,7 @@ def _status(name: str) -> int:
 
 
 def ceilings(clock: HostClock | DeviceClock) -> list[tuple[dict, Result, int, int]]:
-    """What this machine can do at most: a large copy, and a matrix product per dtype, on random data.
+    """What this machine can do at most: a large copy, and a matrix product per precision, on random data.
 
     Returns (case, result, bytes, operations) each.
     """
@@ -452,24 +543,61 @@ def ceilings(clock: HostClock | DeviceClock) -> list[tuple[dict, Result, int, in
     target = torch.empty_like(source)
     result = race([Entry("copy", [lambda: target.copy_(source)])], clock, seconds=0.5)
     found.append(({"dtype": "float32", "N": nbytes // 4}, result, 2 * nbytes, 0))
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(n, n, device=device(), dtype=dtype) for _ in range(2))
-        result = race([Entry("product", [lambda a=a, b=b: a @ b])], clock, seconds=0.5)
-        found.append(({"dtype": name_of(dtype), "N": n}, result, 0, 2 * n**3))
+    for dtype in ("float32", *(["tf32"] if on_gpu else []), "bfloat16"):
+        a, b = (torch.randn(n, n, device=device(), dtype=dtype_of(dtype)) for _ in range(2))
+        with precision(dtype):
+            result = race([Entry("product", [lambda a=a, b=b: a @ b])], clock, seconds=0.5)
+        found.append(({"dtype": dtype, "N": n}, result, 0, 2 * n**3))
     return found
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def dtype_of(name: str) -> torch.dtype:
+    """A case's dtype; "tf32" is float32 whose products may round to TF32 (``precision``)."""
+    return torch.float32 if name == "tf32" else getattr(torch, name)
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Allow TF32 to everyone in the block where that is the case's dtype."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32  # fp32_precision follows it; the reverse is not true
+    matmul.allow_tf32 = before or dtype == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 # Records -------------------------------------------------------------------------------------------
 
 
+class Where(NamedTuple):
+    """A race among the records."""
+
+    bench: str
+    case: dict
+    mode: str | None = None
+    clock: str | None = None
+
+
+PER_RUN = ("ceiling", "absent")  # records that belong to their run and go with it
+FAILED = "failed "  # before the benchmark's name: facts of a contestant that could not be measured
+
+
+def _where(record: dict) -> tuple:
+    """What a record must share with another to stand for the same race."""
+    bench = record["bench"].removeprefix(FAILED)
+    run = record["run"] if bench in PER_RUN else ""
+    return bench, json.dumps(record["case"], sort_keys=True), record["mode"], record["clock"], run
+
+
 class Book:
     """Records of this run, written to one file per device as they come in.
 
-    What an earlier run left in the file stays, but for the benchmarks that ran again.
+    What an earlier run left in the file stays until the same contestant is measured in the same race again.
+    What an earlier run measured of the same code (its ``source``) on the same device need not be measured
+    again: ``measured`` tells. ZIPFLS_BENCH_AGAIN=all lets only this run's records count; a number, those
+    from that run on.
     """
 
     def __init__(self, path: Path | None = None):
@@ -483,6 +611,39 @@ class Book:
         self.runs, self.old = old["runs"], old["records"]
         self.run = str(1 + max((int(r) for r in self.runs), default=0))
         self.records: list[dict] = []
+        again = os.environ.get("ZIPFLS_BENCH_AGAIN", "0")
+        self.since = int(self.run) if again == "all" else int(again)
+        same = ("source", "device", "torch", "threads", "tiny")
+        self.valid = {
+            run
+            for run, env in self.runs.items()
+            if int(run) >= self.since and all(env[key] == self.environment[key] for key in same)
+        } | {self.run}
+
+    def race(
+        self,
+        where: Where,
+        entries: Sequence[Entry],
+        clock: HostClock | DeviceClock,
+        nbytes: int = 0,
+        flops: int = 0,
+        ours: Sequence[str] = (),
+        **options,
+    ) -> Result:
+        """Hold a race (``options``: race's) and record it, without those that ended a process before.
+
+        Raises:
+            ContextLost: a contestant ended the CUDA context; that is on record.
+        """
+        out = {entry.name: self.banned(where, entry.name) for entry in entries}
+        with self.noting(where):
+            result = race([entry for entry in entries if not out[entry.name]], clock, **options)
+        result.failed |= {name: reason for name, reason in out.items() if reason}
+        self.add(*where, result, nbytes, flops, ours)
+        for name, reason in result.failed.items():
+            if not self.reason(where, name):
+                self.fail(where, name, reason)
+        return result
 
     def add(
         self,
@@ -510,20 +671,60 @@ class Book:
             self.records.append(record)
         self.write()
 
-    def fact(self, bench: str, case: dict, name: str, facts: dict) -> None:
-        """Record what is counted rather than timed."""
-        known = {"run": self.run, "bench": bench, "case": case, "name": name, "facts": facts}
+    def fact(self, where: Where, name: str, facts: dict) -> None:
+        """Record what is counted or known rather than timed."""
+        known = {"run": self.run, **where._asdict(), "name": name, "facts": facts}
         self.records.append({**dict.fromkeys(RECORD), "ratio": {}, **known})
         self.write()
 
+    def fail(self, where: Where, name: str, reason: str, lost: bool = False) -> None:
+        """Record why a contestant has no figure; ``lost``: because it ended the CUDA context."""
+        self.fact(where._replace(bench=FAILED + where.bench), name, {"reason": reason, "lost": lost})
+
+    @contextlib.contextmanager
+    def noting(self, where: Where) -> Iterator[None]:
+        """Put on record who ended the CUDA context."""
+        try:
+            yield
+        except ContextLost as lost:
+            self.fail(where, lost.name, lost.reason, lost=True)
+            raise
+
+    def _known(self, where: Where) -> list[dict]:
+        """Records of a race that count: of this code on this device."""
+        key = _where({"run": self.run, **where._asdict()})
+        return [r for r in self.all() if r["run"] in self.valid and _where(r) == key]
+
+    def measured(self, where: Where, names: Iterable[str]) -> bool:
+        """Whether every one of the contestants is on record, be it with the reason why it has no figure."""
+        return set(names) <= {r["name"] for r in self._known(where)}
+
+    def reason(self, where: Where, name: str) -> str:
+        """Why a contestant has no figure; empty if it has one."""
+        found = [r for r in self._known(where) if r["name"] == name and r["bench"].startswith(FAILED)]
+        return found[0]["facts"]["reason"] if found else ""
+
+    def banned(self, where: Where, name: str) -> str:
+        """Why a contestant is left out: it ended the context in this race, or in three of this benchmark."""
+        bench = FAILED + where.bench
+        found = [r for r in self.all() if r["run"] in self.valid and (r["bench"], r["name"]) == (bench, name)]
+        losses = [r for r in found if r["facts"]["lost"]]
+        if any(r in losses for r in self._known(where)):
+            return self.reason(where, name)
+        return "left out: it ended the CUDA context three times" if len(losses) >= 3 else ""
+
+    def all(self) -> list[dict]:
+        """Records of earlier runs that nothing replaced, and this run's."""
+        again = {(_where(r), r["name"]) for r in self.records}
+        return [r for r in self.old if (_where(r), r["name"]) not in again] + self.records
+
     def write(self) -> None:
         """Write the file whole, so that a run cut short leaves a readable one."""
-        again = {r["bench"] for r in self.records}
-        records = [r for r in self.old if r["bench"] not in again] + self.records
+        records = self.all()
+        used = {r["run"] for r in records if r["bench"] not in PER_RUN} | {self.run}
         self.environment["others"] = NEIGHBOURS.share()
-        runs = {**self.runs, self.run: self.environment}
-        runs = {k: v for k, v in runs.items() if any(r["run"] == k for r in records)}
-        dump(self.path, runs, records)
+        runs = {k: v for k, v in {**self.runs, self.run: self.environment}.items() if k in used}
+        dump(self.path, runs, [r for r in records if r["run"] in used])
 
 
 @functools.cache
@@ -557,26 +758,26 @@ def load(path: Path) -> list[dict]:
 
 
 def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    """A generator on the device that benchmarks run on, so that inputs are drawn there."""
+    return torch.Generator(device()).manual_seed(seed)
 
 
 def loss_inputs(N: int, C: int, P: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (N, C) that want a gradient, target (N,) int64, votes (N, P) int32 that favour a few classes."""
-    g = seeded(seed)
-    logits = torch.randn(N, C, generator=g).mul_(2).to(device(), dtype).requires_grad_()
-    target = torch.randint(C, (N,), generator=g)
-    spread = (torch.rand(N, P, generator=g).pow(4) * C).long()
-    votes = ((target[:, None] + spread) % C).to(torch.int32)
-    return logits, target.to(device()), votes.to(device())
+    drawn = {"generator": seeded(seed), "device": device()}
+    logits = torch.randn(N, C, **drawn).mul_(2).to(dtype).requires_grad_()
+    target = torch.randint(C, (N,), **drawn)
+    spread = (torch.rand(N, P, **drawn).pow_(4) * C).long()
+    return logits, target, ((target[:, None] + spread) % C).to(torch.int32)
 
 
 def vote_inputs(
     N: int, H: int, W: int, D: int, C: int, dtype: torch.dtype, layout: str, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D, H, W), channels_last or NCHW, or (N, H*W, D), tokens; weight (C, D)."""
-    g = seeded(seed)
-    features = torch.randn(N, H * W, D, generator=g).to(device(), dtype)
-    weight = (torch.randn(C, D, generator=g) / D**0.5).to(device(), dtype)
+    drawn = {"generator": seeded(seed), "device": device()}
+    features = torch.randn(N, H * W, D, **drawn).to(dtype)
+    weight = (torch.randn(C, D, **drawn) / D**0.5).to(dtype)
     if layout != "tokens":
         features = features.view(N, H, W, D).permute(0, 3, 1, 2)
         features = features.contiguous() if layout == "NCHW" else features

@@ -2,10 +2,11 @@
 
     python benchmarks/report.py            write tables into README.md, draw the pictures
     python benchmarks/report.py --check    say what in them does not follow from the records (exit status 1)
+    python benchmarks/report.py --choice [RECORDS]   say which backend was faster on a GPU, by regime
 
 A table goes between ``<!-- report:NAME -->`` and ``<!-- /report -->`` in README.md; the names are BLOCKS and
 EFFICACY. Every figure comes from a record in benchmarks/results; where there is none, the block says that
-nothing was measured.
+nothing was measured, or stays empty if it is.
 """
 
 from __future__ import annotations
@@ -60,15 +61,60 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def times(records: list[dict], peer: str) -> str:
-    """Our time over a peer's from a record of ours; "-" where the two did not meet."""
-    ratio = records[0]["ratio"].get(peer) if records else None
-    return digits(ratio[0], 3 if ratio[0] >= 0.1 else 2) if ratio else "-"
+MARKS = {"events": "†", "host-bound": "‡"}
+NOTES = {
+    "†": "by CUDA events from an idle GPU, as the call makes the host wait: not the GPU's time alone",
+    "‡": "the host could not be brought ahead of the GPU: not the GPU's time alone",
+}
+
+
+def timed(r: dict) -> str:
+    """A record's time, marked where it is not the device's alone."""
+    return seconds(r["median"]) + MARKS.get(r["how"], "")
+
+
+def times(records: list[dict], r: dict, peer: str) -> str:
+    """Our time over a peer's at a record's shape, marked as it was timed; "-" where the two did not meet."""
+    met = targets.meeting(records, r, peer)
+    if met is None:
+        return "-"
+    (ratio, _, _), how = met
+    return digits(ratio, 3 if ratio >= 0.1 else 2) + MARKS.get(how, "")
+
+
+def noted(text: str) -> str:
+    """A block with what its marks mean."""
+    notes = [f"{mark} {words}." for mark, words in NOTES.items() if mark in text]
+    return "\n\n".join([text, *([f"<sub>{' '.join(notes)}</sub>"] if notes else [])])
+
+
+def missing(records: list[dict], among: Iterable[str]) -> str:
+    """Which peers a table has no column or row of, and why; empty if it has all."""
+    found = {
+        r["name"]: r["facts"]["reason"] for r in records if r["bench"] == "absent" and r["name"] in among
+    }
+    words = "; ".join(f"{name} ({reason})" for name, reason in found.items())
+    return f"\n\nNot compared with: {words}." if words else ""
+
+
+def failures(records: list[dict], bench: str) -> str:
+    """Which contestants could not be measured somewhere, and why."""
+    found: dict[tuple[str, str], int] = {}
+    for r in records:
+        if r["bench"] == harness.FAILED + bench:
+            key = r["name"], r["facts"]["reason"]
+            found[key] = found.get(key, 0) + 1
+    words = "; ".join(f"{name}, {count} of the races: {why}" for (name, why), count in found.items())
+    return f"\n\nCould not be measured: {words}." if words else ""
 
 
 def provenance(records: list[dict]) -> str:
-    """Where figures come from, in a line."""
-    env = records[0]["env"]
+    """Where figures come from, in a line; several where they come from runs of different code or machines."""
+    lines = [_provenance(env) for env in {r["run"]: r["env"] for r in records}.values()]
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _provenance(env: dict) -> str:
     parts = [f"{env['device']} ({env['arch']})"]
     parts += (
         [f"{env['threads']} thread{'s' * (env['threads'] > 1)}"]
@@ -102,28 +148,49 @@ LOSS_PEERS = {
     baselines.REFERENCE: "plain PyTorch",
     baselines.PUBLISHED: "published way (SciPy)",
     baselines.LIGER: "Liger-Kernel CE",
+    baselines.QUACK: "QuACK CE, autograd",
     baselines.QUACK_IN_FORWARD: "QuACK CE",
 }
 
 
+def _clock(records: list[dict]) -> str:
+    return "device" if records[0]["env"]["kind"] == "cuda" else "host"
+
+
 def loss_block(records: list[dict], picture: Callable[[str], str]) -> str:
-    name = targets.default_name(r for r in records if r["bench"] == "loss")
-    clock = "device" if records[0]["env"]["kind"] == "cuda" else "host"
+    texts = [_loss_tables(records, name) for name in targets.names(records, "loss")]
+    text = "\n\n".join(t for t in texts if t)
+    if not text:
+        return ""
+    text += missing(records, LOSS_PEERS) + failures(records, "loss")
+    return text + picture("loss") + picture("growth")
+
+
+def _loss_tables(records: list[dict], name: str) -> str:
+    """The loss on one backend: against its peers, and forward and backward apart."""
+    clock = _clock(records)
     rows = find(records, "loss", name, "both", clock)
-    peers = [p for p in LOSS_PEERS if any(p in r["ratio"] for r in rows)]
-    copy = targets.ceiling(records, "copy")
-    head = ["logits", "dtype", "time", "GB/s", *(LOSS_PEERS[p] for p in peers)]
+    if not rows:
+        return ""
+    peers = [p for p in LOSS_PEERS if any(targets.meeting(records, r, p) for r in rows)]
+    copies = dict.fromkeys(targets.ceiling(records, "copy", run=r["run"]) for r in rows)
+    of_copy = ["of the copy"] if clock == "device" else []
+    head = ["logits", "dtype", "time", "GB/s", *of_copy, *(LOSS_PEERS[p] for p in peers)]
     body = []
     for r in rows:
         rate = r["bytes"] / r["median"]
+        copy = targets.ceiling(records, "copy", run=r["run"])
+        share = [f"{100 * rate / copy:.0f} %" if copy else "-"] if of_copy else []
         body.append(
-            [_shape(r), r["case"]["dtype"], seconds(r["median"]), f"{rate / 1e9:.3g}"]
-            + [times([r], p) for p in peers]
+            [_shape(r), r["case"]["dtype"], timed(r), f"{rate / 1e9:.3g}", *share]
+            + [times(records, r, p) for p in peers]
         )
+    reached = " and ".join(f"{copy / 1e9:.3g}" for copy in copies if copy)
     text = (
         f"`zipf_cross_entropy` ({_backend(name)} backend), value and gradient, P = {rows[0]['case']['P']} "
-        f"votes a sample: its time, and **its time over that of** each other (below 1: ours is faster). A "
-        f"copy of large tensors reached {copy / 1e9:.3g} GB/s in the same run.\n\n" + table(head, body)
+        f"votes a sample: its time, and **its time over that of** each other (below 1: ours is faster)."
+        + (f" A copy of large tensors reached {reached} GB/s in the same run." if reached else "")
+        + f"\n\n{table(head, body)}"
     )
     modes = []
     for r in rows:
@@ -134,7 +201,7 @@ def loss_block(records: list[dict], picture: Callable[[str], str]) -> str:
             mine, theirs = (
                 find(records, "loss", n, mode, clock, **r["case"]) for n in (name, baselines.CROSS_ENTROPY)
             )
-            pairs += [f"{seconds(x[0]['median'])}" if x else "-" for x in (mine, theirs)]
+            pairs += [timed(x[0]) if x else "-" for x in (mine, theirs)]
         if any(p != "-" for p in pairs):
             modes.append([_shape(r), *pairs])
     if modes:
@@ -144,16 +211,32 @@ def loss_block(records: list[dict], picture: Callable[[str], str]) -> str:
         text += "\n\nThe gradient is computed in forward; backward only hands it over.\n\n" + table(
             head, modes
         )
-    return text + picture("loss") + picture("growth")
+    return noted(text)
+
+
+VOTE_PEERS = {
+    baselines.MATMUL: "`torch.matmul` alone",
+    baselines.MATMUL_BATCHED: "`torch.matmul` alone, no copy",
+    baselines.MATMUL_ARGMAX: "matmul + argmax",
+    baselines.ARGMAX: "argmax alone",
+}
 
 
 def vote_block(records: list[dict], picture: Callable[[str], str]) -> str:
-    name = targets.default_name(r for r in records if r["bench"] == "vote")
+    texts = [_vote_table(records, name) for name in targets.names(records, "vote")]
+    text = "\n\n".join(t for t in texts if t)
+    return text + failures(records, "vote") + picture("votes") if text else ""
+
+
+def _vote_table(records: list[dict], name: str) -> str:
+    """Dense votes on one backend."""
+    rows = find(records, "vote", name)
+    peers = [p for p in VOTE_PEERS if any(p in r["ratio"] for r in rows)]
     body = []
-    for r in find(records, "vote", name):
+    for r in rows:
         c = r["case"]
-        peers = [find(records, "vote", n, **c) for n in (baselines.MATMUL, baselines.MATMUL_ARGMAX)]
-        ceiling = targets.ceiling(records, "product", c["dtype"])
+        dense = find(records, "vote", baselines.MATMUL_ARGMAX, **c)
+        ceiling = targets.ceiling(records, "product", c["dtype"], r["run"])
         rate = r["flops"] / r["median"]
         body.append(
             [
@@ -161,37 +244,59 @@ def vote_block(records: list[dict], picture: Callable[[str], str]) -> str:
                 f"{c['N']}x{c['H'] * c['W']}, {c['D']}, {c['C']}",
                 c["dtype"],
                 c["layout"],
-                seconds(r["median"]),
+                timed(r),
                 f"{rate / 1e9:.3g} ({100 * rate / ceiling:.0f} %)" if ceiling else f"{rate / 1e9:.3g}",
-                *(times([r], p) for p in (baselines.MATMUL, baselines.MATMUL_ARGMAX)),
-                f"{size(r['peak'])} ({size(peers[1][0]['peak']) if peers[1] else '-'})",
+                *(times(records, r, p) for p in peers),
+                f"{size(r['peak'])} ({size(dense[0]['peak']) if dense else '-'})",
             ]
         )
+    if not body:
+        return ""
     head = ["votes", "NxP, D, C", "dtype", "layout", "time", "GFLOP/s (of a large product)"]
-    head += ["`torch.matmul` alone", "matmul + argmax", "extra memory (matmul + argmax's)"]
-    return (
-        f"`dense_vote` ({_backend(name)} backend): its time, **its time over that of** the matrix product "
-        "alone and of product and argmax; its peak extra memory.\n\n" + table(head, body) + picture("votes")
+    head += [*(VOTE_PEERS[p] for p in peers), "extra memory (matmul + argmax's)"]
+    parts = "the matrix product alone and of product and argmax"
+    if baselines.MATMUL_BATCHED in peers:
+        parts = (
+            "the matrix product alone (of NCHW: with a transposing copy, and sample by sample without one), "
+            "of product and argmax, and of the argmax alone"
+        )
+    return noted(
+        f"`dense_vote` ({_backend(name)} backend): its time, **its time over that of** {parts}; its peak "
+        f"extra memory.\n\n{table(head, body)}"
     )
 
 
 def host_block(records: list[dict], picture: Callable[[str], str]) -> str:
-    name = targets.default_name(r for r in records if r["bench"] == "loss")
+    """Host time of each of our backends beside F.cross_entropy's."""
+    ours = targets.names(records, "loss")
+    cases = {"sweep": "host"} if records[0]["env"]["kind"] == "cpu" else {}
     body = []
-    kind = records[0]["env"]["kind"]
-    cases = {"sweep": "host"} if kind == "cpu" else {}
     for mode, words in (
         ("both", "forward + backward"),
         ("forward", "forward"),
         ("infer", "forward, no gradient wanted"),
     ):
-        for r in find(records, "loss", name, mode, "host", **cases):
-            other = find(records, "loss", baselines.CROSS_ENTROPY, mode, "host", **r["case"])
-            theirs = seconds(other[0]["median"]) if other else "-"
-            row = [words, _shape(r), seconds(r["median"]), theirs, times([r], baselines.CROSS_ENTROPY)]
-            body.append(row)
-    head = ["call", "logits", "ours", "`F.cross_entropy`", "ratio"]
-    return "Host time of a call, where there is next to nothing to compute.\n\n" + table(head, body)
+        for other in find(records, "loss", baselines.CROSS_ENTROPY, mode, "host", **cases):
+            cells, ratios = [], []
+            for name in ours:
+                mine = find(records, "loss", name, mode, "host", **other["case"])
+                cells.append(seconds(mine[0]["median"]) if mine else "-")
+                ratios.append(times(records, mine[0], baselines.CROSS_ENTROPY) if mine else "-")
+            body.append([words, _shape(other), *cells, seconds(other["median"]), *ratios])
+    if not body:
+        return ""
+    several = len(ours) > 1
+    head = ["call", "logits", *([_backend(n) for n in ours] if several else ["ours"]), "`F.cross_entropy`"]
+    head += [f"{_backend(n)}, ratio" for n in ours] if several else ["ratio"]
+    what = (
+        "Host time of a call, where there is next to nothing to compute."
+        if cases
+        else "Host time of a call: what it takes to issue it."
+    )
+    return f"{what}\n\n{table(head, body)}"
+
+
+HEAD_PEERS = (baselines.LINEAR_CROSS_ENTROPY, baselines.CUT)
 
 
 def step_block(records: list[dict], picture: Callable[[str], str]) -> str:
@@ -214,10 +319,10 @@ def step_block(records: list[dict], picture: Callable[[str], str]) -> str:
                 more = "-" if ratio is None else f"{100 * (ratio[0] - 1):+.2f} %"
                 if plain is r:
                     more = "0"
-                body.append([r["name"], seconds(r["median"]), more, size(r["peak"])])
+                body.append([r["name"], timed(r), more, size(r["peak"])])
             head = ["loss", "time", f"against `{plain_name}`", "peak memory"]
             text.append(words.format(_describe(bench, case)) + "\n\n" + table(head, body))
-    return "\n\n".join(text)
+    return noted("\n\n".join(text)) + missing(records, HEAD_PEERS) + failures(records, "step")
 
 
 def _describe(bench: str, case: dict) -> str:
@@ -238,9 +343,30 @@ def target_block(records: list[dict], picture: Callable[[str], str]) -> str:
 
 
 def target_table(verdicts: list[targets.Verdict]) -> str:
+    """A row a target; the backends judged side by side."""
     met = {True: "yes", False: "no", None: "-"}
-    rows = [[f"{v.group}: {v.text}", v.target, v.measured, met[v.met]] for v in verdicts]
-    return table(["", "target", "measured", "met"], rows)
+    names = [name for name in dict.fromkeys(v.backend for v in verdicts) if name] or [""]
+    rows: dict[tuple[str, str], dict[str, targets.Verdict]] = {}
+    for v in verdicts:
+        rows.setdefault((f"{v.group}: {v.text}", v.target), {})[v.backend or names[0]] = v
+    head = ["", "target"]
+    for name in names:
+        head += [_backend(name) if len(names) > 1 else "measured", "met"]
+    body = []
+    for row, found in rows.items():
+        cells = [[found[n].measured, met[found[n].met]] if n in found else ["", ""] for n in names]
+        body.append([*row, *(cell for pair in cells for cell in pair)])
+    return table(head, body)
+
+
+def choice_table(records: list[dict]) -> str:
+    """Which of our two backends for GPUs was faster, by regime; empty where they did not meet."""
+    rows = []
+    for c in targets.choice(records):
+        low, high = min(c.ratios.values()), max(c.ratios.values())
+        spread = f"{digits(c.middle)} ({digits(low)} to {digits(high)}, {len(c.ratios)} races)"
+        rows.append([c.regime, c.clock, spread, c.faster + (f" ({c.doubt})" if c.doubt else "")])
+    return table(["regime", "time", "cuda's over triton's", "faster"], rows) if rows else ""
 
 
 BLOCKS: dict[str, tuple[str, str, Callable]] = {  # name -> kind of device, benchmark it needs, what writes it
@@ -273,7 +399,7 @@ def efficacy_block(preset: str, folder: Path) -> str:
     def bold(less: efficacy.Sample) -> str:
         return f"**{cell(less, '+.2f')}**" if less.certain else cell(less, "+.2f")
 
-    head, rows = ["training loss"], {method: [method] for method in efficacy.METHODS}
+    head, rows = ["training loss"], {method: [method] for method in plan.methods}
     differences, over_smoothing = [], []
     for data in dict.fromkeys(r["data"] for r in records):
         found = {method: efficacy.accuracies(records, data, method) for method in rows}
@@ -319,7 +445,9 @@ def block(name: str, results: dict[Path, list[dict]], folder: Path = harness.RES
             drawn = PICTURES[what](records) is not None
             return f"\n\n![{what}](benchmarks/results/{path.stem}-{what}.svg)" if drawn else ""
 
-        parts.append(f"{write(records, picture)}\n\n<sub>{provenance(source)}.</sub>")
+        text = write(records, picture)
+        if text:
+            parts.append(f"{text}\n\n<sub>{provenance(source)}.</sub>")
     return "\n\n".join(parts) or NOTHING
 
 
@@ -348,11 +476,12 @@ def _figure(columns: int, width: float = 4.6, height: float = 3.6, rows: int = 1
 
 
 def draw_loss(records: list[dict], draw: bool = False):
-    """Bars: how many times faster the loss is than each peer, shape by shape."""
-    name = targets.default_name(r for r in records if r["bench"] == "loss")
-    on_gpu = records[0]["env"]["kind"] == "cuda"
-    clock, dtype = ("device", "bfloat16") if on_gpu else ("host", "float32")
-    rows = [r for r in find(records, "loss", name, "both", clock, dtype=dtype) if len(r["ratio"]) > 3]
+    """Bars: how many times faster the loss is than each peer, shape by shape, on each of our backends."""
+    names = targets.names(records, "loss")
+    clock = _clock(records)
+    dtype = "bfloat16" if clock == "device" else "float32"
+    first = find(records, "loss", names[0], "both", clock, dtype=dtype) if names else []
+    rows = [r for r in first if len(r["ratio"]) > 3]
     rows = [rows[i * len(rows) // 6] for i in range(6)] if len(rows) > 6 else rows
     if not rows:
         return None
@@ -360,32 +489,49 @@ def draw_loss(records: list[dict], draw: bool = False):
         return True
     columns = min(3, len(rows)) if len(rows) != 4 else 2
     lines = -(-len(rows) // columns)
-    figure, axes = _figure(columns, 4.9, 2.9, lines)
+    figure, axes = _figure(columns, 4.9, 2.9 + 0.9 * (len(names) - 1), lines)
     axes = [axes] if len(rows) == 1 else axes.flatten()
     for ax in axes[len(rows) :]:
         ax.axis("off")
     for ax, r in zip(axes, rows):
-        peers = [p for p in LOSS_PEERS if p in r["ratio"] and p != baselines.COPY]
-        speed = [1 / r["ratio"][p][0] for p in peers]
-        low = [1 / r["ratio"][p][0] - 1 / r["ratio"][p][2] for p in peers]
-        high = [1 / r["ratio"][p][1] - 1 / r["ratio"][p][0] for p in peers]
-        y = range(len(peers))
-        colours = [COLOURS[1] if "cross_entropy" in p or "CE" in LOSS_PEERS[p] else THEIRS for p in peers]
-        ax.barh(y, speed, 0.62, color=colours, xerr=[low, high], error_kw={"ecolor": INK, "elinewidth": 0.8})
-        for i, s in enumerate(speed):
-            reach = s + max(0.0, high[i])
-            ax.text(reach * 1.08, i, f"{digits(s, 2)}x", va="center", fontweight="bold")
-        ax.set_yticks(y, [LOSS_PEERS[p].replace("`", "") for p in peers])
+        met = [
+            {p: targets.meeting(records, mine, p) for p in LOSS_PEERS}
+            for name in names
+            for mine in find(records, "loss", name, "both", clock, **r["case"])
+        ]
+        peers = [p for p in LOSS_PEERS if p != baselines.COPY and any(found[p] for found in met)]
+        height, reaches = 0.62 / len(met), [2.0]
+        for k, found in enumerate(met):
+            bars = [(i, found[p][0]) for i, p in enumerate(peers) if found[p]]
+            y = [i + height * (k - (len(met) - 1) / 2) for i, _ in bars]
+            speed = [1 / x[0] for _, x in bars]
+            error = [[1 / x[0] - 1 / x[2] for _, x in bars], [1 / x[1] - 1 / x[0] for _, x in bars]]
+            plain = ["cross_entropy" in peers[i] or "CE" in LOSS_PEERS[peers[i]] for i, _ in bars]
+            ax.barh(
+                y,
+                speed,
+                height,
+                color=[COLOURS[1] if p else THEIRS for p in plain],
+                alpha=1 - 0.4 * k,
+                xerr=error,
+                error_kw={"ecolor": INK, "elinewidth": 0.8},
+            )
+            for at, s, high in zip(y, speed, error[1]):
+                reaches += [s + max(0.0, high), s]
+                ax.text((s + max(0.0, high)) * 1.08, at, f"{digits(s, 2)}x", va="center", fontweight="bold")
+        ax.set_yticks(range(len(peers)), [LOSS_PEERS[p].replace("`", "") for p in peers])
         ax.invert_yaxis()
         ax.set_xscale("log")
-        ax.set_xlim(min(0.3, *speed) * 0.8, max(2.0, *(s + h for s, h in zip(speed, high))) * 3)
+        ax.set_xlim(min(0.3, *reaches) * 0.8, max(reaches) * 3)
         ax.axvline(1, color=OURS, lw=1.4, zorder=0)
         ax.tick_params(length=0)
         ax.minorticks_off()
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
         ax.set_title(f"{_shape(r)}: {seconds(r['median'])}")
+    shades = f"; dark {_backend(names[0])}, light {_backend(names[1])}" if len(names) > 1 else ""
     figure.suptitle(
-        "Loss and gradient: how many times faster than each peer (plain cross-entropy in blue)", fontsize=11
+        f"Loss and gradient: how many times faster than each peer (plain cross-entropy in blue{shades})",
+        fontsize=11,
     )
     return figure
 
@@ -427,23 +573,21 @@ def draw_growth(records: list[dict], draw: bool = False):
 
 def draw_ceiling(records: list[dict], draw: bool = False):
     """The loss's bandwidth against classes, with the copy's as the ceiling; memory beside it."""
-    name = targets.default_name(r for r in records if r["bench"] == "loss")
-    clock = "device" if records[0]["env"]["kind"] == "cuda" else "host"
-    rows = sorted(find(records, "loss", name, "both", clock, sweep="C"), key=lambda r: r["case"]["C"])
-    rows = [r for r in rows if r["case"]["P"] == 49]
-    copy = targets.ceiling(records, "copy")
+    names, clock = targets.names(records, "loss"), _clock(records)
+    rows = find(records, "loss", mode="both", clock=clock, sweep="C")
+    rows = sorted((r for r in rows if r["name"] in names), key=lambda r: r["case"]["C"])
     held = [r for r in find(records, "loss", mode="both", clock=clock) if r["peak"] is not None]
+    copy = targets.ceiling(records, "copy", run=rows[0]["run"]) if rows else 0.0
     if not rows or not copy or not held:
         return None
     if not draw:
         return True
     figure, (left, right) = _figure(2, 5.2, 3.5)
-    peers = dict.fromkeys([name, baselines.CROSS_ENTROPY])
-    for i, n in enumerate(peers):
+    for colour, n in zip(COLOURS, [*names, baselines.CROSS_ENTROPY]):
         mine = sorted(find(records, "loss", n, "both", clock, sweep="C"), key=lambda r: r["case"]["C"])
         x = [r["case"]["C"] for r in mine]
         rate = [r["bytes"] / r["median"] / 1e9 for r in mine]
-        left.plot(x, rate, "o-", color=COLOURS[i], ms=4, lw=1.8, label=n)
+        left.plot(x, rate, "o-", color=colour, ms=4, lw=1.8, label=n)
     left.axhline(copy / 1e9, color=INK, lw=1, ls="--", label=f"copy of large tensors, {copy / 1e9:.3g} GB/s")
     left.set_xscale("log")
     left.set_xlabel("classes C")
@@ -453,14 +597,13 @@ def draw_ceiling(records: list[dict], draw: bool = False):
     left.legend(fontsize=8.5, loc="upper left")
     left.grid(True, color=SOFT, lw=0.6)
     case = max(held, key=lambda r: r["bytes"])["case"]
-    shown = {name: name, **LOSS_PEERS}
+    shown = {**{name: name for name in names}, **LOSS_PEERS}
     shown.pop(baselines.COPY)
-    chosen = sorted(
-        (r for r in held if r["case"] == case and r["name"] in shown), key=lambda r: r["peak"], reverse=True
-    )
+    chosen = [r for r in held if r["case"] == case and r["name"] in shown]
+    chosen = sorted(chosen, key=lambda r: r["peak"], reverse=True)
     logits = chosen[0]["bytes"] / 2
     y = range(len(chosen))
-    ours = [COLOURS[0] if r["name"] == name else THEIRS for r in chosen]
+    ours = [COLOURS[names.index(r["name"])] if r["name"] in names else THEIRS for r in chosen]
     right.barh(y, [r["peak"] / logits for r in chosen], 0.62, color=ours)
     for i, r in enumerate(chosen):
         right.text(r["peak"] / logits, i, f" {r['peak'] / logits:.1f}", va="center")
@@ -474,46 +617,54 @@ def draw_ceiling(records: list[dict], draw: bool = False):
 
 
 def draw_votes(records: list[dict], draw: bool = False):
-    """Bars: time of dense votes with the matrix product alone as the unit; their memory."""
-    name = targets.default_name(r for r in records if r["bench"] == "vote")
-    rows = [r for r in find(records, "vote", name) if baselines.MATMUL in r["ratio"]]
+    """Bars: time of dense votes, the matrix product alone as the unit, and their memory; ours by backend."""
+    names = targets.names(records, "vote")
+    first = find(records, "vote", names[0]) if names else []
+    rows = [r for r in first if baselines.MATMUL in r["ratio"] and baselines.MATMUL_ARGMAX in r["ratio"]]
     if not rows:
         return None
     if not draw:
         return True
-    figure, (left, right) = _figure(2, 5.6, 0.42 * len(rows) + 1.1)
+    figure, (left, right) = _figure(2, 5.6, (0.27 + 0.15 * len(names)) * len(rows) + 1.1)
     labels = []
     for r in rows:
         c = r["case"]
         extra = [x for x in (c["dtype"], c["layout"] if c["layout"] != "channels_last" else "") if x]
         labels.append(f"{c['what']}{' x2' if c['upsample'] == 2 else ''}, {', '.join(extra)}")
-    y = range(len(rows))
-    argmax = [find(records, "vote", baselines.MATMUL_ARGMAX, **r["case"])[0] for r in rows]
-    dense = [r["ratio"][baselines.MATMUL][0] / r["ratio"][baselines.MATMUL_ARGMAX][0] for r in rows]
-    mine = [r["ratio"][baselines.MATMUL][0] for r in rows]
-    left.barh([i + 0.2 for i in y], dense, 0.36, color=THEIRS, label=baselines.MATMUL_ARGMAX)
-    left.barh([i - 0.2 for i in y], mine, 0.36, color=OURS, label=name)
-    for i, (a, b) in enumerate(zip(mine, dense)):
-        left.text(a, i - 0.2, f" {digits(a)}", va="center", fontsize=8.5)
-        left.text(b, i + 0.2, f" {digits(b)}", va="center", fontsize=8.5)
+    height = 0.72 / (1 + len(names))
+    ends = [0.5, 2.0]
+    most = 1.0
+    for k, name in enumerate([*names, baselines.MATMUL_ARGMAX]):
+        colour = COLOURS[k] if name in names else THEIRS
+        for i, r in enumerate(rows):
+            at, label = i + height * (k - len(names) / 2), name if i == 0 else None
+            mine = find(records, "vote", name, **r["case"])
+            if name in names:
+                time = mine[0]["ratio"].get(baselines.MATMUL, [0.0])[0] if mine else 0.0
+            else:
+                time = r["ratio"][baselines.MATMUL][0] / r["ratio"][name][0]
+            left.barh(at, time, height, color=colour, label=label)
+            if not mine or not time:
+                continue
+            ends.append(time)
+            left.text(time, at, f" {digits(time)}", va="center", fontsize=8.5)
+            peak = (mine[0]["peak"] or 0) / targets.MIB
+            most = max(most, peak)
+            right.barh(at, peak, height, color=colour)
+            right.text(peak, at, f" {size(mine[0]['peak'])}", va="center", fontsize=8.5)
     left.axvline(1, color=INK, lw=1, ls="--")
     left.set_title("Time, torch.matmul alone = 1")
     left.set_xscale("log")
-    left.set_xlim(min(0.5, *mine, *dense) * 0.8, 2 * max(2, *mine, *dense))
+    left.set_xlim(min(ends) * 0.8, 2 * max(ends))
     left.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     left.minorticks_off()
-    right.barh([i + 0.2 for i in y], [(r["peak"] or 0) / targets.MIB for r in argmax], 0.36, color=THEIRS)
-    right.barh([i - 0.2 for i in y], [(r["peak"] or 0) / targets.MIB for r in rows], 0.36, color=OURS)
-    for i, (a, b) in enumerate(zip(rows, argmax)):
-        right.text((a["peak"] or 0) / targets.MIB, i - 0.2, f" {size(a['peak'])}", va="center", fontsize=8.5)
-        right.text((b["peak"] or 0) / targets.MIB, i + 0.2, f" {size(b['peak'])}", va="center", fontsize=8.5)
     right.set_title("Peak extra memory, MiB")
-    right.set_xlim(0, 1.35 * max(1, *((r["peak"] or 0) / targets.MIB for r in argmax)))
+    right.set_xlim(0, 1.35 * most)
     for ax in (left, right):
-        ax.set_yticks(y, labels if ax is left else [""] * len(rows))
+        ax.set_yticks(range(len(rows)), labels if ax is left else [""] * len(rows))
         ax.invert_yaxis()
         ax.tick_params(length=0)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=len(names) + 1)
     return figure
 
 
@@ -572,8 +723,10 @@ def write(readme: Path = README, folder: Path = harness.RESULTS) -> None:
 
 
 def _marked(name: str, old: str, results: dict[Path, list[dict]], folder: Path) -> str:
-    body = block(name, results, folder) + "\n" if name in {*BLOCKS, *EFFICACY} else old
-    return f"<!-- report:{name} -->\n{body}<!-- /report -->"
+    body = block(name, results, folder) if name in {*BLOCKS, *EFFICACY} else None
+    if body is not None and (old or body != NOTHING):
+        old = body + "\n"
+    return f"<!-- report:{name} -->\n{old}<!-- /report -->"
 
 
 def check(readme: Path = README, folder: Path = harness.RESULTS) -> list[str]:
@@ -610,7 +763,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing; say what is out of date")
+    parser.add_argument(
+        "--choice",
+        nargs="*",
+        type=Path,
+        metavar="RECORDS",
+        help="say which backend for GPUs was faster, by regime (default: in all records)",
+    )
     arguments = parser.parse_args()
+    if arguments.choice is not None:
+        for path in arguments.choice or load_all():
+            text = choice_table(load(path))
+            print(f"{path.name}\n\n{text}\n" if text else f"{path.name}: cuda and triton did not meet")
+        return 0
     if not arguments.check:
         write()
         return 0

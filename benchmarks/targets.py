@@ -1,15 +1,18 @@
 """The performance targets, one row each: what is asked, and how the records answer it.
 
-``judge`` gives for every row what was measured and whether that meets the target. A row without records says
-so; nothing is filled in.
+``judge`` gives for every row, and on a GPU for every backend of ours, what was measured and whether that
+meets the target. A row without records says so; nothing is filled in. Time on the device that was not taken
+with the host ahead of it (harness: ``how``) is shown and not judged. ``choice``: which backend was faster.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import baselines
+import harness
 
 MIB = 1 << 20
 GAP = "not measured"
@@ -17,17 +20,18 @@ GAP = "not measured"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One row of the table; ``met`` is None where nothing was measured."""
+    """One row of the table for one backend; ``met`` is None where nothing was measured or can be judged."""
 
     group: str
     text: str
     target: str
     measured: str
     met: bool | None
+    backend: str = ""  # the contestant judged; empty where there is none
 
 
-# A measurement: the figure that counts, how it reads, or None for no records.
-Measured = tuple[float, str] | None
+# A measurement: the figure that counts, how it reads, why it cannot be judged; or None for no records.
+Measured = tuple[float, str, str] | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Target:
     text: str
     bound: float
     target: str
-    measure: Callable[[list[dict]], Measured]
+    measure: Callable[[list[dict], str], Measured]  # of records and the name of a backend of ours
     above: bool = False
 
 
@@ -52,6 +56,16 @@ def default_name(records: Iterable[dict]) -> str:
     names = {r["name"] for r in records}
     backends = next((r["env"]["backends"] for r in records), [])
     return next((baselines.ours(b) for b in backends if baselines.ours(b) in names), "")
+
+
+def names(records: list[dict], bench: str = "") -> list[str]:
+    """Our backends to show: on a GPU each but plain PyTorch, best first; on a CPU the one that serves."""
+    records = [r for r in records if not bench or r["bench"] == bench]
+    if not records or records[0]["env"]["kind"] != "cuda":
+        return [name for name in [default_name(records)] if name]
+    known = dict.fromkeys(b for r in records for b in r["env"]["backends"])
+    timed = {r["name"] for r in records}
+    return baselines.kernels(baselines.ours(b) for b in known if baselines.ours(b) in timed)
 
 
 def find(
@@ -70,40 +84,72 @@ def find(
     ]
 
 
-def ceiling(records: list[dict], name: str, dtype: str = "float32") -> float:
-    """Bytes (copy) or operations (product) per second that this run's machine reached; 0 if unmeasured."""
-    found = find(records, "ceiling", name, dtype=dtype)
-    return (found[0]["bytes"] or found[0]["flops"]) / found[0]["median"] if found else 0.0
+def ceiling(records: list[dict], name: str, dtype: str = "float32", run: str = "") -> float:
+    """Bytes (copy) or operations (product) a second that were reached in a run, or any; 0 if unmeasured."""
+    found = [r for r in find(records, "ceiling", name, dtype=dtype) if not run or r["run"] == run]
+    return (found[-1]["bytes"] or found[-1]["flops"]) / found[-1]["median"] if found else 0.0
 
 
-def _ours(records: list[dict], bench: str, **case) -> list[dict]:
-    name = default_name(r for r in records if r["bench"] == bench)
-    return find(records, bench, name, **case) if name else []
+def meeting(records: list[dict], r: dict, peer: str) -> tuple[list[float], str] | None:
+    """Our time over a peer's [median, 20 %, 80 %] at a record's shape, and how the two were timed at worst.
+
+    Peers that take long to compile have a race of their own at some shapes.
+    """
+    for sweep in (r["case"].get("sweep", ""), "compiled"):
+        here = {**r["case"], "sweep": sweep}
+        for mine in find(records, r["bench"], r["name"], r["mode"], r["clock"], **here):
+            if peer in mine["ratio"]:
+                theirs = find(records, r["bench"], peer, r["mode"], r["clock"], **here)
+                hows = [x["how"] for x in (mine, *theirs) if x["how"] not in harness.SURE]
+                return mine["ratio"][peer], hows[0] if hows else mine["how"]
+    return None
 
 
 # Measures --------------------------------------------------------------------------------------------
 
 
-def _worst(figures: list[tuple[float, str]], form: str, above: bool = False) -> Measured:
-    """The figure furthest from its target, and where."""
+@dataclass(frozen=True, order=True)
+class Figure:
+    """A figure, where it is from, how it was timed ("": not timed but counted)."""
+
+    value: float
+    where: str = ""
+    how: str = ""
+
+
+def _worst(figures: Iterable[Figure], form: str, above: bool = False) -> Measured:
+    """The figure furthest from its target, and where; the first doubt among all of them."""
+    figures = list(figures)
     if not figures:
         return None
-    value, where = (min if above else max)(figures)
-    return value, form.format(value) + (f" ({where})" if where else "")
+    worst = (min if above else max)(figures)
+    doubts = [
+        f"{f.where}: {f.how}" if f.where else f.how for f in figures if f.how and f.how not in harness.SURE
+    ]
+    return (
+        worst.value,
+        form.format(worst.value) + (f" ({worst.where})" if worst.where else ""),
+        doubts[0] if doubts else "",
+    )
 
 
 def _shape(r: dict) -> str:
     c = r["case"]
-    return f"{c['N']}x{c['C']}" if "P" in c else f"N {c['N']}, D {c['D']}, C {c['C']}, {c['dtype']}"
+    return f"{c['N']}x{c['C']}" if "D" not in c else f"N {c['N']}, D {c['D']}, C {c['C']}, {c['dtype']}"
 
 
-def ratio(peer: str, select: Callable[[dict], bool] | None = None, bench: str = "loss", **case):
+def _anything(r: dict) -> bool:
+    return True
+
+
+def ratio(peer: str, select: Callable[[dict], bool] = _anything, bench: str = "loss", **case):
     """Our time over a peer's, the worst of the cases."""
 
-    def measure(records: list[dict]) -> Measured:
-        rows = [r for r in _ours(records, bench, **case) if peer in r["ratio"] and (not select or select(r))]
-        several = len({_shape(r) for r in rows}) > 1
-        return _worst([(r["ratio"][peer][0], _shape(r) if several else "") for r in rows], "{:.3g}")
+    def measure(records: list[dict], name: str) -> Measured:
+        met = [(r, meeting(records, r, peer)) for r in find(records, bench, name, **case) if select(r)]
+        met = [(r, *found) for r, found in met if found]
+        several = len({_shape(r) for r, _, _ in met}) > 1
+        return _worst([Figure(x[0], _shape(r) if several else "", how) for r, x, how in met], "{:.3g}")
 
     return measure
 
@@ -111,33 +157,34 @@ def ratio(peer: str, select: Callable[[dict], bool] | None = None, bench: str = 
 def faster(peer: str, **case):
     """A peer's time over ours."""
 
-    def measure(records: list[dict]) -> Measured:
-        rows = [r for r in _ours(records, "vote", **case) if peer in r["ratio"]]
-        return _worst([(1 / r["ratio"][peer][0], "") for r in rows], "{:.3g}x", above=True)
+    def measure(records: list[dict], name: str) -> Measured:
+        met = [meeting(records, r, peer) for r in find(records, "vote", name, **case)]
+        return _worst([Figure(1 / x[0][0], "", x[1]) for x in met if x], "{:.3g}x", above=True)
 
     return measure
 
 
 def of_copy(select: Callable[[dict], bool]):
-    """The loss's bandwidth as a share of the copy's, percent, the worst of the cases."""
+    """The loss's bandwidth as a share of the copy's in the same run, percent, the worst of the cases."""
 
-    def measure(records: list[dict]) -> Measured:
-        rows = [r for r in _ours(records, "loss", mode="both", clock="device", dtype="bfloat16") if select(r)]
-        copy = ceiling(records, "copy")
-        if not copy:
-            return None
-        shares = [(100 * r["bytes"] / r["median"] / copy, _shape(r)) for r in rows]
+    def measure(records: list[dict], name: str) -> Measured:
+        rows = find(records, "loss", name, mode="both", clock="device", dtype="bfloat16")
+        shares = [
+            Figure(100 * r["bytes"] / r["median"] / copy, _shape(r), r["how"])
+            for r in rows
+            if select(r) and (copy := ceiling(records, "copy", run=r["run"]))
+        ]
         return _worst(shares, "{:.1f} %", above=True)
 
     return measure
 
 
-def microseconds(clock: str, select: Callable[[dict], bool] = lambda r: True, bench: str = "loss", **case):
+def microseconds(clock: str, select: Callable[[dict], bool] = _anything, bench: str = "loss", **case):
     """Time of a call, the worst of the cases."""
 
-    def measure(records: list[dict]) -> Measured:
-        rows = [r for r in _ours(records, bench, clock=clock, **case) if select(r)]
-        return _worst([(1e6 * r["median"], _shape(r)) for r in rows], "{:.3g} us")
+    def measure(records: list[dict], name: str) -> Measured:
+        rows = [r for r in find(records, bench, name, clock=clock, **case) if select(r)]
+        return _worst([Figure(1e6 * r["median"], _shape(r), r["how"]) for r in rows], "{:.3g} us")
 
     return measure
 
@@ -145,9 +192,9 @@ def microseconds(clock: str, select: Callable[[dict], bool] = lambda r: True, be
 def launches(key: str):
     """A count taken by the profiler."""
 
-    def measure(records: list[dict]) -> Measured:
-        rows = [r for r in _ours(records, "launches") if key in r.get("facts", {})]
-        return _worst([(r["facts"][key], _shape(r)) for r in rows], "{:.0f}")
+    def measure(records: list[dict], name: str) -> Measured:
+        rows = [r for r in find(records, "launches", name) if key in r.get("facts", {})]
+        return _worst([Figure(r["facts"][key], _shape(r)) for r in rows], "{:.0f}")
 
     return measure
 
@@ -155,53 +202,53 @@ def launches(key: str):
 def peak(bench: str, per_logits: bool = False, **case):
     """Peak extra memory in MiB, or as a multiple of the logits, the worst of the cases."""
 
-    def measure(records: list[dict]) -> Measured:
-        rows = [r for r in _ours(records, bench, **case) if r["peak"] is not None]
+    def measure(records: list[dict], name: str) -> Measured:
+        rows = [r for r in find(records, bench, name, **case) if r["peak"] is not None]
         if per_logits:
             rows = [r for r in rows if r["bytes"] >= 2 * MIB]
-            return _worst([(r["peak"] / (r["bytes"] / 2), _shape(r)) for r in rows], "{:.3f} x logits")
-        return _worst([(r["peak"] / MIB, _shape(r)) for r in rows], "{:.2f} MiB")
+            return _worst([Figure(r["peak"] / (r["bytes"] / 2), _shape(r)) for r in rows], "{:.3f} x logits")
+        return _worst([Figure(r["peak"] / MIB, _shape(r)) for r in rows], "{:.2f} MiB")
 
     return measure
 
 
-def layouts(records: list[dict]) -> Measured:
+def layouts(records: list[dict], name: str) -> Measured:
     """NCHW's rate as a share of channels_last's, percent."""
     both = [
-        _ours(records, "vote", layout=layout, what="ResNet-50, ImageNet", N=256, dtype="bfloat16")
+        find(records, "vote", name, layout=layout, what="ResNet-50, ImageNet", N=256, dtype="bfloat16")
         for layout in ("channels_last", "NCHW")
     ]
     if not all(both):
         return None
-    share = 100 * both[0][0]["median"] / both[1][0]["median"]
-    return share, f"{share:.0f} %"
+    (fast, *_), (slow, *_) = both
+    share = 100 * fast["median"] / slow["median"]
+    return _worst([Figure(share, "", r["how"]) for r in (fast, slow)], "{:.0f} %")
 
 
 def added(C: int, key: str = "median"):
     """What our loss adds to a step with F.cross_entropy: percent of its time, or MiB of its peak memory."""
 
-    def measure(records: list[dict]) -> Measured:
-        rows = _ours(records, "step", C=C, compiled=False)
+    def measure(records: list[dict], name: str) -> Measured:
+        rows = find(records, "step", name, C=C, compiled=False)
         if not rows:
             return None
         if key == "median":
-            percent = 100 * (rows[0]["ratio"][baselines.CROSS_ENTROPY][0] - 1)
-            return percent, f"{percent:+.2f} %"
+            met = meeting(records, rows[0], baselines.CROSS_ENTROPY)
+            return met and _worst([Figure(100 * (met[0][0] - 1), "", met[1])], "{:+.2f} %")
         plain = find(records, "step", baselines.CROSS_ENTROPY, C=C, compiled=False)
         if not plain or rows[0]["peak"] is None or plain[0]["peak"] is None:
             return None
-        more = (rows[0]["peak"] - plain[0]["peak"]) / MIB
-        return more, f"{more:+.2f} MiB"
+        return _worst([Figure((rows[0]["peak"] - plain[0]["peak"]) / MIB)], "{:+.2f} MiB")
 
     return measure
 
 
-def reached(name: str, dtype: str, unit: float, label: str):
+def reached(of: str, dtype: str, unit: float, label: str):
     """A ceiling; there is nothing to meet."""
 
-    def measure(records: list[dict]) -> Measured:
-        value = ceiling(records, name, dtype)
-        return (value, f"{value / unit:.3g} {label}") if value else None
+    def measure(records: list[dict], name: str) -> Measured:
+        value = ceiling(records, of, dtype)
+        return (value, f"{value / unit:.3g} {label}", "") if value else None
 
     return measure
 
@@ -272,17 +319,16 @@ def _targets() -> list[Target]:
         ("ResNet-50, iNat21", {}, 1.02, 1.25),
     ):
         case = {**case, **bf16, "what": name}
-        if name != "ViT-B/16, ImageNet":
-            case["layout"] = "channels_last"
+        case["layout"] = "tokens" if name == "ViT-B/16, ImageNet" else "channels_last"
         measure = ratio(baselines.MATMUL, bench="vote", **case)
         gpu("vote", f"time of torch.matmul alone, {name}", bound, f"<= {bound}", measure)
         measure = faster(baselines.MATMUL_ARGMAX, **case)
         gpu("vote", f"speed over matmul + argmax, {name}", times, f">= {times}x", measure, True)
     for stage in (1, 2):
         case = {"what": f"CIFAR-100, stage {stage}", **bf16}
-        measure = microseconds("device", bench="vote", **case)
+        measure = microseconds("device", bench="vote", layout="channels_last", **case)
         gpu("vote", f"CIFAR-100, stage {stage}, with and without upsampling", 6, "<= 6 us", measure)
-        measure = faster(baselines.MATMUL_ARGMAX, **case)
+        measure = faster(baselines.MATMUL_ARGMAX, layout="channels_last", **case)
         gpu("vote", f"speed over matmul + argmax, CIFAR-100, stage {stage}", 2, ">= 2x", measure, True)
     gpu("vote", "NCHW, rate against channels_last", 85, ">= 85 %", layouts, True)
     for name, bound in (("ResNet-50, ImageNet", 0.5), ("ResNet-50, iNat21", 4)):
@@ -298,14 +344,78 @@ TARGETS = _targets()
 
 
 def judge(records: list[dict], kind: str) -> list[Verdict]:
-    """Every row for a kind of device ("cpu", "cuda") against records from one."""
+    """Every row for a kind of device ("cpu", "cuda") against records from one, for each backend of ours."""
+    timed = [r for r in records if r["env"]["kind"] == kind and r["bench"] in ("loss", "vote", "step")]
     verdicts = []
     for t in TARGETS:
         if t.kind != kind:
             continue
-        found = t.measure(records)
-        met = None
-        if found is not None and t.target != "-":
-            met = found[0] >= t.bound if t.above else found[0] <= t.bound
-        verdicts.append(Verdict(t.group, t.text, t.target, GAP if found is None else found[1], met))
+        for name in [""] if t.target == "-" else names(timed) or [""]:
+            found = t.measure(records, name) if name or t.target == "-" else None
+            value, text, doubt = found or (0.0, GAP, "")
+            met = None
+            if doubt:
+                text = f"{text}, not judged ({doubt})"
+            elif found is not None and t.target != "-":
+                met = value >= t.bound if t.above else value <= t.bound
+            verdicts.append(Verdict(t.group, t.text, t.target, text, met, name))
     return verdicts
+
+
+# Which backend serves --------------------------------------------------------------------------------
+
+REGIMES: dict[str, tuple[str, Callable[[dict], bool]]] = {  # words -> benchmark, which of its records
+    "loss, C >= 4096, C a multiple of 8": (
+        "loss",
+        lambda r: r["case"]["C"] >= 4096 and r["case"]["C"] % 8 == 0,
+    ),
+    "loss, C = 21841, 10007": ("loss", lambda r: r["case"]["C"] in (21841, 10007)),
+    "loss, C = 1000, N >= 32768": ("loss", lambda r: r["case"]["C"] == 1000 and r["case"]["N"] >= 32768),
+    "loss, small": ("loss", _is_small),
+    "votes, channels_last and tokens": (
+        "vote",
+        lambda r: r["case"]["layout"] != "NCHW" and r["case"]["dtype"] != "tf32",
+    ),
+    "votes, NCHW": ("vote", lambda r: r["case"]["layout"] == "NCHW"),
+    "votes, TF32": ("vote", lambda r: r["case"]["dtype"] == "tf32"),
+    "training step": ("step", _anything),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A regime: which of two backends was faster, cuda's time over triton's by case."""
+
+    regime: str
+    clock: str
+    faster: str
+    ratios: dict[str, float]  # by shape
+    doubt: str  # how a case was timed, where that does not decide
+
+    @property
+    def middle(self) -> float:
+        return statistics.median(self.ratios.values())
+
+
+def choice(records: list[dict]) -> list[Choice]:
+    """Per regime, which of cuda and triton was faster where both ran in one race; "either" within 2 %.
+
+    This is what decides which of them ``backend=None`` takes.
+    """
+    cuda, triton = baselines.ours("cuda"), baselines.ours("triton")
+    found = []
+    for regime, (bench, belongs) in REGIMES.items():
+        for clock in ("device", "host"):
+            ratios, doubt = {}, ""
+            for r in find(records, bench, cuda, clock=clock):
+                met = meeting(records, r, triton) if belongs(r) and r["mode"] != "backward" else None
+                if met is None:
+                    continue
+                parts = [_shape(r), r["case"]["dtype"], r["mode"], r["case"].get("what", "")]
+                ratios[" ".join(p for p in parts if p)] = met[0][0]
+                doubt = doubt or ("" if met[1] in harness.SURE else met[1])
+            if ratios:
+                middle = statistics.median(ratios.values())
+                best = "either" if abs(middle - 1) < 0.02 else "cuda" if middle < 1 else "triton"
+                found.append(Choice(regime, clock, best, ratios, doubt))
+    return found

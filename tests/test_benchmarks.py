@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +31,7 @@ import harness  # noqa: E402
 import report  # noqa: E402
 import targets  # noqa: E402
 
+RECORDED = [r for path in harness.RESULTS.glob("*.json") for r in harness.load(path)]
 CPU_LOSSES = baselines.losses("cpu", tiny=True)
 
 
@@ -97,9 +100,14 @@ def test_baseline_votes_agree_with_the_reference(layout, upsample):
     features, weight = features.cpu(), weight.cpu()
     assert features.shape == ((2, 12, 20) if layout == "tokens" else (2, 20, 3, 4))
     expected = zls.dense_vote(features.double(), weight.double(), upsample=upsample, backend="reference")
-    for name, call in baselines.votes("cpu", upsample).items():
+    for name, call in baselines.votes("cpu", upsample, layout).items():
         found = call(features, weight)
-        if name != baselines.MATMUL:
+        if name == baselines.MATMUL_BATCHED:
+            assert layout == "NCHW"
+            torch.testing.assert_close(
+                found.flatten(2).mT.reshape(-1, 30), baselines.matmul_alone(features, weight)
+            )
+        elif name != baselines.MATMUL:
             torch.testing.assert_close(found.int(), expected, msg=lambda m, n=name: f"{n}: {m}")
     scores = baselines.matmul_alone(features, weight)
     if upsample == 1:
@@ -149,7 +157,7 @@ def test_step_losses(name):
 class DriftingClock:
     """Plays a machine whose speed changes tenfold from round to round; each contestant has its own cost."""
 
-    name, least = "host", 1e-3
+    name, least, most = "host", 1e-3, 200
 
     def __init__(self, costs: dict[str, float]):
         self.costs, self.samples, self.order = costs, 0, []
@@ -157,11 +165,11 @@ class DriftingClock:
     def ready(self, entry):
         if self.costs[entry.name] < 0:
             raise RuntimeError("cannot run here")
-        return "calls"
+        entry.how = "calls"
 
     def sample(self, entry, k):
         running = sum(cost > 0 for cost in self.costs.values())
-        speed = 10 ** ((self.samples // running) % 2)
+        speed = 10 ** ((max(0, self.samples - 2 * running) // running) % 2)  # steady until the rounds begin
         self.samples += 1
         self.order.append(entry.name)
         return self.costs[entry.name] * speed
@@ -196,6 +204,132 @@ def test_host_clock_prepares_untimed():
     assert calls == [0, 1, 2, 3]
 
 
+class PretendGPU:
+    """A device with a queue, on a clock of its own: the host launches, the device follows when it can.
+
+    ``depth`` launches fit in the queue; a host that launches more waits. An idle device takes ``latency`` to
+    start on a launch.
+    """
+
+    depth, latency, speed = 1000, 4e-6, 2e9
+
+    def __init__(self, monkeypatch):
+        self.host = self.device = 0.0
+        self.waiting, self.launches = [], 0  # ends of launches in the queue
+        monkeypatch.setattr(harness.time, "perf_counter", lambda: self.host)
+        monkeypatch.setattr(harness, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(cycles / self.speed))
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self.Event(self))
+
+    def launch(self, seconds: float, host: float = 2e-6) -> None:
+        self.host += host
+        self.launches += 1
+        self.waiting = [end for end in self.waiting if end > self.host]
+        if len(self.waiting) >= self.depth:
+            self.host = self.waiting[-self.depth]
+        self.device = max(self.device, self.host + self.latency) + seconds
+        self.waiting.append(self.device)
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.device)
+
+    class Event:
+        def __init__(self, gpu):
+            self.gpu = gpu
+
+        def record(self):
+            self.gpu.launch(0.0, 1e-6)
+            self.at = self.gpu.device
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+
+def device_time(gpu, call, k=300, **fields):
+    """Seconds of a call by the device clock, and how they were taken."""
+    clock, entry = harness.DeviceClock(), harness.Entry("x", [call], **fields)
+    clock.ready(entry)
+    clock.sample(entry, 1)
+    return clock.sample(entry, k), entry
+
+
+def test_device_time_holds_nothing_of_the_host(monkeypatch):
+    gpu = PretendGPU(monkeypatch)
+    seconds, entry = device_time(gpu, lambda: gpu.launch(3e-6, host=40e-6))
+    assert entry.how == "queued"
+    assert seconds == pytest.approx(3e-6)
+    seconds, entry = device_time(gpu, lambda: gpu.launch(3e-6, host=40e-6), waits=True)
+    assert entry.how == "events"
+    assert seconds > 6e-6
+
+
+def test_a_full_queue_or_a_slow_host_only_takes_fewer_calls_at_once(monkeypatch):
+    gpu = PretendGPU(monkeypatch)
+    seconds, entry = device_time(gpu, lambda: [gpu.launch(1e-6) for _ in range(40)])
+    assert entry.how == "queued"
+    assert seconds == pytest.approx(40e-6)
+    assert 1 < entry.ahead <= gpu.depth / 40
+    host = iter([1e-5] * 10)  # slower than it looked
+    seconds, entry = device_time(gpu, lambda: gpu.launch(1e-6, host=next(host, 3e-5)))
+    assert entry.how == "queued"
+    assert seconds == pytest.approx(1e-6)
+    assert entry.ahead > 1
+
+
+def test_what_keeps_the_host_is_found_out(monkeypatch):
+    gpu = PretendGPU(monkeypatch)
+
+    def waits():
+        gpu.launch(5e-6)
+        gpu.synchronize()
+        gpu.launch(5e-6)
+
+    assert device_time(gpu, waits, k=4)[1].how == "host-bound"
+
+
+def test_a_step_of_more_launches_than_the_queue_holds(monkeypatch):
+    gpu = PretendGPU(monkeypatch)
+
+    def step(seconds):
+        for _ in range(1500):
+            gpu.launch(seconds, host=1e-5)
+
+    seconds, entry = device_time(gpu, lambda: step(1e-4), k=2, deep=True)
+    assert entry.how == "queued"
+    assert seconds == pytest.approx(0.15)
+    assert device_time(gpu, lambda: step(1e-4), k=2)[1].how == "host-bound"
+    assert device_time(gpu, lambda: step(1e-6), k=2, deep=True)[1].how == "host-bound"
+
+
+def test_device_samples_last_and_rotate(monkeypatch):
+    monkeypatch.setattr(harness, "TINY", False)
+    gpu = PretendGPU(monkeypatch)
+    seen = []
+    calls = [lambda i=i: (seen.append(i), gpu.launch(2e-6, host=1e-5)) for i in range(7)]
+    result = harness.race([harness.Entry("x", calls)], harness.DeviceClock(), seconds=0.1)
+    assert result.calls["x"] * 2e-6 >= 1e-3
+    assert result.how == {"x": "queued"}
+    assert result.samples["x"] == pytest.approx([2e-6] * len(result.samples["x"]))
+    last = seen[-result.calls["x"] :]
+    assert last == [i % 7 for i in range(len(last))]
+
+
+def test_the_device_clock_prepares_untimed(monkeypatch):
+    gpu = PretendGPU(monkeypatch)
+    held, most = [], []
+
+    def prepare():
+        gpu.launch(1e-3)
+        held.append(len(held))
+        most.append(len(held))
+        return held[-1]
+
+    seconds, entry = device_time(gpu, lambda state: (held.remove(state), gpu.launch(2e-6)), prepare=[prepare])
+    assert entry.how == "queued"
+    assert seconds == pytest.approx(2e-6)
+    assert 1 < max(most) <= harness.DeviceClock.prepared
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no high-water mark here")
 def test_peak_memory_sees_what_a_call_takes(monkeypatch):
     monkeypatch.setattr(harness, "device", lambda: torch.device("cpu"))
@@ -206,22 +340,160 @@ def test_peak_memory_sees_what_a_call_takes(monkeypatch):
     assert 0.9 < peak / (4 << 24) < 1.5
 
 
-def test_a_book_keeps_what_did_not_run_again(tmp_path):
+RESULT = harness.Result({"x": [1.0, 2.0, 3.0]}, {"x": 1}, {"x": "calls"}, {"x": None})
+
+
+def test_a_book_replaces_only_what_ran_again(tmp_path):
     path = tmp_path / "records.json"
-    result = harness.Result({"x": [1.0, 2.0, 3.0]}, {"x": 1}, {"x": "calls"}, {"x": None})
     first = harness.Book(path)
-    for bench in ("loss", "vote"):
-        first.add(bench, {"N": 1}, "both", "host", result, 8, 0)
+    first.add("ceiling", {"dtype": "float32"}, "", "host", RESULT, 8, 0)
+    for N in (1, 2):
+        first.add("loss", {"N": N, "blocks": (3, 4)}, "both", "host", RESULT, 8, 0)
+    first.fact(harness.Where("launches", {"N": 2}), "x", {"forward": 1})
     second = harness.Book(path)
-    second.add("loss", {"N": 2}, "both", "host", result, 8, 0)
-    second.fact("launches", {"N": 2}, "x", {"forward": 1})
+    second.add("ceiling", {"dtype": "float32"}, "", "host", RESULT, 8, 0)
+    second.add("loss", {"N": 2, "blocks": (3, 4)}, "both", "host", RESULT, 8, 0)
+    second.add("loss", {"N": 2, "blocks": (3, 4)}, "forward", "host", RESULT, 8, 0)
+    second.fact(harness.Where("launches", {"N": 2}), "x", {"forward": 2})
     found = harness.load(path)
-    assert [(r["bench"], r["case"]["N"], r["run"]) for r in found] == [
-        ("vote", 1, "1"), ("loss", 2, "2"), ("launches", 2, "2"),
+    assert [(r["bench"], r["case"].get("N"), r["mode"], r["run"]) for r in found] == [
+        ("ceiling", None, "", "1"), ("loss", 1, "both", "1"), ("ceiling", None, "", "2"),
+        ("loss", 2, "both", "2"), ("loss", 2, "forward", "2"), ("launches", 2, None, "2"),
     ]  # fmt: skip
     assert all(set(harness.RECORD) <= set(r) for r in found)
     assert all(set(r["env"]) == set(harness.ENVIRONMENT) for r in found)
-    assert found[0]["median"] == 2.0
+    assert found[1]["median"] == 2.0
+    third = harness.Book(path)
+    third.add("loss", {"N": 1, "blocks": (3, 4)}, "both", "host", RESULT, 8, 0)
+    assert {r["run"] for r in harness.load(path)} == {"2", "3"}  # the first run's ceiling went with it
+
+
+def test_what_is_on_record_of_this_code_is_not_measured_again(tmp_path, monkeypatch):
+    path = tmp_path / "records.json"
+    where = harness.Where("loss", {"N": 1, "blocks": (3, 4)}, "both", "host")
+    first = harness.Book(path)
+    assert not first.measured(where, ["x"])
+    first.add(*where, RESULT, 8, 0)
+    first.fail(where, "y", "no such kernel")
+    assert first.measured(where, ["x", "y"])
+    second = harness.Book(path)
+    assert second.measured(where, ["x", "y"])
+    assert not second.measured(where, ["x", "z"])
+    assert not second.measured(where._replace(mode="forward"), ["x"])
+    assert second.reason(where, "y") == "no such kernel"
+    assert second.reason(where, "x") == ""
+    monkeypatch.setenv("ZIPFLS_BENCH_AGAIN", "all")
+    again = harness.Book(path)
+    assert not again.measured(where, ["x"])
+    monkeypatch.setenv("ZIPFLS_BENCH_AGAIN", str(again.since))
+    assert not harness.Book(path).measured(where, ["x"])
+    monkeypatch.delenv("ZIPFLS_BENCH_AGAIN")
+    for changed in ({"source": "other code"}, {"device": "another"}):
+        env = {**first.environment, **changed}
+        harness.dump(path, {"1": env}, json.loads(path.read_text())["records"])
+        other = harness.Book(path)
+        assert not other.measured(where, ["x"])
+        other.add(*where, RESULT, 8, 0)
+        assert other.measured(where, ["x"])
+        assert not other.measured(where, ["y"])
+        harness.dump(path, {"1": first.environment}, first.records)
+    second.fail(where, "x", "out of memory")  # a figure of "x" no longer counts, and the reverse
+    second.add(*where._replace(case={"N": 1, "blocks": [3, 4]}), RESULT, 8, 0)
+    second.records.pop(0)
+    assert [(r["bench"], r["name"]) for r in second.all()] == [("failed loss", "y"), ("loss", "x")]
+
+
+class BreakingClock(DriftingClock):
+    """A contestant of cost -1 ends the CUDA context."""
+
+    def ready(self, entry):
+        self.dead = self.costs[entry.name] < 0
+        super().ready(entry)
+
+    def synchronize(self):
+        if self.dead:
+            raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_who_ends_the_context_is_on_record_and_left_out(tmp_path, monkeypatch):
+    clock = BreakingClock({"a": 0.1, "bad": -1.0})
+    monkeypatch.setattr(harness, "synchronize", clock.synchronize)
+    entries = [harness.Entry(name, [lambda: None]) for name in clock.costs]
+    places = [harness.Where("loss", {"N": N}, "both", "host") for N in range(4)]
+    for place in places[:3]:
+        book = harness.Book(tmp_path / "records.json")  # a new process each time
+        with pytest.raises(harness.ContextLost, match="bad: RuntimeError: cannot run here"):
+            book.race(place, entries, clock, 8)
+        clock.dead = False
+        again = harness.Book(tmp_path / "records.json")
+        assert not again.measured(place, ["a", "bad"])
+        result = again.race(place, entries, clock, 8)
+        assert set(result.samples) == {"a"}
+        assert "cannot run here" in result.failed["bad"]
+        assert again.measured(place, ["a", "bad"])
+    result = harness.Book(tmp_path / "records.json").race(places[3], entries, clock, 8)
+    assert "three times" in result.failed["bad"]
+    lost = [r for r in harness.load(tmp_path / "records.json") if r["bench"] == "failed loss"]
+    assert [r["facts"]["lost"] for r in lost] == [True, True, True, False]
+
+
+def test_who_fails_in_the_middle_of_a_race_is_out(monkeypatch):
+    monkeypatch.setattr(harness, "TINY", False)
+
+    class Clock(DriftingClock):
+        def sample(self, entry, k):
+            if entry.name == "b" and self.samples > 12:
+                raise RuntimeError("out of memory")
+            return super().sample(entry, k)
+
+    clock = Clock({"a": 0.1, "b": 0.1})
+    result = harness.race([harness.Entry(n, [lambda: None]) for n in clock.costs], clock, most_rounds=16)
+    assert result.failed == {"b": "RuntimeError: out of memory"}
+    assert set(result.samples) == {"a"}
+
+
+RESTARTING = """
+import harness, pytest
+
+@pytest.mark.parametrize("name", ["good", "bad"])
+@pytest.mark.parametrize("N", [1, 2])
+def bench_it(N, name, report):
+    where = harness.Where("loss", {"N": N}, "both", "host")
+
+    def breaks():
+        harness.synchronize = breaks
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def run(book):
+        calls = {"good": lambda: None, "bad": breaks if N == 1 else lambda: None}
+        entries = [harness.Entry(name, [call]) for name, call in calls.items()]
+        return book.race(where, entries, harness.HostClock(), 8)
+
+    report(where, ["good", "bad"], name, run)
+"""
+
+
+def test_a_lost_context_starts_the_process_anew(tmp_path):
+    for name in ("conftest.py", "pytest.ini"):
+        (tmp_path / name).write_text((ROOT / "benchmarks" / name).read_text())
+    (tmp_path / "bench_it.py").write_text(RESTARTING)
+    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
+    env = {k: v for k, v in os.environ.items() if "XDIST" not in k}  # it is no worker of ours
+    env |= {
+        "ZIPFLS_BENCH": "tiny",
+        "PYTHONPATH": path,
+        "ZIPFLS_BENCH_RECORDS": str(tmp_path / "records.json"),
+    }
+    command = [sys.executable, "-m", "pytest", "bench_it.py", "-rs"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the CUDA context is lost, by bad" in done.stdout
+    assert re.search(r"SKIPPED.*illegal memory access", done.stdout)
+    found = [r for r in harness.load(tmp_path / "records.json") if "ceiling" not in r["bench"]]
+    assert [(r["bench"], r["case"]["N"], r["name"], r["run"]) for r in found] == [
+        ("failed loss", 1, "bad", "1"), ("loss", 1, "good", "2"), ("loss", 2, "good", "2"),
+        ("loss", 2, "bad", "2"),
+    ]  # fmt: skip
 
 
 # Records and report ------------------------------------------------------------------------------------
@@ -229,7 +501,7 @@ def test_a_book_keeps_what_did_not_run_again(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*.json")), ids=lambda p: p.stem)
 def test_committed_records_are_whole(path):
-    assert path.stat().st_size < 200_000
+    assert path.stat().st_size < 400_000
     records = harness.load(path)
     for r in records:
         assert set(harness.RECORD) <= set(r) - {"env"}
@@ -243,31 +515,38 @@ def test_committed_records_are_whole(path):
                 assert r["bytes"] or r["flops"]
     kind = "" if records[0]["env"]["kind"] == "cuda" else "cpu "
     assert path.stem == harness.slug(kind + records[0]["env"]["device"])
-    assert {r["name"] for r in records if r["bench"] == "ceiling"} == {"copy", "product"}
+    for run in {r["run"] for r in records if r["median"] is not None}:
+        assert {r["name"] for r in records if r["bench"] == "ceiling" and r["run"] == run} == {
+            "copy",
+            "product",
+        }
 
 
 def test_readme_and_pictures_follow_from_the_records():
     assert report.check() == []
 
 
-def made_up(kind: str, time: float = 1e-3, copy_time: float = 1e-3) -> list[dict]:
+def made_up(kind: str, time: float = 1e-3, copy_time: float = 1e-3, how: str = "") -> list[dict]:
     """Records of every case there is for a kind of device, each contestant taking the same ``time``."""
     env = dict.fromkeys(harness.ENVIRONMENT, "")
     env |= {"kind": kind, "device": "made up", "threads": 1, "others": 0.0, "tiny": False, "dirty": False}
-    best = "cuda" if kind == "cuda" else "cpu"
-    env["backends"] = [best, "reference"]
+    env["backends"] = ["cuda", "triton", "reference"] if kind == "cuda" else ["cpu", "reference"]
     peers = [v for k, v in vars(baselines).items() if k.isupper() and isinstance(v, str)]
-    names = [baselines.ours(best), *peers]
+    ours = baselines.kernels(baselines.ours(b) for b in env["backends"])
     device = "device" if kind == "cuda" else "host"
     found = []
 
     def add(bench: str, case: dict, mode: str, clock: str, nbytes: int, flops: int, name: str = "") -> None:
         taken = copy_time if name == "copy" else time
-        for n in [name] if name else names:
-            ratio = {other: [1.0, 0.9, 1.1] for other in names if other != n and n == names[0]}
+        names = [name] if name else [*ours, *peers]
+        if kind == "cuda" and bench == "loss" and not name:  # as bench_loss has it
+            compiled = case["sweep"] == "compiled"
+            names = [n for n in names if n in ours or (n in bench_loss.COMPILED) == compiled]
+        for n in names:
+            ratio = {other: [1.0, 0.9, 1.1] for other in names if other != n and n in ours}
             values = [
-                "1", bench, case, mode, clock, "graph", n, taken, taken, taken, 9, 1,
-                nbytes, flops, 1 << 20, ratio,
+                "1", bench, case, mode, clock, how or ("queued" if clock == "device" else "calls"), n,
+                taken, taken, taken, 9, 1, nbytes, flops, 1 << 20, ratio,
             ]  # fmt: skip
             found.append({**dict(zip(harness.RECORD, values, strict=True)), "env": env})
 
@@ -284,19 +563,88 @@ def made_up(kind: str, time: float = 1e-3, copy_time: float = 1e-3) -> list[dict
         case = {"N": 256, "C": C, "size": 224, "compiled": compiled, "what": "ResNet-50", "dtype": "bfloat16"}
         add("step", case, "step", device, 0, 0)
     add("head", {"N": 8, "H": 7, "D": 64, "C": 10, "dtype": "float32"}, "both", device, 0, 0)
+    facts = dict.fromkeys(harness.RECORD) | {"run": "1", "ratio": {}, "env": env, "case": {}}
     counted = {"forward": 1, "backward": 1, "synchronisations": 0}
-    found.append({**found[-1], "bench": "launches", "name": names[0], "facts": counted,
-                  "case": {"N": 256, "C": 1000, "P": 49}})  # fmt: skip
+    for name in ours:
+        case = {"N": 256, "C": 1000, "P": 49}
+        found.append({**facts, "bench": "launches", "name": name, "facts": counted, "case": case})
+    if kind == "cuda":
+        reason = {"reason": "not installed"}
+        found.append({**facts, "bench": "absent", "name": baselines.CUT, "facts": reason})
     return found
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_every_target_finds_its_records(kind):
     verdicts = targets.judge(made_up(kind), kind)
-    assert len(verdicts) >= (9 if kind == "cpu" else 30)
+    rows = [t for t in targets.TARGETS if t.kind == kind]
+    bare = sum(t.target == "-" for t in rows)
+    backends = 2 if kind == "cuda" else 1
+    assert len(verdicts) == backends * (len(rows) - bare) + bare >= (9 if kind == "cpu" else 60)
     assert [v.text for v in verdicts if v.measured == targets.GAP] == []
     assert {v.met for v in verdicts if v.target != "-"} == {True, False}
-    assert all(v.met is None for v in targets.judge([], kind))
+    nothing = targets.judge([], kind)
+    assert len(nothing) == len(rows)
+    assert all(v.met is None and v.measured == targets.GAP for v in nothing)
+
+
+def test_each_backend_is_judged_by_its_own_records():
+    records = made_up("cuda", time=1e-6)
+    for r in records:
+        if r["name"] == baselines.ours("triton") and r["median"]:
+            r["median"] = 1.0
+    small = [v for v in targets.judge(records, "cuda") if v.text == "time on the GPU"]
+    assert [(v.backend, v.met) for v in small] == [
+        (baselines.ours("cuda"), True),
+        (baselines.ours("triton"), False),
+    ]
+    text = report.target_table(targets.judge(records, "cuda"))
+    assert text.startswith("|  | target | cuda | met | triton | met |")
+    assert re.search(r"time on the GPU \| <= 6 us \| 1 us \S+ \| yes \| 1.+ us \S+ \| no \|", text)
+    without = [r for r in records if r["name"] != baselines.ours("triton")]
+    assert report.target_table(targets.judge(without, "cuda")).startswith("|  | target | measured | met |")
+
+
+@pytest.mark.parametrize("how", ["events", "host-bound"])
+def test_time_that_is_not_the_devices_is_shown_and_not_judged(how):
+    verdicts = targets.judge(made_up("cuda", how=how), "cuda")
+    for v in verdicts:
+        if "launches" in v.text or "synchron" in v.text or "memory" in v.text or v.group == "ceiling":
+            assert "judged" not in v.measured
+        else:
+            assert v.met is None
+            assert v.measured[0] in "0123456789+"
+            assert how in v.measured
+    records = made_up("cuda")
+    for r in records:  # a peer that makes the host wait
+        if r["name"] == baselines.LIGER:
+            r["how"] = how
+    doubtful = {v.text for v in targets.judge(records, "cuda") if "not judged" in v.measured}
+    assert doubtful == {f"time of {baselines.LIGER}"}
+    path, mark = Path("nvidia-made-up.json"), report.MARKS[how]
+    text = report.block("gpu-loss", {path: records})
+    assert mark in text
+    assert f"{mark} " + report.NOTES[mark] in text
+    assert not any(m in report.block("gpu-loss", {path: made_up("cuda")}) for m in report.NOTES)
+
+
+def test_a_share_of_the_copy_is_of_the_same_runs_copy():
+    records = made_up("cuda")
+    slow = {**records[0], "run": "2", "median": 10 * records[0]["median"]}
+    long = [r for r in records if r["case"].get("C") == 16384 and r["name"] == baselines.ours("cuda")]
+    again = [{**r, "run": "2"} for r in long]
+    records = [r for r in records if r not in long] + [slow, *again]
+
+    def share(records):
+        rows = targets.judge(records, "cuda")
+        return next(v.measured for v in rows if "C >= 4096" in v.text and v.backend.endswith("cuda"))
+
+    only = [r for r in records if r["case"].get("C") in (None, 16384)]
+    assert float(share([slow, *again]).split()[0]) == pytest.approx(
+        10 * float(share([r for r in made_up("cuda") if r in long or r["bench"] == "ceiling"]).split()[0]),
+        rel=0.01,
+    )
+    assert share(only) == share([slow, *again])
 
 
 def test_a_target_judges_by_its_bound():
@@ -306,6 +654,130 @@ def test_a_target_judges_by_its_bound():
 
     assert met(1e-6) == {False}
     assert met(1.0) == {True}
+
+
+def test_the_faster_backend_by_regime():
+    records = made_up("cuda")
+    for r in records:
+        if r["name"] == baselines.ours("cuda") and r["ratio"]:
+            wide = r["bench"] == "loss" and r["case"]["C"] >= 4096
+            r["ratio"][baselines.ours("triton")] = [
+                1.2 if wide else 0.8 if r["bench"] == "vote" else 1.01
+            ] * 3
+    found = {(c.regime, c.clock): c.faster for c in targets.choice(records)}
+    assert found["loss, C >= 4096, C a multiple of 8", "device"] == "triton"
+    assert found["loss, C = 21841, 10007", "device"] == "triton"
+    assert found["loss, small", "device"] == found["loss, small", "host"] == "either"
+    assert found["votes, NCHW", "device"] == found["votes, TF32", "device"] == "cuda"
+    assert {regime for regime, _ in found} == set(targets.REGIMES)
+    text = report.choice_table(records)
+    assert re.search(
+        r"loss, C = 21841, 10007 \| device \| 1.20 \(1.20 to 1.20, \d+ races\) \| triton \|", text
+    )
+    assert targets.choice(made_up("cpu")) == []
+    assert report.choice_table([]) == ""
+
+
+def test_loss_cases_of_a_gpu_begin_with_every_regime_and_end_with_what_compiles():
+    cases = bench_loss.gpu_cases()
+    assert len({(str(c), c.N, c.C) for c in cases}) == len(cases)
+    first = cases[:15]
+    for has in (
+        lambda c: c.C >= 4096 and c.C % 8 == 0 and c.N * c.C * 2 > 64e6,
+        lambda c: c.C == 1000 and c.N >= 32768,
+        lambda c: c.C % 8 and c.C > 1000,
+        lambda c: c.clock == "host" and c.mode == "both",
+        lambda c: not c.clock and (c.N, c.C) == (128, 100),
+    ):
+        assert any(has(c) and not c.sweep for c in first)
+    assert [i for i, c in enumerate(cases) if c.sweep == "compiled"] == list(
+        range(len(cases) - 6, len(cases))
+    )
+
+
+def test_main_votes_of_a_gpu_in_both_layouts():
+    cases = bench_vote.gpu_cases()
+    main = [
+        c for c in cases if not c.sweep and c.upsample == 1 and c.dtype == "bfloat16" and c.N in (128, 256)
+    ]
+    shapes = {(c.N, c.H, c.D, c.C) for c in main} - {
+        (128, 7, 2048, 1000)
+    }  # half a batch, for the tiles' sake
+    for shape in shapes:
+        layouts = {c.layout for c in main if shape == (c.N, c.H, c.D, c.C)}
+        assert "NCHW" in layouts
+        assert layouts & {"channels_last", "tokens"}
+    assert sum(c.dtype == "tf32" for c in cases) == 1
+    assert not any(c.dtype == "float32" for c in cases)
+    for c in cases:
+        assert (baselines.ARGMAX in c.names) == (not c.sweep and c.upsample == 1)
+        assert (baselines.MATMUL_BATCHED in c.names) == (c.layout == "NCHW" and not c.sweep)
+
+
+def test_tf32_is_allowed_to_all_and_given_back():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    with harness.precision("tf32"):
+        assert matmul.allow_tf32
+        assert matmul.fp32_precision == "tf32"  # what ops.refusal asks for
+    assert matmul.allow_tf32 == before
+    with harness.precision("float32"):
+        assert matmul.allow_tf32 == before
+    assert harness.dtype_of("tf32") == torch.float32
+
+
+def test_peers_that_are_absent_are_named_with_the_reason():
+    absent = baselines.absent("cuda")
+    for name, package in (
+        (baselines.LIGER, "liger_kernel"),
+        (baselines.QUACK, "quack"),
+        (baselines.CUT, "cut_cross_entropy"),
+    ):
+        if not baselines.installed(package):
+            assert absent[name] == "not installed"
+    records = made_up("cuda")
+    assert f"Not compared with: {baselines.CUT} (not installed)." in report.block(
+        "gpu-step", {Path("x.json"): records}
+    )
+    assert "Not compared" not in report.block("gpu-vote", {Path("x.json"): records})
+    records[-1]["bench"] = "failed loss"
+    text = report.block("gpu-loss", {Path("x.json"): records})
+    assert f"Could not be measured: {baselines.CUT}, 1 of the races: not installed." in text
+
+
+def test_blocks_of_a_gpu_show_both_backends():
+    results = {Path("x.json"): made_up("cuda")}
+    for name in ("gpu-loss", "gpu-vote"):
+        text = report.block(name, results)
+        assert "(cuda backend)" in text
+        assert "(triton backend)" in text
+    assert "| call | logits | cuda | triton |" in report.block("gpu-host", results)
+    assert "| zipfls_cuda, triton |" in report.block("gpu-step", results)
+    head, row = (
+        next(line for line in report.block("gpu-loss", results).split("\n") if line.startswith(start)).split(
+            " | "
+        )
+        for start in ("| logits | dtype", "| 8192 x 10000 |")
+    )
+    for peer in bench_loss.COMPILED:  # from a race of their own
+        assert row[head.index(report.LOSS_PEERS[peer])] == "1.00"
+
+
+def test_a_run_cut_short_can_be_reported(tmp_path):
+    pytest.importorskip("matplotlib")
+    import matplotlib.pyplot as plt
+
+    records = made_up("cuda")
+    rest = [r for r in records if r["bench"] != "ceiling"]
+    for some in [records[:n] for n in (3, 4, 9, 30, 120, 300)] + [rest[:9], rest[-3:], records[-2:]]:
+        for name in report.BLOCKS:
+            text = report.block(name, {Path("x.json"): some})
+            assert text == report.NOTHING or "| ---" in text
+            assert "| ---" not in text.replace("| --- |", "") or "\n| " in text
+        for draw in report.PICTURES.values():
+            if draw(some) is not None:
+                plt.close(draw(some, draw=True))
+        report.choice_table(some)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -341,10 +813,36 @@ def test_report_writes_and_notices_changes(kind, tmp_path):
     assert any("no block speed" in p for p in report.check(readme, tmp_path))
 
 
+def test_the_readme_waits_for_records_of_a_gpu(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    folder = tmp_path / "results"
+    folder.mkdir()
+    blocks = dict(report.MARKED.findall(readme.read_text()))
+    assert {f"gpu-{name}" for name in ("targets", "loss", "vote", "host", "step")} <= set(blocks)
+    for name, text in blocks.items():
+        if name in report.BLOCKS and not any(r["env"]["kind"] == "cuda" for r in RECORDED):
+            assert (text in ("", report.NOTHING + "\n")) == name.startswith("gpu-")
+    records = made_up("cuda")
+    bare = [{k: v for k, v in r.items() if k != "env"} for r in records]
+    harness.dump(folder / "nvidia-h200.json", {"1": records[0]["env"]}, bare)
+    text = report.MARKED.sub(
+        lambda m: report._marked(m[1], m[2], report.load_all(folder), folder), readme.read_text()
+    )
+    for name, body in report.MARKED.findall(text):
+        if name.startswith("gpu-"):
+            assert "| ---" in body
+            assert report.NOTHING not in body
+
+
 def test_report_without_records_says_so(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- report:cpu-loss -->\n<!-- /report -->\n")
     assert report.check(readme, tmp_path) == []  # nothing measured, nothing shown
+    before = readme.read_text()
+    report.write(readme, tmp_path)
+    assert readme.read_text() == before
+    readme.write_text("<!-- report:cpu-loss -->\nold\n<!-- /report -->\n")
     report.write(readme, tmp_path)
     assert report.NOTHING in readme.read_text()
     assert report.check(readme, tmp_path) == []
