@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import random
 import re
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import WGMMA_SHAPES
 
 from zipfls_cuda import reference
 
@@ -519,6 +521,17 @@ def test_vote_plans(driver):
     huge = plan(driver, 1 << 20, 2048, 64, 1000)  # rows beyond what the copy engine's coordinates count
     assert huge["kernel"] == MMA
     assert huge["bytes"] == 8 * (1 << 20) * 64 * 64 * huge["splits"]
+
+
+def test_shapes_for_a_gpu_take_the_wgmma_kernels(driver):
+    """On an H200, all types and layouts of what tests on a GPU compare with exact scores."""
+    for (N, D, H, W, C), kernel in WGMMA_SHAPES.items():
+        assert H == W
+        for dtype, nchw in itertools.product(TYPES, (False, True)):
+            chosen = plan(driver, N, D, H, C, dtype, nchw=nchw)["kernel"]
+            by_position = nchw and dtype != torch.float32 and H * W % 8 == 0 and C <= 512
+            wanted = {"wide": WIDE, "narrow": NARROW}[kernel]
+            assert by_position or chosen == wanted, (N, D, H, C, dtype, nchw)
 
 
 # What the emulation catches ---------------------------------------------------------------------------
