@@ -33,6 +33,14 @@ INF, NAN = float("inf"), float("nan")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf - inf in the interpreter
 
 
+def placed(x, device=DEVICE):
+    """A copy on the device with the strides and the offset of ``x``; x.to(device) would close its gaps."""
+    if x is None:
+        return None
+    memory = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return memory.to(device, copy=True).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def table(length, dtype=torch.float32, alpha=1.0):
     return (-alpha * torch.arange(1, length + 1, dtype=torch.float64).log()).to(dtype)
 
@@ -67,8 +75,7 @@ def loss_args(
         votes = torch.randint(-1, max(2, C // 2), (N, P), dtype=torch.int32)
     mass = torch.randn(N, C, dtype=D) if dense else table(C if P is None else min(P, C) + 1, D, alpha)
     args = [z, target, votes, mass, torch.rand(C, dtype=D) if weight else None]
-    args = [x if x is None else x.to(DEVICE) for x in args]
-    return (*args, ce, zipf, smoothing, only_correct, -100, reduction, with_grad)
+    return (*map(placed, args), ce, zipf, smoothing, only_correct, -100, reduction, with_grad)
 
 
 def on_cpu(args):
@@ -90,6 +97,18 @@ def assert_same(args, tolerance=None):
             msg=lambda m, n=name: f"{n}: {m}",
         )
     return ours
+
+
+def test_views_reach_the_device_as_they_are():
+    base = torch.randn(6, 9)
+    for x in (base[:, 2:7], base[1:, ::2], base.t(), base[:1].expand(4, 9), base[0, 3:3], base[:, 5]):
+        there = placed(x, "meta")
+        assert (there.shape, there.stride()) == (x.shape, x.stride())
+        assert there.storage_offset() == x.storage_offset()
+        there = placed(x)
+        assert torch.equal(there.cpu(), x)
+        assert there.data_ptr() % 16 == x.data_ptr() % 16 or not x.numel()
+        assert there.data_ptr() != x.data_ptr() or not x.numel()
 
 
 @pytest.fixture(autouse=True)
@@ -263,7 +282,7 @@ def soft_args(N, C, P=7, dtype=torch.float32, *, target=None, **options):
     args = list(loss_args(N, C, P, dtype, **options))
     if target is None:
         target = torch.randint(0, 3, (N, C), dtype=args[3].dtype) / 4 + 0.01
-    args[1] = target.to(DEVICE)
+    args[1] = placed(target)
     return (*args[:9], *args[10:])  # no ignore_index
 
 
@@ -419,7 +438,7 @@ def assert_in_place_is_the_same(args, soft=False):
     forward = triton_kernels.soft_loss_fwd if soft else triton_kernels.loss_fwd
     in_place = triton_kernels.soft_loss_grad_ if soft else triton_kernels.loss_grad_
     grad, grad_scale = forward(*args)[3:]
-    logits = args[0].clone(memory_format=torch.preserve_format)
+    logits = placed(args[0])
     scale = in_place(logits, *args[1:-1])
     assert not torch.equal(logits, args[0])
     torch.testing.assert_close(logits, grad, rtol=0, atol=0, equal_nan=True)
@@ -522,7 +541,8 @@ def test_backward_scales(dtype, shape, upstream, scaled):
         "rows": torch.randn(N),
         "expanded": torch.full((), 0.7).expand(N),
         "strided": torch.randn(3 * N)[::3],
-    }[upstream].to(DEVICE)
+    }[upstream]
+    g = placed(g)
     scale = torch.full((), 1.5, dtype=D, device=DEVICE) if scaled else torch.empty(0, dtype=D, device=DEVICE)
     expected = reference.loss_bwd(grad, g, scale)
     before = grad.clone()
@@ -577,8 +597,7 @@ def test_logits_ranking_with_ties_and_nan():
 
 def assert_votes(features, weight, bias=None, upsample=1):
     """Votes equal the reference's. Scores are small integers: every sum is exact, and ties are real."""
-    features, weight = features.to(DEVICE), weight.to(DEVICE)
-    bias = None if bias is None else bias.to(DEVICE)
+    features, weight, bias = map(placed, (features, weight, bias))
     votes = triton_kernels.vote_fwd(features, weight, bias, upsample)
     cpu = [x if x is None else x.cpu() for x in (features, weight, bias)]
     assert torch.equal(votes.cpu(), reference.vote_fwd(*cpu, upsample))
@@ -615,6 +634,7 @@ def test_vote_layouts(layout):
         "expanded": lambda: integers(1, 36, 24).expand(3, 36, 24),
     }[layout]()
     assert_votes(x, integers(20, 24))
+    x = placed(x)
     rows = vote_file.position_rows(x)[0]
     assert (rows.data_ptr() != x.data_ptr()) == copied
 
@@ -706,18 +726,20 @@ def test_launchers_never_wait_for_the_device(monkeypatch):
     monkeypatch.setattr(
         launching.Launch, "__call__", lambda self, *args: launched.append(self.kernel.__name__)
     )
-    grad, votes = torch.empty(3, 40), torch.zeros(3, 300, dtype=torch.int32)
-    features, weight = torch.empty(3, 16, 4, 4), torch.empty(40, 16)
+    empty = partial(torch.empty, device=DEVICE)
+    grad, votes = empty(3, 40), torch.zeros(3, 300, dtype=torch.int32, device=DEVICE)
+    target, mass = torch.zeros(3, dtype=torch.int64, device=DEVICE), table(41).to(DEVICE)
+    features, weight = empty(3, 16, 4, 4), empty(600, 16)  # several tiles of classes, to be folded
     with NoWaiting():
         for C, N in ((40, 3), (5000, 2000)):
             for options in ({"only_correct": True, "weight": True}, {"P": None}, {"reduction": "none"}):
                 triton_kernels.loss_fwd(*loss_args(N, C, logits=torch.empty(N, C), **options))
                 triton_kernels.soft_loss_fwd(*soft_args(N, C, logits=torch.empty(N, C), **options))
-        for upstream in (torch.ones(()), torch.ones(3)):
-            triton_kernels.loss_bwd(grad, upstream, torch.empty(0))
-            triton_kernels.loss_bwd_(grad, upstream, torch.ones(()))
+        for upstream in (empty(()), empty(3)):
+            triton_kernels.loss_bwd(grad, upstream, empty(0))
+            triton_kernels.loss_bwd_(grad, upstream, empty(()))
         triton_kernels.rank_fwd(votes, 40)
-        triton_kernels.label_fwd(torch.zeros(3, dtype=torch.int64), votes, table(41), 40, -100)
+        triton_kernels.label_fwd(target, votes, mass, 40, -100)
         for upsample in (1, 2):
             triton_kernels.vote_fwd(features, weight, None, upsample)
     kernels = "correct logits_mass loss_bwd loss_bwd_rows loss_fwd loss_fwd_long rank_fwd label_fwd totals "
@@ -770,7 +792,8 @@ def test_launch_remembers_binaries_by_all_that_decides(no_driver):
 
 def test_partial_sums_are_kept_apart_by_their_type():
     """Denominators of float32 and float64 losses with nothing but integers to tell them apart by."""
-    target, correct = torch.zeros(3000, dtype=torch.int64), torch.ones(3000, dtype=torch.int32)
+    target = torch.zeros(3000, dtype=torch.int64, device=DEVICE)
+    correct = torch.ones(3000, dtype=torch.int32, device=DEVICE)
     for dtype in (torch.float32, torch.float64):
         known = set(launching.plans)
         totals = loss_mean.partial_totals(target, correct, None, 7, -100, True, dtype)
