@@ -169,7 +169,7 @@ class Check:
 
     def finish(self, child: Child, limit: float) -> tuple[int, str]:
         """Wait at most ``limit`` seconds, keeping log and table fresh; status (124: cut short) and output."""
-        patience = min(5, limit / 4)
+        patience = max(0, min(5, limit / 4))
         end, refresh = time.monotonic() + limit - patience, time.monotonic() + 20
         status = None
         while status is None:
@@ -294,12 +294,8 @@ OUTCOME = re.compile(
 
 def outcomes(output: str) -> dict[str, str]:
     """Test -> PASSED, FAILED, ERROR, ...: of a whole run, or of what it printed before it was cut short."""
-    found = {}
-    for m in OUTCOME.finditer(output):
-        name, word = m["name"] or m["name1"], m["word"] or m["word1"]
-        if found.get(name) not in ("FAILED", "ERROR"):  # a test may pass and then fail as it is cleared up
-            found[name] = word
-    return found
+    # The last word counts: a test may pass, and then fail as it is cleared up.
+    return {m["name"] or m["name1"]: m["word"] or m["word1"] for m in OUTCOME.finditer(output)}
 
 
 def has(module: str) -> bool:
@@ -352,6 +348,9 @@ def suite(backend: str) -> Callable[[Check], None]:
         end = time.monotonic() + check.share(backend)
         for i, (name, (files, workers)) in enumerate(groups.items(), 1):
             left = end - time.monotonic()
+            if left < LEAST:
+                check.note(name, None, "no time left")
+                continue
             run_tests(check, name, backend, files, workers, left if i == len(groups) else 0.6 * left)
 
     return part
