@@ -47,7 +47,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 PARTS = {  # in order, with the seconds that each is given at least, where they are left
-    "ceilings": 30, "exercise": 50, "cuda": 120, "triton": 170, "memcheck": 80, "loss": 350, "vote": 160,
+    "ceilings": 40, "exercise": 50, "cuda": 120, "triton": 170, "memcheck": 80, "loss": 350, "vote": 160,
     "step": 250, "train": 200, "sanitize": 80, "reference": 120,
 }  # fmt: skip
 BUILD = 240

@@ -271,6 +271,21 @@ def test_parts_share_the_time_that_is_left(tmp_path, monkeypatch):
     assert all(check.share(part) == 20 for part in parts)
 
 
+def test_a_machine_that_hangs_all_over_takes_no_longer(tmp_path, path, monkeypatch):
+    """Nothing ends by itself, or when asked: all the parts together stay within the seconds."""
+    stubborn = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    program(path / "compute-sanitizer", stubborn)
+    monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys(gpu_check.PARTS, 0.5))
+    monkeypatch.setattr(gpu_check, "LEAST", 0.4)
+    seconds = gpu_check.SPARE + 6
+    check = make_check(tmp_path, stubborn, parts=gpu_check.PARTS, seconds=seconds)
+    gpu_check.run_parts(check)
+    assert time.monotonic() - check.start < seconds
+    assert {c["ok"] for c in check.checks.values()} == {None}
+    assert sum("cut short" in c["text"] for c in check.checks.values()) > 5
+    assert all(child.process.returncode == -signal.SIGKILL for child in check.children)
+
+
 def test_no_part_begins_without_time(tmp_path):
     check = make_check(tmp_path, parts=["exercise"], seconds=gpu_check.SPARE + gpu_check.LEAST - 1)
     gpu_check.run_parts(check)
