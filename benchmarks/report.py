@@ -97,11 +97,11 @@ def missing(records: list[dict], among: Iterable[str]) -> str:
     return f"\n\nNot compared with: {words}." if words else ""
 
 
-def failures(records: list[dict], bench: str) -> str:
+def failures(records: list[dict], *benches: str) -> str:
     """Which contestants could not be measured somewhere, and why."""
     found: dict[tuple[str, str], int] = {}
     for r in records:
-        if r["bench"] == harness.FAILED + bench:
+        if r["bench"] in [harness.FAILED + bench for bench in benches]:
             key = r["name"], r["facts"]["reason"]
             found[key] = found.get(key, 0) + 1
     words = "; ".join(f"{name}, {count} of the races: {why}" for (name, why), count in found.items())
@@ -322,7 +322,7 @@ def step_block(records: list[dict], picture: Callable[[str], str]) -> str:
                 body.append([r["name"], timed(r), more, size(r["peak"])])
             head = ["loss", "time", f"against `{plain_name}`", "peak memory"]
             text.append(words.format(_describe(bench, case)) + "\n\n" + table(head, body))
-    return noted("\n\n".join(text)) + missing(records, HEAD_PEERS) + failures(records, "step")
+    return noted("\n\n".join(text)) + missing(records, HEAD_PEERS) + failures(records, "step", "head")
 
 
 def _describe(bench: str, case: dict) -> str:
@@ -339,7 +339,11 @@ def _describe(bench: str, case: dict) -> str:
 
 def target_block(records: list[dict], picture: Callable[[str], str]) -> str:
     kind = records[0]["env"]["kind"]
-    return target_table(targets.judge(records, kind)) + picture("ceiling")
+    text = target_table(targets.judge(records, kind))
+    choice = choice_table(records)
+    if choice:
+        text += f"\n\nOur two backends for GPUs, where both ran in one race:\n\n{choice}"
+    return text + picture("ceiling")
 
 
 def target_table(verdicts: list[targets.Verdict]) -> str:

@@ -301,6 +301,17 @@ def test_a_step_of_more_launches_than_the_queue_holds(monkeypatch):
     assert device_time(gpu, lambda: step(1e-6), k=2, deep=True)[1].how == "host-bound"
 
 
+def test_inputs_of_a_gpu_exceed_its_cache_together(monkeypatch):
+    l2 = 60 << 20
+    properties = type("Properties", (), {"L2_cache_size": l2})
+    monkeypatch.setattr(harness, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    for nbytes in (1 << 20, 5 << 20, 100 << 20):
+        assert 3 * l2 <= harness.copies(nbytes) * nbytes < 3 * l2 + nbytes
+    assert harness.copies(1 << 30) == 1
+    assert harness.copies(100) == harness.MOST_COPIES
+
+
 def test_device_samples_last_and_rotate(monkeypatch):
     monkeypatch.setattr(harness, "TINY", False)
     gpu = PretendGPU(monkeypatch)
@@ -616,6 +627,7 @@ def test_each_backend_is_judged_by_its_own_records():
     ]
     text = report.target_table(targets.judge(records, "cuda"))
     assert text.startswith("|  | target | cuda | met | triton | met |")
+    assert report.choice_table(records) in report.block("gpu-targets", {Path("x.json"): records})
     assert re.search(r"time on the GPU \| <= 6 us \| 1 us \S+ \| yes \| 1.+ us \S+ \| no \|", text)
     without = [r for r in records if r["name"] != baselines.ours("triton")]
     assert report.target_table(targets.judge(without, "cuda")).startswith("|  | target | measured | met |")
