@@ -76,7 +76,13 @@ class Child:
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
         self.output, self.read = "", 0
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=self.file, stderr=subprocess.STDOUT, process_group=0
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self.file,
+            stderr=subprocess.STDOUT,
+            process_group=0,
         )
 
     def wait(self, seconds: float) -> int | None:
@@ -412,7 +418,7 @@ def sanitize(part: str, tools: tuple[str, ...]) -> Callable[[Check], None]:
 
     def run(check: Check) -> None:
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        if not Path(tool).exists():
+        if check.dry or not Path(tool).exists():
             check.note(part, None, "absent: there is no compute-sanitizer")
             return
         end = time.monotonic() + check.share(part)
