@@ -224,6 +224,16 @@ def test_a_plan_of_some_methods_is_balanced_by_them():
     assert efficacy.balanced(plan, records[:-1]) == records[:3]
 
 
+def test_the_table_of_a_plan_of_some_methods(tmp_path, monkeypatch):
+    plan = efficacy.Plan("--common", {"easy": "--easy"}, {"easy": 3}, tuple(NAMES[:3]))
+    monkeypatch.setitem(efficacy.PLANS, "cpu", plan)
+    write(tmp_path, plan, lambda run: 60)
+    lines = report.block("efficacy-cpu", {}, tmp_path).splitlines()
+    rows = [line.split(" | ")[0][2:] for line in lines if line.startswith("| ")]
+    assert rows[-3:] == NAMES[:3]
+    assert any("of the table's 2 are bold" in line for line in lines)
+
+
 def test_report_writes_and_checks_the_table(tmp_path, monkeypatch):
     plan = efficacy.Plan("--common", {"easy": "--easy"}, {"easy": 3})
     monkeypatch.setitem(efficacy.PLANS, "cpu", plan)
