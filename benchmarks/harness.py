@@ -263,8 +263,8 @@ class DeviceClock:
 
     The sleep comes from the host's time per call. Where it turns out too short (measured: the sleep against
     the host's time to issue), it grows; where that does not help fewer calls are issued at once, as a full
-    queue stops the host. A replay of a captured graph would need no sleep, but would time what capture adds:
-    tables and workspaces that eager calls keep are made anew in every captured call.
+    queue stops the host. A replay of a captured graph would need no sleep, but times what a captured call has
+    to make anew where eager calls keep it.
     """
 
     name = "device"

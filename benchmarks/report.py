@@ -367,7 +367,7 @@ def choice_table(records: list[dict]) -> str:
     """Which of our two backends for GPUs was faster, by regime; empty where they did not meet."""
     rows = []
     for c in targets.choice(records):
-        low, high = min(c.ratios.values()), max(c.ratios.values())
+        low, high = min(c.ratios), max(c.ratios)
         spread = f"{digits(c.middle)} ({digits(low)} to {digits(high)}, {len(c.ratios)} races)"
         rows.append([c.regime, c.clock, spread, c.faster + (f" ({c.doubt})" if c.doubt else "")])
     return table(["regime", "time", "cuda's over triton's", "faster"], rows) if rows else ""

@@ -384,17 +384,17 @@ REGIMES: dict[str, tuple[str, Callable[[dict], bool]]] = {  # words -> benchmark
 
 @dataclass(frozen=True)
 class Choice:
-    """A regime: which of two backends was faster, cuda's time over triton's by case."""
+    """A regime: which of two backends was faster, cuda's time over triton's race by race."""
 
     regime: str
     clock: str
     faster: str
-    ratios: dict[str, float]  # by shape
+    ratios: list[float]
     doubt: str  # how a case was timed, where that does not decide
 
     @property
     def middle(self) -> float:
-        return statistics.median(self.ratios.values())
+        return statistics.median(self.ratios)
 
 
 def choice(records: list[dict]) -> list[Choice]:
@@ -406,16 +406,14 @@ def choice(records: list[dict]) -> list[Choice]:
     found = []
     for regime, (bench, belongs) in REGIMES.items():
         for clock in ("device", "host"):
-            ratios, doubt = {}, ""
-            for r in find(records, bench, cuda, clock=clock):
-                met = meeting(records, r, triton) if belongs(r) and r["mode"] != "backward" else None
-                if met is None:
-                    continue
-                parts = [_shape(r), r["case"]["dtype"], r["mode"], r["case"].get("what", "")]
-                ratios[" ".join(p for p in parts if p)] = met[0][0]
-                doubt = doubt or ("" if met[1] in harness.SURE else met[1])
+            races = [
+                r for r in find(records, bench, cuda, clock=clock) if belongs(r) and r["mode"] != "backward"
+            ]
+            met = [x for x in (meeting(records, r, triton) for r in races) if x]
+            ratios = [ratio[0] for ratio, _ in met]
+            doubt = next((how for _, how in met if how not in harness.SURE), "")
             if ratios:
-                middle = statistics.median(ratios.values())
+                middle = statistics.median(ratios)
                 best = "either" if abs(middle - 1) < 0.02 else "cuda" if middle < 1 else "triton"
                 found.append(Choice(regime, clock, best, ratios, doubt))
     return found

@@ -700,6 +700,7 @@ def test_the_faster_backend_by_regime():
     assert found["loss, small", "device"] == found["loss, small", "host"] == "either"
     assert found["votes, NCHW", "device"] == found["votes, TF32", "device"] == "cuda"
     assert {regime for regime, _ in found} == set(targets.REGIMES)
+    assert next(len(c.ratios) for c in targets.choice(records) if c.regime == "training step") == 4
     text = report.choice_table(records)
     assert re.search(
         r"loss, C = 21841, 10007 \| device \| 1.20 \(1.20 to 1.20, \d+ races\) \| triton \|", text
