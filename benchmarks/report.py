@@ -635,13 +635,13 @@ def draw_votes(records: list[dict], draw: bool = False):
         c = r["case"]
         extra = [x for x in (c["dtype"], c["layout"] if c["layout"] != "channels_last" else "") if x]
         labels.append(f"{c['what']}{' x2' if c['upsample'] == 2 else ''}, {', '.join(extra)}")
-    height = 0.72 / (1 + len(names))
+    height, pitch = 0.72 / (1 + len(names)), 0.8 / (1 + len(names))
     ends = [0.5, 2.0]
     most = 1.0
     for k, name in enumerate([*names, baselines.MATMUL_ARGMAX]):
         colour = COLOURS[k] if name in names else THEIRS
         for i, r in enumerate(rows):
-            at, label = i + height * (k - len(names) / 2), name if i == 0 else None
+            at, label = i + pitch * (k - len(names) / 2), name if i == 0 else None
             mine = find(records, "vote", name, **r["case"])
             if name in names:
                 time = mine[0]["ratio"].get(baselines.MATMUL, [0.0])[0] if mine else 0.0
