@@ -151,6 +151,22 @@ def test_step_losses(name):
     torch.testing.assert_close(criterion(features, fc, target), expected)
 
 
+def test_steps_run_and_say_what_waits(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    held = []
+
+    class Book:
+        def race(self, where, entries, clock, **options):
+            held.extend(entries)
+
+    bench_step.run(bench_step.Case(2, 5, 16, (1, 1), 4, "float32", what="tiny"), Book())
+    assert [e.name for e in held] == bench_step.NAMES
+    assert all(e.deep for e in held)  # more launches than a queue holds
+    assert [e.name for e in held if e.waits] == [n for n in bench_step.NAMES if n == baselines.PUBLISHED]
+    for e in held:
+        e.calls[0]()
+
+
 # Harness ---------------------------------------------------------------------------------------------
 
 
