@@ -9,7 +9,7 @@ there for half an hour, ten minutes at a time, ask in turn for
 
     1. PART=ceilings,exercise,cuda,triton,memcheck
     2. PART=loss,vote
-    3. PART=memcheck,step,train,sanitize
+    3. PART=memcheck,step,tune,train,sanitize
 
 and where DIR is a new one each time, copy the files of the last call into it first. Without PART all parts
 come in this order, as far as the time goes, `reference` last. Every call builds first. DIR gets, as the work
@@ -18,6 +18,7 @@ goes on, so that they exist when it is cut short:
     table.md       every target: asked, measured, met or not (also printed last)
     records.json   the benchmarks' records
     checks.json    outcome of build, tests, sanitizer and training; the names of the tests that failed
+    tune.json      launch constants in other values (benchmarks/tune.py)
     efficacy.json  the training's records, for benchmarks/results/efficacy/h200.json
     log.txt        everything the parts printed
 
@@ -48,7 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 PARTS = {  # in order, with the seconds that each is given at least, where they are left
     "ceilings": 40, "exercise": 50, "cuda": 160, "triton": 180, "memcheck": 80, "loss": 350, "vote": 160,
-    "step": 250, "train": 200, "sanitize": 80, "reference": 120,
+    "tune": 100, "step": 250, "train": 200, "sanitize": 80, "reference": 120,
 }  # fmt: skip
 BUILD = 240
 SPARE = 8  # seconds for ending what runs, and for the table
@@ -457,6 +458,17 @@ def bench(*names: str, only: str = "") -> Callable[[Check], None]:
     return part
 
 
+def tune(check: Check) -> None:
+    """Launch constants in other values, and kernels with a stage left out: benchmarks/tune.py."""
+    if check.dry or shutil.which("nvcc") is None:
+        check.note("tune", None, "absent: " + ("there is no GPU" if check.dry else "there is no nvcc"))
+        return
+    command = [*check.python, str(HERE / "tune.py"), "--out", str(check.out / "tune.json")]
+    status, output = check.run([*command, "--arch", architecture().replace(".", "")], check.share("tune"))
+    words = "tables in log.txt, rows in tune.json" if status == 0 else last_line(output)
+    check.note("tune", None if status == 124 else status == 0, cut(status, words))
+
+
 def train(check: Check) -> None:
     """Does it help? benchmarks/efficacy.py, as many seeds as there is time for."""
     records = check.out / "efficacy.json"
@@ -480,6 +492,7 @@ RUN: dict[str, Callable[[Check], None]] = {
     "memcheck": sanitize("memcheck", ("memcheck",)),
     "loss": bench("loss"),
     "vote": bench("vote"),
+    "tune": tune,
     "step": bench("step"),
     "train": train,
     "sanitize": sanitize("sanitize", ("racecheck", "synccheck", "initcheck")),

@@ -44,7 +44,7 @@ def test_gpu_check_dry_run(tmp_path):
         if target.kind == "cuda":
             assert f"{target.group}: {target.text} | {target.target}" in table
     checks = json.loads((out / "checks.json").read_text())
-    absent = {"cuda", "triton", "memcheck", "sanitize"}
+    absent = {"cuda", "triton", "memcheck", "sanitize", "tune"}
     done = {"exercise, cpu", "loss, vote, step", "train", "reference, suite"}
     assert set(checks) == {"build"} | absent | done
     assert all(checks[name]["ok"] is True for name in done), checks
@@ -458,3 +458,13 @@ def test_the_exercise_allows_tf32_where_float32_needs_it(monkeypatch, capsys):
     monkeypatch.setattr(zls, "dense_vote", wrong)
     with pytest.raises(AssertionError):
         gpu_check.exercise("cpu")
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_tune_for_the_gpu_that_is_there(tmp_path, path, status):
+    program(path / "nvcc", "")
+    program(path / "nvidia-smi", "print('9.0')")
+    check = make_check(tmp_path, f"print(*sys.argv); sys.exit({status})", parts=("tune",))
+    gpu_check.tune(check)
+    assert check.checks["tune"]["ok"] is (status == 0)
+    assert f"--out {check.out / 'tune.json'} --arch 90a" in (check.out / "log.txt").read_text()
