@@ -58,7 +58,8 @@ LEAST = 15  # seconds that a part is begun with
 
 # What tests a backend, the most telling first. Some tests of test_gpu take 20 GiB of its memory.
 ON_GPU, WORKERS_ON_GPU = ("gpu",), 4
-SUITE = ("vote", "loss", "soft", "label", "inplace", "golden", "ops", "autograd", "properties", "reliability")
+SUITE = ("gpu_vote", "vote", "loss", "soft", "label", "inplace", "golden", "ops", "autograd")
+SUITE += ("properties", "reliability")
 
 # Kernels of ours, as the sanitizer names them: C++ by its namespace, Triton by the function.
 OWN = re.compile(

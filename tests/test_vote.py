@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, WGMMA_SHAPES
+from cases import DTYPES
 
 import zipfls_cuda as zls
 from zipfls_cuda import ops
@@ -226,65 +226,3 @@ def test_vote_repeats_bitwise(backend, device):
     first = zls.dense_vote(features, weight, bias, backend=backend)
     for _ in range(3):
         assert torch.equal(zls.dense_vote(features, weight, bias, backend=backend), first)
-
-
-# Sizes that only a GPU is asked for --------------------------------------------------------------------
-
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-HALF_DTYPES = (torch.bfloat16, torch.float16)
-
-
-def large_inputs(backend, device, shape, dtype, layout="channels_last"):
-    if device.type != "cuda" or not serves(backend, device, dtype):
-        pytest.skip(f"{backend} does not serve {dtype} on a GPU")
-    features, weight, bias = inputs(*shape, dtype, device)
-    return features.to(memory_format=getattr(torch, layout)), weight, bias
-
-
-@on_gpu
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
-@pytest.mark.parametrize("dtype", [*HALF_DTYPES, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", WGMMA_SHAPES, ids=str)
-def test_vote_where_wgmma_multiplies(backend, device, shape, dtype, layout):
-    features, weight, bias = large_inputs(backend, device, shape, dtype, layout)
-    assert_votes(zls.dense_vote(features, weight, bias, backend=backend), features, weight, bias)
-    assert_votes(zls.dense_vote(features, weight, backend=backend), features, weight)
-
-
-@on_gpu
-@pytest.mark.parametrize("dtype", [*HALF_DTYPES, torch.float32], ids=str)
-def test_vote_tokens_after_a_class_token(backend, device, dtype):
-    features, weight, bias = large_inputs(backend, device, (24, 96, 197, 1, 1000), dtype)
-    tokens = features.flatten(2).transpose(1, 2).contiguous()[:, 1:]
-    assert_votes(zls.dense_vote(tokens, weight, bias, backend=backend), tokens, weight, bias)
-
-
-@on_gpu
-@pytest.mark.parametrize("upsample", [1, 2])
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
-@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
-def test_vote_in_several_rounds(backend, device, dtype, layout, upsample):
-    """More features than are packed at a time (64 MiB), the last round a small one."""
-    features, weight, bias = large_inputs(backend, device, (700, 1024, 7, 7, 50), dtype, layout)
-    votes = zls.dense_vote(features, weight, bias, upsample=upsample, backend=backend)
-    assert_votes(votes, features, weight, bias, upsample)
-
-
-@on_gpu
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
-@pytest.mark.parametrize("shape", [(6, 40, 33, 29, 300), (40, 96, 8, 8, 1000)], ids=str)
-@pytest.mark.parametrize("dtype", [*HALF_DTYPES, torch.float32], ids=str)
-def test_vote_upsampled_of_many_tiles(backend, device, dtype, shape, layout):
-    features, weight, bias = large_inputs(backend, device, shape, dtype, layout)
-    votes = zls.dense_vote(features, weight, bias, upsample=2, backend=backend)
-    assert_votes(votes, features, weight, bias, upsample=2)
-
-
-@on_gpu
-@pytest.mark.parametrize("shape", [(3, 33, 5, 7, 101), *WGMMA_SHAPES], ids=str)
-def test_vote_of_digits_beyond_tensor_float_32(backend, device, shape):
-    """Digits that TensorFloat-32 drops, where it is allowed: within its error of the best score."""
-    N, D, H, W, C = shape
-    features, weight = torch.randn(N, D, H, W, device=device), torch.randn(C, D, device=device)
-    votes = zls.dense_vote(features, weight, backend=backend)
-    assert_votes(votes, features, weight)
