@@ -304,42 +304,6 @@ def test_loss_dtypes(backend, device):
 # The module -----------------------------------------------------------------------------------------------
 
 
-def test_mass_tables_while_a_graph_is_captured(monkeypatch):
-    """A finished one is used, and kept; an unfinished one is not, and none is made to stay."""
-    from zipfls_cuda import functional
-
-    class Event:
-        finished = False
-
-        def query(self):
-            assert not capturing, "an event may not be asked now"
-            return self.finished
-
-    capturing, event, cpu = False, Event(), torch.device("cpu")
-    monkeypatch.setattr(functional, "_is_capturing", lambda device: capturing)
-    call = (zls.Zipf(1.0625), 3, 12, 9, torch.float32, cpu)
-    key = (call[0], 10, 12, torch.float32, cpu)
-    made = functional._log_mass(*call)
-    functional._log_mass_table(*key, 0).event = event
-    misses = functional._log_mass_table.cache_info().misses
-    assert functional._log_mass(*call) is made
-    capturing = True
-    own = functional._log_mass(*call)
-    assert own is not made
-    assert torch.equal(own, made)
-    assert key not in functional._in_graphs
-    capturing = False
-    assert functional._log_mass(*call) is made  # not the graph's
-    event.finished = True
-    functional._log_mass(*call)
-    capturing = True
-    assert functional._log_mass(*call) is made
-    assert functional._in_graphs.pop(key).log_mass is made
-    assert functional._log_mass_table.cache_info().misses == misses
-    assert functional._log_mass(zls.Zipf(1.03125), *call[1:]) is not None  # one that nobody has made before
-    assert functional._log_mass_table.cache_info().misses == misses
-
-
 def test_module_forms_of_call():
     case = make(5, 8, 6)
     criterion = zls.ZipfLoss(0.3, 1.5, label_smoothing=0.1, weight=torch.rand(8), ignore_index=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 
 import torch
 import torch.distributed as dist
@@ -326,59 +325,22 @@ def _log_mass(
     if isinstance(law, RandomDistribution):
         return law.draw(N, C, device).to(dtype)
     length = C if P is None else min(P, C) + 1  # by logits, ranks reach C; by votes, K + 1
-    key = (law, length, C, dtype, device)
-    if torch.compiler.is_compiling():
-        return _new_table(*key)  # part of what is compiled
-    if _is_capturing(device):
-        # A table that is known to be finished serves a graph for as long as it is kept: from now on, for
-        # good. Else the graph computes its own, in its own memory, which must not be cached.
-        if (table := _latest.get(key)) is not None and table.is_finished():
-            _in_graphs[key] = table
-            return table.log_mass
-        return _new_table(*key)
+    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        # Part of the graph: computed on the device in the graph's own memory, so never cached.
+        return _log_mass_table.__wrapped__(law, length, C, dtype, device)
     # Of each stream its own: a kernel of another would not wait until the table is there.
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    table = _log_mass_table(*key, stream)
-    if table.event is not None:
-        table.is_finished()  # asked here, where asking is allowed
-    return table.log_mass
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-class _Table:
-    """log mass(r) for r = 1 .. length, and the event that says when a GPU has finished it."""
-
-    def __init__(self, log_mass: Tensor) -> None:
-        self.log_mass = log_mass  # (length,)
-        self.event = None
-        if log_mass.is_cuda:
-            self.event = torch.cuda.current_stream(log_mass.device).record_event()
-
-    def is_finished(self) -> bool:
-        """Known to be; while a graph is captured, an event may not be asked."""
-        if self.event is not None and not _is_capturing(self.log_mass.device) and self.event.query():
-            self.event = None
-        return self.event is None
-
-
-_latest: weakref.WeakValueDictionary[tuple, _Table] = weakref.WeakValueDictionary()  # whatever the stream
-_in_graphs: dict[tuple, _Table] = {}
+    return _log_mass_table(law, length, C, dtype, device, stream)
 
 
 @functools.lru_cache(maxsize=256)
 def _log_mass_table(
-    law: Distribution, length: int, num_classes: int, dtype: torch.dtype, device: torch.device, stream: int
-) -> _Table:
-    table = _Table(_new_table(law, length, num_classes, dtype, device))
-    _latest[law, length, num_classes, dtype, device] = table
-    return table
-
-
-def _new_table(
-    law: Distribution, length: int, num_classes: int, dtype: torch.dtype, device: torch.device
+    law: Distribution,
+    length: int,
+    num_classes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: int = 0,
 ) -> Tensor:
     """log mass(r) for r = 1 .. length, (length,), taken in float64 and rounded once."""
     with torch.inference_mode(False), torch.no_grad():
