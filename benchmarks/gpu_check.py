@@ -4,16 +4,16 @@
 
 Uses the Python that runs it, its torch and triton, and nvcc; installs nothing, fetches nothing. It ends
 within SECONDS, whatever hangs, and says what it had no time for. Called again with the same DIR it goes on:
-what has passed with the same sources is not repeated unless AGAIN=1, and records add up. On a machine that is
-there for half an hour, ten minutes at a time, ask in turn for
+what has passed with the same sources is not repeated unless AGAIN=1, and records add up. Where one call
+cannot last for all of it, ask in turn for
 
     1. PART=ceilings,exercise,cuda,triton,memcheck
     2. PART=loss,vote
     3. PART=memcheck,step,tune,train,sanitize
 
-and where DIR is a new one each time, copy the files of the last call into it first. Without PART all parts
-come in this order, as far as the time goes, `reference` last. Every call builds first. DIR gets, as the work
-goes on, so that they exist when it is cut short:
+DIR may be a copy of the last call's. Without PART all parts come in this order, as far as the time goes,
+`reference` last. Every call builds first. DIR gets, as the work goes on, so that they exist when it is cut
+short:
 
     table.md       every target: asked, measured, met or not (also printed last)
     records.json   the benchmarks' records
@@ -22,9 +22,10 @@ goes on, so that they exist when it is cut short:
     efficacy.json  the training's records, for benchmarks/results/efficacy/h200.json
     log.txt        everything the parts printed
 
-DRY=1 walks through all of it on a CPU at tiny sizes; its figures mean nothing. A backend or tool that is not
-there is reported as absent. Exit status 1 if the build, a test, the sanitizer or a benchmark failed; a target
-that is not met, or a part cut short, is no failure.
+DRY=1 walks through all of it on a CPU at tiny sizes; its figures mean nothing. A tool that is not there is
+reported as absent; both backends for a GPU must be usable. Exit status 1 if the build, a test, the sanitizer
+or a benchmark failed, in this call or, with the same sources, in one before; a target that is not met, or a
+part cut short, is no failure.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ PARTS = {  # in order, with the seconds that each is given at least, where they 
     "tune": 100, "step": 250, "train": 200, "sanitize": 80, "reference": 120,
 }  # fmt: skip
 BUILD = 240
+RECORDED = ("ceilings", "loss", "vote", "tune", "step", "train")  # what is on record they do not repeat
+SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh")
 SPARE = 8  # seconds for ending what runs, and for the table
 PATIENCE = 120  # seconds for a single test: Triton and torch.compile compile within one
 LEAST = 15  # seconds that a part is begun with
@@ -140,7 +143,9 @@ class Check:
     def note(self, name: str, ok: bool | None, text: str, failed: Iterable[str] = ()) -> None:
         """Record the outcome of a check; ``ok`` is None where nothing was checked, or not to its end."""
         self.checks[name] = {"ok": ok, "text": text, "failed": list(failed), "source": self.source}
-        (self.out / "checks.json").write_text(json.dumps(self.checks, indent=1) + "\n")
+        part = self.out / "checks.json.part"
+        part.write_text(json.dumps(self.checks, indent=1) + "\n")
+        part.replace(self.out / "checks.json")
         self.say(f"{name}: {text}")
         self.write_table()
 
@@ -159,7 +164,8 @@ class Check:
 
     def environment(self, **more: str) -> dict[str, str]:
         found = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **more}
-        found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found.get('PATH', os.defpath)}"  # ninja
+        ninja, nvcc = Path(sys.executable).parent, Path(found.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+        found["PATH"] = os.pathsep.join([str(ninja), found.get("PATH", os.defpath), str(nvcc)])
         found["ZIPFLS_BENCH_RECORDS"] = str(self.records)
         for name in ("TRITON_INTERPRET", "ZIPFLS_BACKEND"):  # settings of a caller that would mislead
             found.pop(name, None)
@@ -233,10 +239,11 @@ class Check:
 def digest() -> str:
     """Of the sources that a check is about: what passed with others must pass again."""
     found = hashlib.sha256()
+    paths = [ROOT / "setup.py", Path(__file__)]
     for folder in ("zipfls_cuda", "csrc", "tests"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
-                found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+        paths += [p for p in sorted((ROOT / folder).rglob("*")) if p.suffix in SOURCES]
+    for path in paths:
+        found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return found.hexdigest()[:12]
 
 
@@ -461,7 +468,7 @@ def bench(*names: str, only: str = "") -> Callable[[Check], None]:
 
 def tune(check: Check) -> None:
     """Launch constants in other values, and kernels with a stage left out: benchmarks/tune.py."""
-    if check.dry or shutil.which("nvcc") is None:
+    if check.dry or shutil.which("nvcc", path=check.environment()["PATH"]) is None:
         check.note("tune", None, "absent: " + ("there is no GPU" if check.dry else "there is no nvcc"))
         return
     command = [*check.python, str(HERE / "tune.py"), "--out", str(check.out / "tune.json")]
@@ -626,7 +633,7 @@ def run_parts(check: Check) -> None:
     for part in check.parts:
         if check.dry and (part == "ceilings" or part in together[1:]):
             continue  # the benchmarks of a dry run share one process
-        if check.passed(part):
+        if part not in RECORDED and check.passed(part):
             check.say(f"{part}: passed before")
         elif check.left() < LEAST:
             check.note(part, None, "no time left")

@@ -11,7 +11,7 @@ and the tensor-core instruction. The exit status is 1 if anything spills, does n
 shared memory than there is, or is a 16-bit product on Hopper without wgmma (HGMMA).
 
 Beside it, a model of time for the shapes that matter: bytes over bandwidth, operations over rate, tiles in
-waves over the multiprocessors, resident programs. It is arithmetic from measured ceilings (H200: copy 4.3
+waves over the multiprocessors, resident programs. It is arithmetic from assumed ceilings (H200: copy 4.3
 TB/s, bf16 product 790 TFLOP/s), not a measurement of these kernels.
 
     python benchmarks/kernel_report.py [--quick] [--arch 90] [--only vote] [--jobs 2] [--host]

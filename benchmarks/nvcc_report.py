@@ -4,7 +4,7 @@
 one row a kernel and architecture. No GPU and no torch; nvcc, and the disassemblers that come with it or with
 Triton.
 
-    python benchmarks/nvcc_report.py [--arch 80 90a 100a] [--jobs 2] [--only loss]
+    python benchmarks/nvcc_report.py [--arch 80 90a 100] [--jobs 2] [--only loss]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ("80", "90a", "100a")
+ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
 
 

@@ -400,7 +400,7 @@ class Choice:
 def choice(records: list[dict]) -> list[Choice]:
     """Per regime, which of cuda and triton was faster where both ran in one race; "either" within 2 %.
 
-    This is what decides which of them ``backend=None`` takes.
+    Evidence for the order of ``ops.BACKENDS``, which ``backend=None`` follows.
     """
     cuda, triton = baselines.ours("cuda"), baselines.ours("triton")
     found = []

@@ -258,31 +258,33 @@ def disagreement(kind: str, got: list[torch.Tensor], expected: list[torch.Tensor
     if kind == "vote":
         share = (got[0] != expected[0]).float().mean().item()
         return f"{share:.2%} of the votes differ" if share > 1e-3 else ""
-    for name, a, b in zip(("loss", "gradient"), got, expected, strict=True):
-        error = (a.float() - b.float()).abs().max().item()
-        if not error <= 1e-2 * b.float().abs().max().item():
-            return f"the {name} differs by {error:.3g}"
-    return ""
+    (parts, grad), (expected_parts, expected_grad) = got, expected
+    if not torch.allclose(parts, expected_parts, rtol=1e-3):
+        return f"the loss is {parts[0].item():.6g}, not {expected_parts[0].item():.6g}"
+    close = torch.isclose(grad.float(), expected_grad.float(), rtol=2e-2, atol=1e-3 / grad.numel())
+    share = (~close).double().mean().item()
+    wrong = share > 0.1 / grad.shape[1]  # more than an element in ten rows
+    return f"{share:.2%} of the gradient differs" if wrong else ""
 
 
-def measure(kind: str, libraries: dict[str, Path]) -> list[dict]:
-    """Rows {kind, case, variant, seconds, ratio, wrong}."""
-    sizes = {f"{N} x {C}": (N, C) for N, C in LOSSES} if kind == "loss" else MAPS
+def measure(kind: str, case: str, size: tuple, libraries: dict[str, Path]) -> list[dict]:
+    """A row {kind, case, variant, seconds, ratio, wrong} for each variant, the standing kernels first."""
+    torch.manual_seed(0)
+    problem, expected, base, rows = Problem(kind, size), None, None, []
     right = {v.name: v.right for v in VARIANTS[kind]}
-    rows = []
-    for case, size in sizes.items():
-        torch.manual_seed(0)
-        problem, expected, base = Problem(kind, size), None, None
-        for name, library in libraries.items():
-            kernels, row = ctypes.CDLL(str(library)), {"kind": kind, "case": case, "variant": name}
-            got = problem.results(kernels)
-            seconds = problem.time(kernels)
-            if name == AS_IT_IS.name:
-                expected, base = got, seconds
-            row["wrong"] = disagreement(kind, got, expected) if right[name] else "left out"
-            rows.append(row | {"seconds": seconds, "ratio": seconds / base})
-        del problem
-        torch.cuda.empty_cache()
+    for name, library in libraries.items():
+        kernels, row = ctypes.CDLL(str(library)), {"kind": kind, "case": case, "variant": name}
+        try:
+            got, seconds = problem.results(kernels), problem.time(kernels)
+        except RuntimeError as error:
+            rows.append(row | {"seconds": None, "ratio": None, "wrong": str(error)})
+            if expected is None:
+                break
+            continue
+        if expected is None:
+            expected, base = got, seconds
+        row["wrong"] = disagreement(kind, got, expected) if right[name] else "left out"
+        rows.append(row | {"seconds": seconds, "ratio": seconds / base})
     return rows
 
 
@@ -293,9 +295,13 @@ def table(kind: str, rows: list[dict]) -> str:
     for name in dict.fromkeys(row["variant"] for row in rows):
         cells = []
         for case in cases:
-            (row,) = (r for r in rows if (r["case"], r["variant"]) == (case, name))
-            text = f"{1e6 * row['seconds']:.1f} us" if name == AS_IT_IS.name else f"{row['ratio']:.3f}"
-            cells.append(text + ("!" if row["wrong"] not in ("", "left out") else ""))
+            found = [r for r in rows if (r["case"], r["variant"]) == (case, name)]
+            text = "-"
+            if found and found[0]["seconds"] is not None:
+                (row,) = found
+                text = f"{1e6 * row['seconds']:.1f} us" if name == AS_IT_IS.name else f"{row['ratio']:.3f}"
+                text += "!" if row["wrong"] not in ("", "left out") else ""
+            cells.append(text)
         lines.append(f"{name:28}" + "".join(f"{cell:>17}" for cell in cells))
     lines += [
         f"! {r['variant']}, {r['case']}: {r['wrong']}" for r in rows if r["wrong"] not in ("", "left out")
@@ -335,15 +341,21 @@ def main() -> int:
             print(f"{kind}, {variant.name}: does not compile\n{result}")
         else:
             libraries[kind][variant.name] = result
-    failed = len(wanted) - sum(map(len, libraries.values()))
-    if args.compile:
+    failed = any(isinstance(result, str) for result in built)
+    if args.compile or not all(AS_IT_IS.name in found for found in libraries.values()):
         return 1 if failed else 0
+    sizes = {"loss": {f"{N} x {C}": (N, C) for N, C in LOSSES}, "vote": MAPS}
     rows = []
     for kind, found in libraries.items():
-        rows += measure(kind, found)
+        for case, size in sizes[kind].items():
+            rows += measure(kind, case, size, found)
+            torch.cuda.empty_cache()
+            if args.out:
+                args.out.write_text(json.dumps(rows, indent=0))
+            print(
+                table(kind, [row for row in rows if (row["kind"], row["case"]) == (kind, case)]), flush=True
+            )
         print(table(kind, [row for row in rows if row["kind"] == kind]), flush=True)
-        if args.out:
-            args.out.write_text(json.dumps(rows, indent=0))
     return 1 if failed else 0
 
 

@@ -155,7 +155,7 @@ def test_graph_replays_as_eager(backend, device, name, dtype):
 
 @pytest.mark.parametrize(("N", "C"), [(2, 300), (64, 1000)])
 def test_folded_votes_in_graphs_and_streams(backend, device, N, C):
-    """Votes folded from several tiles of classes: replayed, and on two streams at once, as alone."""
+    """Votes folded from several tiles of classes: replayed, and on several streams at once, as alone."""
     D = 64
     weight = torch.randn(C, D, device=device).bfloat16()
     maps = [

@@ -35,8 +35,6 @@ def test_gpu_check_dry_run(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
     names = os.listdir(out)
-    assert len(names) <= 8
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
     assert set(names) == {"table.md", "records.json", "log.txt", "checks.json", "efficacy.json"}
     table = (out / "table.md").read_text()
     assert table.strip() in done.stdout

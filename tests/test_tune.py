@@ -51,18 +51,44 @@ def test_disagreement():
     few[:5], many[:500] = -1, -1
     assert tune.disagreement("vote", [few], [votes]) == ""
     assert tune.disagreement("vote", [many], [votes]) == "5.00% of the votes differ"
-    parts, grad = torch.ones(3), torch.rand(4, 5)
+    parts, grad = torch.ones(3), torch.full((4, 5000), 1e-4)
+    grad[:, 7] = -0.25  # as targets are
     assert tune.disagreement("loss", [parts, grad * 1.001], [parts, grad]) == ""
-    assert tune.disagreement("loss", [parts * 2, grad], [parts, grad]) == "the loss differs by 1"
-    assert "gradient" in tune.disagreement("loss", [parts, grad * torch.nan], [parts, grad])
+    assert tune.disagreement("loss", [parts * 2, grad], [parts, grad]) == "the loss is 2, not 1"
+    for wrong in (grad * torch.nan, grad * (grad < 0), grad * (grad > 0)):  # the last: without targets
+        assert "of the gradient" in tune.disagreement("loss", [parts, wrong], [parts, grad])
+
+
+def test_a_variant_that_fails_costs_its_own_row(monkeypatch):
+    class Problem:
+        def __init__(self, kind, size):
+            pass
+
+        def results(self, kernels):
+            if kernels == "b.so":
+                raise RuntimeError("CUDA error 700")
+            return [torch.zeros(5, dtype=torch.int32)]
+
+        def time(self, kernels):
+            return {"a.so": 2.0, "c.so": 1.0}[kernels]
+
+    monkeypatch.setattr(tune, "Problem", Problem)
+    monkeypatch.setattr(tune.ctypes, "CDLL", str)
+    libraries = {"as it is": Path("a.so"), "kStagger 1": Path("b.so"), "without fold": Path("c.so")}
+    rows = tune.measure("vote", "a", (), libraries)
+    assert [row["ratio"] for row in rows] == [1.0, None, 0.5]
+    assert [row["wrong"] for row in rows] == ["", "CUDA error 700", "left out"]
+    assert "! kStagger 1, a: CUDA error 700" in tune.table("vote", rows)
+    broken = {"as it is": Path("b.so"), "without fold": Path("c.so")}
+    assert len(tune.measure("vote", "a", (), broken)) == 1  # nothing to compare with
 
 
 def test_table():
     rows = [
         {"case": "a", "variant": "as it is", "seconds": 1e-5, "ratio": 1.0, "wrong": ""},
-        {"case": "a", "variant": "x 3", "seconds": 9e-6, "ratio": 0.9, "wrong": "the loss differs by 1"},
+        {"case": "a", "variant": "x 3", "seconds": 9e-6, "ratio": 0.9, "wrong": "the loss is 2, not 1"},
         {"case": "a", "variant": "without y", "seconds": 8e-6, "ratio": 0.8, "wrong": "left out"},
     ]
     lines = tune.table("loss", rows).splitlines()
     assert [line.split()[-1] for line in lines[:4]] == ["a", "us", "0.900!", "0.800"]
-    assert lines[4:] == ["! x 3, a: the loss differs by 1"]
+    assert lines[4:] == ["! x 3, a: the loss is 2, not 1"]

@@ -1,7 +1,7 @@
 // Stages 2 and 3, for inspection: ranks and soft labels written out. The loss kernels (loss.cuh)
 // build the same tables and keep the label to themselves.
 //
-// Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+// Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 // tests' harness.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace zipfls::cuda {
 ///   shared memory.
 /// - Hazard: the ranks of voted classes are stored over the rank of all unvoted ones by other
 ///   threads; a barrier stands between.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 ///   harness.
 ZIPFLS_KERNEL(kLabelBlock) rank_fwd_kernel(LabelFwd a) {
   using Group = RowGroup<0>;
@@ -45,7 +45,7 @@ ZIPFLS_KERNEL(kLabelBlock) rank_fwd_kernel(LabelFwd a) {
 /// - Bytes: P votes read (dense: C log masses, three times, from L2 after the first) and C labels
 ///   written a row. A block a row, rows by grid stride; tables in shared memory; sums in A.
 /// - Hazard: as rank_fwd_kernel.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 ///   harness.
 template <class A>
 ZIPFLS_KERNEL(kLabelBlock)

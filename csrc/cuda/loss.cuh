@@ -19,7 +19,7 @@
 // (or cluster), and between its last reading of a logit that another thread overwrites and the
 // first gradient stands a barrier. No pointer here promises not to alias.
 //
-// Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+// Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 // tests' harness.
 #pragma once
 
@@ -182,7 +182,7 @@ struct Totals {
 ///
 /// - Bytes: 8 a sample (and 4 where only some count). 256 threads, samples by grid stride, float64
 ///   sums.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 ///   harness.
 template <class A>
 ZIPFLS_KERNEL(kTotalsBlock)
@@ -830,7 +830,7 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
 /// - Hazards, each with its barrier: counts before ranks; logits looked up before the gradient
 ///   overwrites them; gradient before its patches; patches before the store; tables emptied before
 ///   the next row.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 ///   harness.
 template <class T, int LANES>
 ZIPFLS_KERNEL(LANES == 0 ? kWideBlock : kSmallBlock,
@@ -850,7 +850,7 @@ loss_fwd_kernel(LossFwd a, uint32_t row_bytes, uint32_t slice) {
 ///   over rows: double.
 /// - Hazard: the gradient at voted classes and target is stored over the others' formula by other
 ///   threads; a barrier stands between.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 ///   harness.
 template <class T>
 ZIPFLS_KERNEL(kLongBlock)
@@ -1001,7 +1001,7 @@ loss_fwd_long_kernel(LossFwd a) {
 /// - Accumulators: float (float64: double); sums over rows: double.
 /// - Hazards: each thread writes the columns it read; all read the target's logit, barriers before
 ///   the first gradient.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 ///   harness.
 template <class T>
 ZIPFLS_KERNEL(kDenseBlock, kDenseResident)
@@ -1087,7 +1087,7 @@ loss_dense_kernel(LossFwd a) {
 /// - Bytes: C itemsize a row.
 /// - Threads: 128 a row, rows by grid stride, elements one by one: needed by the mean of
 ///   only_correct alone, whose denominator comes before every gradient. No sums, no hazards.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 ///   harness.
 template <class T>
 ZIPFLS_KERNEL(kCorrectBlock)
@@ -1115,7 +1115,7 @@ loss_correct_kernel(LossCorrect a) {
 /// - Threads: a warp takes 1024 elements of a row at a time, by grid stride, 16 bytes a lane (edges
 ///   one by one). Products in float (float64: double).
 /// - Hazards: none, each lane writes where it read.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 ///   harness.
 template <class T>
 ZIPFLS_KERNEL(kScaleBlock)

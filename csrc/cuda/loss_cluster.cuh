@@ -17,7 +17,7 @@ namespace zipfls::cuda {
 /// - Hazards: as loss_fwd_kernel, and a peer's statistics are read after the cluster's barrier and
 ///   overwritten two barriers later; a gradient in place waits for the peers' last look at the
 ///   logits; the cluster leaves together.
-/// - Never run on a GPU yet: compiled for sm_90a and sm_100a (on sm_80 it is empty and never
+/// - Never run on a GPU yet: compiled for sm_90a and sm_100 (on sm_80 it is empty and never
 ///   launched); logic run on the CPU by the harness.
 template <class T>
 ZIPFLS_KERNEL(kWideBlock, kWideResident<T>)

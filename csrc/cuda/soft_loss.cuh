@@ -13,7 +13,7 @@
 //   soft_loss_fwd_kernel   dense: a log mass for every class given (random laws, ranks by logits)
 //   soft_correct_kernel    which samples count under only_correct
 //
-// Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+// Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 // tests' harness.
 #pragma once
 
@@ -122,7 +122,7 @@ struct SoftShare {
 /// - Hazards, each with its barrier: votes counted before the classes of the target are told apart,
 ///   those before ranks; logits looked up at voted classes before the gradient, which may overwrite
 ///   them; gradient before its patches; tables emptied before the next row.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 ///   harness.
 template <class T, bool DENSE>
 ZIPFLS_KERNEL(kSoftBlock, kSoftResident)
@@ -308,7 +308,7 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
 /// - Bytes: C (itemsize + 4) a row (float64: 8 for 4). 128 threads a row, rows by grid stride,
 ///   elements one by one: needed by only_correct alone.
 /// - Hazards: none but block_max's.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100a; logic run on the CPU by the
+/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
 ///   harness.
 template <class T>
 ZIPFLS_KERNEL(kCorrectBlock)

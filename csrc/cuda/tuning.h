@@ -23,7 +23,7 @@ constexpr int kHeldVectors = 4;
 /// registers (96 at 5, 80 at 6, 128 at 4), as low as the compiled code goes without spilling.
 constexpr int kSmallBlock = 128;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kSpillsSooner = 1;  // the compiler needs a few registers more for sm_100a
+constexpr int kSpillsSooner = 1;  // the compiler needs a few registers more for sm_100
 #else
 constexpr int kSpillsSooner = 0;
 #endif

@@ -47,9 +47,6 @@ struct RowMap {
   int64_t positions;  // P
   int64_t pitch;
 
-  ZIPFLS_HOST_DEVICE int64_t row_of(int64_t vote) const {
-    return pitch == positions ? vote : vote / positions * pitch + vote % positions;
-  }
   /// Index of a row's vote, -1 for a row in between.
   ZIPFLS_HOST_DEVICE int64_t vote_of(int64_t row) const {
     if (pitch == positions) return row;

@@ -9,13 +9,13 @@
 // Why the product's kernel does this, and neither one of its own nor the loss's: a launch costs
 // more than the fold, which here runs beside other tiles' products; the loss would read every pair
 // twice (for its label too), where few lanes of a row wait for them, and spills with it in; and
-// votes are votes for every caller. The dense path is two launches in all, votes and loss.
+// votes are votes for every caller. The dense path is two launches in all, votes and loss. (In a
+// captured graph each also clears its counters: arrivals.h.)
 //
 // Hazards
 //   Pairs stored by one warp -> read by another, of any block: all lanes store, warp_sync, then
-//   lane
-//     0 counts the warp in with release; the last one to come has seen every count, fences, and
-//     reads from L2. Nobody waits for anybody.
+//     lane 0 counts the warp in with release; the last one to come has seen every count, fences,
+//     and reads from L2. Nobody waits for anybody.
 //   Counters are 0 before a launch, and again after: the last arrival wraps them.
 //   Which warp folds is not determined; what it finds is, by `better`.
 #pragma once
