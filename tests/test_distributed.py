@@ -221,7 +221,8 @@ LAWS = (
 
 @check(2, 4)
 def loss_of_every_law(rank, world):
-    for law, kind in itertools.product(LAWS, ("peaked", "distinct", "target")):
+    kinds = ("peaked", "distinct", "target") if world == 2 else ("target",)  # four on two cores take long
+    for law, kind in itertools.product(LAWS, kinds):
         for C in (13, 2):
             yield from compared(make(5, C, 20, kind=kind), uneven(C, world), rank, distribution=law)
 

@@ -88,13 +88,15 @@ def test_long_rows(backend, device, C, P):
         check_equal(make(2, C, P, dtype, device), label_smoothing=0.1, backend=backend)
 
 
-def test_targets_of_probabilities(backend, device):
-    for C, reduction, dtype in itertools.product((3, 12, 300), REDUCTIONS, DTYPES):
-        case = make(5, C, 20, dtype, device)
-        t = torch.nn.functional.one_hot(case.target, C) * 0.7 + 0.3 / C
-        soft = case._replace(target=t)
-        check_equal(soft, reduction=reduction, label_smoothing=0.1, only_correct=True, backend=backend)
-        check_equal(soft._replace(votes=None), reduction=reduction, backend=backend)
+@pytest.mark.parametrize("C", [3, 12, 300])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_targets_of_probabilities(backend, device, dtype, reduction, C):
+    case = make(5, C, 20, dtype, device)
+    t = torch.nn.functional.one_hot(case.target, C) * 0.7 + 0.3 / C
+    soft = case._replace(target=t)
+    check_equal(soft, reduction=reduction, label_smoothing=0.1, only_correct=True, backend=backend)
+    check_equal(soft._replace(votes=None), reduction=reduction, backend=backend)
 
 
 def test_keeps_nothing_of_the_logits_size(backend, device):
