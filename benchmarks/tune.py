@@ -4,8 +4,9 @@
 
 A variant is a few replacements in the text of csrc/cuda. Each is compiled into a library of its own without
 torch (seconds; all of them at once, on as many cores as there are), called through ctypes on the same inputs,
-compared with what the kernels as they stand compute, and timed. What comes out is a table of times over the
-standing kernels' (below 1: the variant is faster), for choosing the constants in tuning.h and vote_tuning.h.
+compared with what the kernels as they stand compute, and raced against them (harness.race). What comes out is
+a table of times over theirs (below 1: the variant is faster), to choose the constants in tuning.h and
+vote_tuning.h from.
 Where a stage is left out the results are wrong on purpose: the difference in time is what the stage costs.
 
 ``--compile`` stops after compiling, which needs no GPU.
@@ -15,16 +16,18 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import harness
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,18 +45,15 @@ class Variant:
     right: bool = True  # False: a stage is left out, and so are right results
 
 
-def loss(name: str, old: str, new: str) -> Variant:
-    return Variant(f"{name} {new}", (("tuning.h", f"{name} = {old}", f"{name} = {new}"),))
-
-
-def vote(name: str, old: str, new: str) -> Variant:
-    return Variant(f"{name} {new}", (("vote_tuning.h", f"{name} = {old}", f"{name} = {new}"),))
-
-
 def swap(name: str, file: str, old: str, new: str, right: bool = True) -> Variant:
     return Variant(name, ((file, old, new),), right)
 
 
+def constant(file: str, name: str, old: str, new: str) -> Variant:
+    return swap(f"{name} {new}", file, f"{name} = {old}", f"{name} = {new}")
+
+
+loss, vote = (functools.partial(constant, file) for file in ("tuning.h", "vote_tuning.h"))
 AS_IT_IS = Variant("as it is")
 RESIDENT = "kSmallResident = (sizeof(T) == 2   ? "
 STREAMED, STORED = "__ldcs(static_cast<const uint4*>(at))", "__stcg(static_cast<uint4*>(at), raw)"
@@ -230,28 +230,6 @@ class Problem:
         torch.cuda.synchronize()
         return [x.clone() for x in self.outputs[0]]
 
-    def time(self, kernels: ctypes.CDLL) -> float:
-        """Median seconds a call; all queue up behind a kernel that waits, so that none waits for the host."""
-        for k in range(3):
-            self.run(kernels, k)
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for k in range(20):
-            self.run(kernels, k)
-        host = (time.perf_counter() - begin) / 20
-        torch.cuda.synchronize()
-        samples = []
-        for _ in range(15):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(int(2e9 * (host * 20 * 2 + 1e-4)))
-            start.record()
-            for k in range(20):
-                self.run(kernels, k)
-            end.record()
-            end.synchronize()
-            samples.append(start.elapsed_time(end) / 20e3)
-        return sorted(samples)[len(samples) // 2]
-
 
 def disagreement(kind: str, got: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
     """What a variant computes differently; empty if nothing that rounding does not explain."""
@@ -267,24 +245,31 @@ def disagreement(kind: str, got: list[torch.Tensor], expected: list[torch.Tensor
     return f"{share:.2%} of the gradient differs" if wrong else ""
 
 
-def measure(kind: str, case: str, size: tuple, libraries: dict[str, Path]) -> list[dict]:
-    """A row {kind, case, variant, seconds, ratio, wrong} for each variant, the standing kernels first."""
+def measure(kind: str, case: str, size: tuple, libraries: dict[str, Path], clock) -> list[dict]:
+    """A row {kind, case, variant, seconds, how, ratio, wrong} for each variant."""
     torch.manual_seed(0)
-    problem, expected, base, rows = Problem(kind, size), None, None, []
-    right = {v.name: v.right for v in VARIANTS[kind]}
+    problem, results, wrong, entries = Problem(kind, size), {}, {}, []
     for name, library in libraries.items():
-        kernels, row = ctypes.CDLL(str(library)), {"kind": kind, "case": case, "variant": name}
+        kernels = ctypes.CDLL(str(library))
         try:
-            got, seconds = problem.results(kernels), problem.time(kernels)
+            results[name] = problem.results(kernels)
         except RuntimeError as error:
-            rows.append(row | {"seconds": None, "ratio": None, "wrong": str(error)})
-            if expected is None:
-                break
+            wrong[name] = str(error)
             continue
-        if expected is None:
-            expected, base = got, seconds
-        row["wrong"] = disagreement(kind, got, expected) if right[name] else "left out"
-        rows.append(row | {"seconds": seconds, "ratio": seconds / base})
+        calls = [functools.partial(problem.run, kernels, k) for k in range(len(problem.calls))]
+        entries.append(harness.Entry(name, calls))
+    race = harness.race(entries, clock)
+    wrong |= race.failed
+    right, base, rows = {v.name: v.right for v in VARIANTS[kind]}, AS_IT_IS.name, []
+    for name in libraries:
+        row = {"kind": kind, "case": case, "variant": name, "seconds": None, "how": "", "ratio": None}
+        if name in race.samples:
+            row |= {"seconds": statistics.median(race.taken(name)), "how": race.how[name]}
+            if base in race.samples:
+                row["ratio"] = race.ratio(name, base)[0]
+        if name not in wrong and base in results:
+            wrong[name] = disagreement(kind, results[name], results[base]) if right[name] else "left out"
+        rows.append(row | {"wrong": wrong.get(name, "")})
     return rows
 
 
@@ -297,7 +282,7 @@ def table(kind: str, rows: list[dict]) -> str:
         for case in cases:
             found = [r for r in rows if (r["case"], r["variant"]) == (case, name)]
             text = "-"
-            if found and found[0]["seconds"] is not None:
+            if found and found[0]["ratio"] is not None:
                 (row,) = found
                 text = f"{1e6 * row['seconds']:.1f} us" if name == AS_IT_IS.name else f"{row['ratio']:.3f}"
                 text += "!" if row["wrong"] not in ("", "left out") else ""
@@ -345,10 +330,14 @@ def main() -> int:
     if args.compile or not all(AS_IT_IS.name in found for found in libraries.values()):
         return 1 if failed else 0
     sizes = {"loss": {f"{N} x {C}": (N, C) for N, C in LOSSES}, "vote": MAPS}
-    rows = []
+    rows, clock = [], harness.DeviceClock()
     for kind, found in libraries.items():
         for case, size in sizes[kind].items():
-            rows += measure(kind, case, size, found)
+            try:
+                rows += measure(kind, case, size, found, clock)
+            except (harness.ContextLost, RuntimeError) as error:  # nothing more can be measured
+                print(f"{kind}, {case}: {error}")
+                return 1
             torch.cuda.empty_cache()
             if args.out:
                 args.out.write_text(json.dumps(rows, indent=0))
@@ -356,6 +345,7 @@ def main() -> int:
                 table(kind, [row for row in rows if (row["kind"], row["case"]) == (kind, case)]), flush=True
             )
         print(table(kind, [row for row in rows if row["kind"] == kind]), flush=True)
+    failed |= any(row["variant"] == AS_IT_IS.name and row["seconds"] is None for row in rows)
     return 1 if failed else 0
 
 

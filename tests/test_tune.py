@@ -12,6 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
 SPEC = importlib.util.spec_from_file_location("tune", ROOT / "benchmarks" / "tune.py")
 tune = importlib.util.module_from_spec(SPEC)
 sys.modules["tune"] = tune
@@ -61,26 +62,40 @@ def test_disagreement():
 
 def test_a_variant_that_fails_costs_its_own_row(monkeypatch):
     class Problem:
+        """On the CPU: b computes nothing, d something else, e fails when it is timed."""
+
         def __init__(self, kind, size):
-            pass
+            self.calls, self.timed = [0, 1], False
+
+        def run(self, kernels, k):
+            if kernels == "e.so":
+                raise RuntimeError("CUDA error 1")
 
         def results(self, kernels):
             if kernels == "b.so":
                 raise RuntimeError("CUDA error 700")
-            return [torch.zeros(5, dtype=torch.int32)]
-
-        def time(self, kernels):
-            return {"a.so": 2.0, "c.so": 1.0}[kernels]
+            return [torch.full((5,), int(kernels == "d.so"), dtype=torch.int32)]
 
     monkeypatch.setattr(tune, "Problem", Problem)
     monkeypatch.setattr(tune.ctypes, "CDLL", str)
-    libraries = {"as it is": Path("a.so"), "kStagger 1": Path("b.so"), "without fold": Path("c.so")}
-    rows = tune.measure("vote", "a", (), libraries)
-    assert [row["ratio"] for row in rows] == [1.0, None, 0.5]
-    assert [row["wrong"] for row in rows] == ["", "CUDA error 700", "left out"]
+    monkeypatch.setattr(tune.harness, "TINY", True)
+    names = {"as it is": "a", "kStagger 1": "b", "without fold": "c", "kStagger 3": "d", "kWideStages 3": "e"}
+    libraries = {name: Path(f"{file}.so") for name, file in names.items()}
+    clock = tune.harness.HostClock()
+    rows = tune.measure("vote", "a", (), libraries, clock)
+    assert [row["variant"] for row in rows] == list(names)
+    assert [row["seconds"] is None for row in rows] == [False, True, False, False, True]
+    assert rows[0]["ratio"] == 1
+    assert all((row["ratio"] is None) == (row["seconds"] is None) for row in rows)
+    words = ["", "CUDA error 700", "left out", "100.00% of the votes differ", "CUDA error 1"]
+    assert all(
+        word in row["wrong"] and bool(word) == bool(row["wrong"])
+        for word, row in zip(words, rows, strict=True)
+    )
     assert "! kStagger 1, a: CUDA error 700" in tune.table("vote", rows)
-    broken = {"as it is": Path("b.so"), "without fold": Path("c.so")}
-    assert len(tune.measure("vote", "a", (), broken)) == 1  # nothing to compare with
+    rows = tune.measure("vote", "a", (), libraries | {"as it is": Path("b.so")}, clock)
+    assert all(row["ratio"] is None for row in rows)  # nothing to compare with
+    assert rows[0]["wrong"] == "CUDA error 700"
 
 
 def test_table():
