@@ -74,7 +74,7 @@ FILTERS = {"cuda": "zipfls", "triton": "_kernel"}  # what their names have in co
 class Child:
     """A program in a process group of its own; its output is in a file, so that killing it loses nothing.
 
-    Not in a session of its own: what ends ours is to end it too.
+    A group and no more (no setsid): what ends all that our caller started ends it too.
     """
 
     def __init__(self, command: list[str], environment: dict[str, str]):

@@ -455,33 +455,22 @@ inline void group_sync(int barrier, int threads) {
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(block().rank); }
 
 template <class T>
-T shuffle_xor(T x, int mask) {
-  struct Call {
-    T in, out;
-    int mask;
-  } call = {x, x, mask};
-  emulator::together_warp("shuffle_xor", &call, [](std::vector<void*>& lanes) {
-    for (size_t i = 0; i < 32; i++) {
-      Call& mine = *static_cast<Call*>(lanes[i]);
-      mine.out = static_cast<Call*>(lanes[i ^ static_cast<size_t>(mine.mask)])->in;
-    }
-  });
-  return call.out;
-}
-
-template <class T>
-T shuffle(T x, int from) {
+T shuffle(T x, int from, const char* what = "shuffle") {
   struct Call {
     T in, out;
     int from;
   } call = {x, x, from};
-  emulator::together_warp("shuffle", &call, [](std::vector<void*>& lanes) {
+  emulator::together_warp(what, &call, [](std::vector<void*>& lanes) {
     for (void* lane : lanes) {
       Call& mine = *static_cast<Call*>(lane);
       mine.out = static_cast<Call*>(lanes[static_cast<size_t>(mine.from)])->in;
     }
   });
   return call.out;
+}
+template <class T>
+T shuffle_xor(T x, int mask) {
+  return shuffle(x, self().thread % 32 ^ mask, "shuffle_xor");
 }
 
 // Pairs that other blocks read --------------------------------------------------------------------
