@@ -141,7 +141,7 @@ class Head:
 
 
 if TINY:
-    CASES = [Case(2, 5, 16, (1, 1), 4, "float32", what="tiny")]
+    CASES = [Case(2, 5, 16, (1, 1), 8, "float32", what="tiny")]  # 8: MIN_WIDTH of examples/train.py
     HEADS = [Head(2, 2, 8, 10, "float32")]
 elif ON_GPU:
     resnet50 = functools.partial(Case, 256, size=224, blocks=(3, 4, 6, 3), width=64, dtype="bfloat16")

@@ -103,7 +103,7 @@ PLANS = {
 }
 # Instead of any of them where benchmarks walk through everything at tiny sizes; never reported.
 TINY = Plan(
-    "--depth 8 --width 4 --size 16 --epochs 1 --batch-size 32 --device cpu",
+    "--depth 8 --width 8 --size 16 --epochs 1 --batch-size 32 --device cpu",
     {"digits": "--data digits --limit 40"},
     {"digits": 1},
     (BASELINE, SMOOTHING, ZIPF),

@@ -146,26 +146,49 @@ def load_digits(size: int) -> Data:
 
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+TEST_PARTS = ("val", "valid", "validation", "test")  # beside train/; of several the first is taken
 
 
 def load_folder(root: Path, size: int, limit: int | None = None) -> Data:
     """Images of any size from ROOT/<class>/, a quarter of each class being kept for testing.
 
-    Where there are ROOT/train/<class>/ and ROOT/test/<class>/ (or val), they are used as they are.
+    Where there is ROOT/train/<class>/ with val/, valid/, validation/ or test/ beside it, in small or capital
+    letters, they are used as they are. Of several the first in this order is taken, which a line on standard
+    error says.
+
+    Raises:
+        DataError: no folder, fewer than 2 classes, a class without an image or with too few to split, a class
+            for testing that the training set lacks, one half of such a split alone.
     """
-    parts = [root / name for name in ("test", "val") if (root / name).is_dir()]
-    if (root / "train").is_dir() and parts:
-        classes, files, labels = find_images(root / "train")
-        test_classes, test_files, test_labels = find_images(parts[0])
-        if unknown := sorted(set(test_classes) - set(classes)):
-            raise DataError(f"{parts[0]} has a class that {root / 'train'} lacks: {unknown[0]}")
+    folders = {entry.name.lower(): entry for entry in visible(root, []) if entry.is_dir()}
+    parts = [folders[name] for name in TEST_PARTS if name in folders]
+    if "train" in folders and parts:
+        train_root, test_root, *others = folders["train"], *parts
+        if others:
+            names = ", ".join(part.name for part in others)
+            notice(f"{root}: testing on {test_root.name}, not on {names}")
+        classes, files, labels = find_images(train_root)
+        test_classes, test_files, test_labels = find_images(test_root)
+        missing = ", ".join(sorted(set(classes) - set(test_classes)))
+        if unknown := ", ".join(sorted(set(test_classes) - set(classes))):
+            reverse = f"; {test_root.name} lacks: {missing}" if missing else ""
+            raise DataError(f"{test_root} has classes that {train_root} lacks: {unknown}{reverse}")
+        if missing:
+            notice(f"{test_root} has no image of these classes: {missing}")
         test_labels = [classes.index(test_classes[label]) for label in test_labels]
     else:
+        for name in ("train", *TEST_PARTS):
+            if name in folders and holds_folders_alone(folders[name]):
+                raise DataError(
+                    f"{folders[name]} holds folders as one part of a split does; "
+                    f"{root} needs train and one of {', '.join(TEST_PARTS)}"
+                )
         classes, every_file, every_label = find_images(root)
         train, test = split_by_class(every_label)
         if alone := sorted(set(every_label) - {every_label[i] for i in train}):
-            folder = root / classes[alone[0]]
-            raise DataError(f"{folder} has one image; it needs one to train and one to test")
+            names = "; ".join(f"{root / classes[label]} has one image" for label in alone)
+            raise DataError(f"{names}; a class needs one to train and one to test")
         files, labels = [every_file[i] for i in train], [every_label[i] for i in train]
         test_files, test_labels = [every_file[i] for i in test], [every_label[i] for i in test]
     return Data(
@@ -199,20 +222,65 @@ def load_tinyimagenet(root: Path, size: int, limit: int | None = None) -> Data:
 
 
 def find_images(root: Path) -> tuple[list[str], list[Path], list[int]]:
-    """List ROOT/<class>/**/<image>: the class names, the files and the class of each file."""
-    if not root.is_dir():
-        raise DataError(f"there is no folder {root}")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    if len(classes) < 2:
-        raise DataError(f"{root} needs at least 2 class folders, it has {len(classes)}")
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(f for f in (root / name).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise DataError(f"class folder {root / name} holds no image")
-        files += found
-        labels += [label] * len(found)
-    return classes, files, labels
+    """List ROOT/<class>/**/<image>: the class names, the files and the class of each file.
+
+    What is hidden, no image by its suffix, or in no class folder is skipped; a line on standard error names
+    the first of it.
+    """
+    skipped: list[Path] = []
+    entries = visible(root, skipped)
+    folders = [entry for entry in entries if entry.is_dir()]
+    skipped += [entry for entry in entries if not entry.is_dir()]
+    if len(folders) < 2:
+        raise DataError(f"{root} needs at least 2 class folders, it has {len(folders)}")
+    found = [list(images_below(folder, skipped)) for folder in folders]
+    if skipped:
+        names = [str(path.relative_to(root)) for path in sorted(skipped)]
+        more = f" and {len(names) - 5} more" if names[5:] else ""
+        reason = "hidden, no image, or in no class folder"
+        notice(f"{root}: skipped, since {reason}: {', '.join(names[:5])}{more}")
+    if empty := [folder for folder, files in zip(folders, found, strict=True) if not files]:
+        raise DataError("; ".join(f"class folder {folder} holds no image" for folder in empty))
+    labels = [label for label, files in enumerate(found) for _ in files]
+    return [folder.name for folder in folders], [file for files in found for file in files], labels
+
+
+def visible(folder: Path, skipped: list[Path]) -> list[Path]:
+    """The entries of a folder in order; hidden ones are added to `skipped` instead.
+
+    Hidden are names with a dot in front (.ipynb_checkpoints, the ._NAME of a Mac) and SYSTEM_FOLDERS.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}")
+    shown = []
+    for entry in sorted(folder.iterdir()):
+        hidden = entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS
+        (skipped if hidden else shown).append(entry)
+    return shown
+
+
+def notice(text: str) -> None:
+    """Say on standard error what was decided about the data; of several processes the first says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def images_below(folder: Path, skipped: list[Path]) -> Iterator[Path]:
+    """The images of a folder and of those in it, in order; what is none is added to `skipped`."""
+    for entry in visible(folder, skipped):
+        if entry.is_dir() and not entry.is_symlink():  # a link may lead round in a circle
+            yield from images_below(entry, skipped)
+        elif entry.suffix.lower() in IMAGE_SUFFIXES:
+            yield entry
+        else:
+            skipped.append(entry)
+
+
+def holds_folders_alone(folder: Path) -> bool:
+    """Whether a folder holds folders and no image directly."""
+    entries = visible(folder, [])
+    is_folder = [entry.is_dir() for entry in entries]
+    return any(is_folder) and not any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries)
 
 
 def read_split(files: Sequence[Path], labels: Sequence[int], size: int, limit: int | None) -> Split:
@@ -222,7 +290,14 @@ def read_split(files: Sequence[Path], labels: Sequence[int], size: int, limit: i
 
 
 def read_images(files: Sequence[Path], size: int) -> torch.Tensor:
-    """Read images, crop them to a square and resize: (N, 3, size, size) uint8."""
+    """Read images, crop them to a square and resize: (N, 3, size, size) uint8.
+
+    Images of more than 8 bits are scaled to 8 (see scale_to_bytes).
+
+    Raises:
+        DataError: a file is no image, or of numbers whose range is not known; the images of more than 8 bits
+            all lie in the lowest sixteenth of their range; they are too many for the memory.
+    """
     from PIL import Image, ImageOps
 
     needed = len(files) * 3 * size**2
@@ -233,19 +308,56 @@ def read_images(files: Sequence[Path], size: int) -> torch.Tensor:
             f"the {memory / 1e9:.1f} GB of memory here, which this script does; see --limit and --size"
         )
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    highest = {}  # of each image of more than 8 bits, as a share of its range
 
     def read(i: int) -> None:
         try:
             with Image.open(files[i]) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB")
-                pixels = np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+                image = ImageOps.exif_transpose(image)
+                if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                    values, highest[files[i]] = scale_to_bytes(np.asarray(image))
+                    image = Image.fromarray(values)
+                image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"cannot read the image {files[i]}: {error}") from error
-        images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
+        images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(read, range(len(files))))
+    if highest and max(highest.values()) < 1 / 16:  # 12 bits stored in 16, say
+        file, share = max(highest.items(), key=lambda item: item[1])
+        raise DataError(
+            f"the images of more than 8 bits reach {share:.2%} of their range at most, in {file}: they would "
+            "be next to black; scale them all by one number, to 0 to 65535 in 16 bits or 0 to 1 in floats"
+        )
     return images
+
+
+def scale_to_bytes(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Bring the pixels of an image of more than 8 bits to 0 to 255.
+
+    Floats count from 0 to 1, whole numbers from 0 to 65535: those of 32 bits too, which is what Pillow gives
+    for some files of 16 bits. No file states what other numbers mean, and images each scaled by their own
+    lowest and highest pixel could not be compared.
+
+    Args:
+        values: (H, W) integers or floats.
+
+    Returns:
+        (H, W) uint8, and the highest pixel as a share of the range.
+
+    Raises:
+        ValueError: a pixel is NaN or outside the range.
+    """
+    floats = values.dtype.kind == "f"
+    top = 1 if floats else 65535
+    low, high = values.min(), values.max()  # NaN if any pixel is
+    if np.isnan(low):
+        raise ValueError("it has pixels that are NaN")
+    if low < 0 or high > top:
+        kind = "floats" if floats else "whole numbers"
+        raise ValueError(f"its {kind} go from {low:g} to {high:g}, where 0 to {top} is expected")
+    return np.rint(values * (255 / top)).astype(np.uint8), float(high) / top
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -470,6 +582,12 @@ def take_views(
 
 
 # ---------------------------------------------------------------------------------------- network
+
+
+# On x86 processors without AVX-512, oneDNN 3.12 (torch 2.13 and 2.14) writes out of bounds in the backward of
+# strided 1x1 convolutions with fewer than 8 input channels of channels_last maps: gradients are wrong, or the
+# process crashes or never ends. ONEDNN_MAX_CPU_ISA=AVX2 shows it on any x86 processor.
+MIN_WIDTH = 8
 
 
 class Block(nn.Module):
@@ -1131,8 +1249,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", type=model_name, default="resnet", metavar="NAME",
         help="resnet, the one in this file, or timm:NAME (default: resnet)")
     add("--depth", type=depth, default=20, metavar="6n+2", help="of resnet (default: 20)")
-    add("--width", type=number(int, 1), default=16, metavar="N",
-        help="channels of resnet's first stage (default: 16)")
+    add("--width", type=number(int, MIN_WIDTH), default=16, metavar="N",
+        help=f"channels of resnet's first stage, at least {MIN_WIDTH} (default: 16)")
     add("--size", type=number(int, 16), default=32, metavar="PIXELS",
         help="height and width of the images (default: 32)")
     add("--limit", type=number(int, 2), metavar="N", help="use N images of each set at most")

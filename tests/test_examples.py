@@ -4,11 +4,13 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import runpy
 import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,7 +37,18 @@ def import_script():
 
 example = import_script()
 CPU = example.Place(torch.device("cpu"))
-TINY = ["--device", "cpu", "--depth", "8", "--width", "4", "--size", "16", "--batch-size", "32"]
+TINY = [
+    "--device",
+    "cpu",
+    "--depth",
+    "8",
+    "--width",
+    str(example.MIN_WIDTH),
+    "--size",
+    "16",
+    "--batch-size",
+    "32",
+]
 
 
 def arguments(*argv, out="unused"):
@@ -102,17 +115,18 @@ def test_digits():
 
 def write_folder(root, counts, mode="RGB"):
     """Class folders of plain images, one colour per class, in differing sizes and file types."""
+    ends = ("tif", "tiff") if mode == "CMYK" else ("png", "PNG")
     colours = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
     for name, count in counts.items():
         for i in range(count):
             folder = root / name / ("more" if i % 2 else "")
             folder.mkdir(parents=True, exist_ok=True)
             image = Image.new("RGB", (20 + 7 * i, 33), colours[name]).convert(mode)
-            image.save(folder / f"{i}.{'png' if i % 3 else 'PNG'}")
+            image.save(folder / f"{i}.{ends[i % 3 == 0]}")
         (root / name / "notes.txt").write_text("not an image")
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
 def test_folder_of_classes(tmp_path, mode):
     write_folder(tmp_path, {"red": 4, "green": 8, "blue": 2}, mode)
     data = example.load_data(f"folder:{tmp_path}", 24, Path("unused"))
@@ -127,13 +141,126 @@ def test_folder_of_classes(tmp_path, mode):
         assert torch.equal(channel, 2 - split.labels)
 
 
-def test_folder_with_its_own_test_set(tmp_path):
+def test_folder_with_its_own_test_set(tmp_path, capsys):
     write_folder(tmp_path / "train", {"blue": 2, "green": 3, "red": 2})
     write_folder(tmp_path / "val", {"red": 2, "green": 1})  # a class may be missing in it
     data = example.load_data(f"folder:{tmp_path}", 16, Path("unused"))
     assert data.train.labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
     assert data.test.labels.tolist() == [1, 2, 2]
+    assert f"{tmp_path / 'val'} has no image of these classes: blue\n" in capsys.readouterr().err
     assert torch.equal(data.test.images.float().mean((2, 3)).argmax(1), 2 - data.test.labels)
+
+
+@pytest.mark.parametrize("parts", [("valid",), ("test", "validation"), ("test", "valid", "val"), ("Test",)])
+def test_folder_names_of_a_test_set(tmp_path, capsys, parts):
+    """The last of each is the one that counts, and what is left aside is said."""
+    train = "Train" if parts == ("Test",) else "train"
+    for count, part in enumerate((train, *parts), 2):
+        write_folder(tmp_path / part, {"blue": count, "red": count})
+    data = example.load_folder(tmp_path, 16)
+    assert data.classes == ["blue", "red"]
+    assert (len(data.train), len(data.test)) == (4, 2 * (2 + len(parts)))
+    said = f"{tmp_path}: testing on {parts[-1]}, not on {', '.join(reversed(parts[:-1]))}\n"
+    assert (said in capsys.readouterr().err) == (len(parts) > 1)
+
+
+def test_folder_skips_what_is_hidden_and_says_so(tmp_path, capsys, monkeypatch):
+    write_folder(tmp_path, {"blue": 4, "red": 4})
+    for file in tmp_path.rglob("notes.txt"):
+        file.unlink()
+    clean = example.load_folder(tmp_path, 16)
+    assert capsys.readouterr().err == ""
+    junk = ["._0.png", ".hidden.png", "Thumbs.db"]
+    junk += [f"{folder}/red/0.png" for folder in ("__MACOSX", "@eaDir", ".ipynb_checkpoints")]
+    for folder in (tmp_path, tmp_path / "red", tmp_path / "red" / "more"):
+        for name in junk:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"no image")
+    (tmp_path / "stray.png").write_bytes(b"in no class folder")
+    (tmp_path / "red" / "round").symlink_to(tmp_path / "red")
+    data = example.load_folder(tmp_path, 16)
+    assert data.classes == ["blue", "red"]
+    assert torch.equal(data.train.images, clean.train.images)
+    assert torch.equal(data.test.labels, clean.test.labels)
+    first = "._0.png, .hidden.png, .ipynb_checkpoints, @eaDir, Thumbs.db"
+    reason = "hidden, no image, or in no class folder"
+    rest = 3 * len(junk) + 2 - 5
+    assert capsys.readouterr().err == f"{tmp_path}: skipped, since {reason}: {first} and {rest} more\n"
+    monkeypatch.setenv("RANK", "1")  # another process says nothing
+    example.load_folder(tmp_path, 16)
+    assert capsys.readouterr().err == ""
+
+
+def write_png_of_16_bits(file, pixels):
+    """Write (H, W, 1 to 4) uint16 as grey, grey and alpha, RGB or RGBA; Pillow writes the first alone."""
+
+    def chunk(name, content):
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def test_images_of_more_and_fewer_than_8_bits(tmp_path):
+    """Each is the same picture as its 8-bit form."""
+    grey = np.random.default_rng(0).random((40, 50))
+    wide = np.rint(grey * 65535)
+    Image.fromarray(np.rint(grey * 255).astype("uint8")).save(tmp_path / "8.png")
+    Image.fromarray(wide.astype("uint16")).save(tmp_path / "16.png")
+    Image.fromarray(wide.astype("uint16")).save(tmp_path / "16.pgm")
+    Image.fromarray(wide.astype("<u2")).save(tmp_path / "little.tiff")
+    Image.fromarray(wide.astype(">u2")).save(tmp_path / "big.tiff")
+    Image.fromarray(wide.astype("int32")).save(tmp_path / "int.tiff")
+    Image.fromarray(grey.astype("float32")).save(tmp_path / "float.tiff")
+    for channels in (1, 2, 3, 4):
+        pixels = np.repeat(wide[..., None], channels, -1)
+        pixels[..., 3 if channels == 4 else 1 : channels if channels in (2, 4) else 0] = 65535  # opaque
+        write_png_of_16_bits(tmp_path / f"{channels}x16.png", pixels.astype("uint16"))
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 11
+    images = example.read_images(files, 24).int()
+    assert images.float().std() > 20
+    exact = images[files.index(tmp_path / "8.png")]
+    for file, image in zip(files, images, strict=True):
+        assert (image - exact).abs().max() <= 1, file
+    Image.fromarray(grey > 0.5).save(tmp_path / "1.png")
+    assert example.read_images([tmp_path / "1.png"], 40).unique().tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(
+    "dtype, low, high, message",
+    [
+        ("float32", 0, 255, "its floats go from 0 to 255, where 0 to 1 is expected"),
+        ("float32", -0.5, 1, "its floats go from -0.5 to 1"),
+        ("float32", 0, np.nan, "it has pixels that are NaN"),
+        ("float32", 0, np.inf, "its floats go from 0 to inf"),
+        ("int32", -9, 65535, "its whole numbers go from -9 to 65535, where 0 to 65535 is expected"),
+        ("int32", 0, 2**31 - 1, "its whole numbers go from 0 to 2.14748e+09"),
+        ("uint32", 0, 2**32 - 1, "its whole numbers go from -1 to 0"),  # as Pillow reads it
+        ("uint16", 0, 4095, "more than 8 bits reach 6.25% of their range at most"),
+        ("int32", 0, 255, "more than 8 bits reach 0.39% of their range at most"),
+        ("float32", 0, 0.01, "more than 8 bits reach 1.00% of their range at most"),
+    ],
+)
+def test_images_whose_range_is_not_known(tmp_path, dtype, low, high, message):
+    file = tmp_path / "x.tiff"
+    Image.fromarray(np.array([[low, high]] * 2, dtype)).save(file)
+    with pytest.raises(example.DataError, match=re.escape(message)) as error:
+        example.read_images([file], 16)
+    assert str(file) in str(error.value)
+
+
+def test_one_dark_image_among_others(tmp_path):
+    """The range is the set's."""
+    for name, high in (("dark", 200), ("bright", 65535)):
+        Image.fromarray(np.full((4, 4), high, "uint16")).save(tmp_path / f"{name}.png")
+    images = example.read_images([tmp_path / "dark.png", tmp_path / "bright.png"], 16)
+    assert [image.unique().tolist() for image in images] == [[1], [255]]
 
 
 def test_folder_reads_no_more_than_the_limit(tmp_path, monkeypatch):
@@ -411,12 +538,12 @@ def test_every_loss_starts_alike():
 
 @pytest.mark.parametrize("depth, size", [(8, 16), (8, 32), (14, 20)])
 def test_network(depth, size):
-    net = example.ResNet(depth, 3, 7, width=4)
+    net = example.ResNet(depth, 3, 7, width=8)
     layers = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     assert sum(getattr(m, "kernel_size", None) != (1, 1) for m in layers) == depth
     images = torch.randn(5, 3, size, size)
     logits, features = net.train()(images)
-    assert features.shape == (5, 16, size // 4, size // 4)
+    assert features.shape == (5, 32, size // 4, size // 4)
     assert features.shape[-1] >= 4
     scores = torch.einsum("ndhw,cd->nchw", features, net.fc.weight) + net.fc.bias[:, None, None]
     torch.testing.assert_close(scores.mean((2, 3)), logits)  # what votes is what is pooled
@@ -432,8 +559,8 @@ def test_deep_votes(upsample):
     net = trainer.net.train()
     images, labels = next(iter(trainer.loader))
     logits, features, deep_features, deep_logits = net(images)
-    assert features.shape == (32, 16, 4, 4)
-    assert deep_features.shape == (32, 8, 8, 8)
+    assert features.shape == (32, 32, 4, 4)
+    assert deep_features.shape == (32, 16, 8, 8)
     torch.testing.assert_close(deep_logits, net.deep_fc(deep_features.mean((2, 3))))
     output = trainer.vote(logits, features, deep_features, deep_logits)
     maps = ((features, net.fc), (deep_features, net.deep_fc))
@@ -533,7 +660,7 @@ def test_training_writes_its_files(tmp_path, capsys):
 
 @pytest.mark.parametrize("options", ["--loss ce", "--loss zipf", "--loss zipf --deep --upsample 2"])
 def test_training_learns(tmp_path, options):
-    argv = ["--data", "digits", "--limit", "600", "--epochs", "6", "--width", "8", *options.split()]
+    argv = ["--data", "digits", "--limit", "600", "--epochs", "6", *options.split()]
     (run,) = example.main([*TINY, *argv, "--out", str(tmp_path)])
     assert run.history[-1]["test_accuracy"] > 0.6  # chance is 0.1
     assert run.history[-1]["train_cross_entropy"] < 0.6 * run.history[0]["train_cross_entropy"]
@@ -584,7 +711,7 @@ def import_timm():
     return pytest.importorskip("timm")
 
 
-# Not narrower: 1x1 convolutions of stride 2 and few channels crash in PyTorch on CPUs (2.13, channels_last).
+# Not narrower than MIN_WIDTH of examples/train.py.
 SMALL_TIMM = {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 32], "stem_width": 16}
 
 
@@ -842,6 +969,7 @@ def test_two_processes(tmp_path):
         (["--epochs", "0"], "argument --epochs: '0' is not a whole number of at least 1"),
         (["--epochs", "2.5"], "argument --epochs: '2.5' is not a whole number"),
         (["--depth", "18"], "argument --depth: '18' is not 6n+2"),
+        (["--width", "7"], "argument --width: '7' is not a whole number of at least 8"),
         (["--size", "8"], "argument --size: '8' is not a whole number of at least 16"),
         (["--seed", "1,x"], "argument --seed: 'x' is not a whole number"),
         (["--preset", "mnist"], "argument --preset"),
@@ -888,8 +1016,21 @@ def test_bad_folders(tmp_path, message):
     (images / "one" / "text.png").write_text("no image")
     assert f"cannot read the image {images / 'one' / 'text.png'}" in message("--data", source)
     write_folder(tmp_path / "split" / "train", {"red": 1, "blue": 1})
-    write_folder(tmp_path / "split" / "test", {"red": 1, "green": 1})
-    assert "lacks: green" in message("--data", f"folder:{tmp_path / 'split'}")
+    (images / "none" / ".ipynb_checkpoints").mkdir(parents=True)
+    write_folder(images / "none" / ".ipynb_checkpoints", {"red": 2})
+    (images / "zero").mkdir()
+    empty = [f"class folder {images / name} holds no image" for name in ("none", "zero")]
+    assert "; ".join(empty) in message("--data", source)
+    split = tmp_path / "split"
+    said = message("--data", f"folder:{split}")
+    assert f"{split / 'train'} holds folders as one part of a split does" in said
+    write_folder(split / "test", {"red": 1, "green": 1})
+    (split / "test" / "yellow").mkdir()
+    said = message("--data", f"folder:{split}")
+    assert f"class folder {split / 'test' / 'yellow'} holds no image" in said
+    (split / "test" / "yellow").rmdir()
+    said = message("--data", f"folder:{split}")
+    assert f"{split / 'test'} has classes that {split / 'train'} lacks: green; test lacks: blue" in said
 
 
 def test_bad_surroundings(tmp_path, message, monkeypatch):
