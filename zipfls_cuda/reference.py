@@ -142,7 +142,7 @@ def label_from_mass(log_mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     log_mass = log_mass.masked_fill(at_target, -torch.inf)
     massless = (log_mass == -torch.inf).all(1, keepdim=True)
     log_mass = torch.where(massless & ~at_target, 0.0, log_mass)
-    log_label = log_mass.log_softmax(1)
+    log_label = log_mass - log_mass.logsumexp(1, keepdim=True)  # log_softmax drifts over long equal rows
     return log_label.exp(), log_label
 
 
