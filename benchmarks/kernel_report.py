@@ -8,7 +8,8 @@ those of a real call.
 One row per kernel, configuration and architecture: registers a thread, stack bytes, instructions that touch
 local memory (spills), shared memory, 16-byte accesses of all accesses to global memory (TMA counted apart),
 and the tensor-core instruction. The exit status is 1 if anything spills, does not compile, asks for more
-shared memory than there is, or is a 16-bit product on Hopper without wgmma (HGMMA).
+shared memory than there is, is a 16-bit product on Hopper without wgmma (HGMMA), or may give the lanes of a
+sum different last bits (a multiply-add with another lane's value, or one left to ptxas to make).
 
 Beside it, a model of time for the shapes that matter: bytes over bandwidth, operations over rate, tiles in
 waves over the multiprocessors, resident programs. It is arithmetic from assumed ceilings (H200: copy 4.3
@@ -69,6 +70,7 @@ class Row(nvcc_report.Row):
     case: str
     warps: int
     needs_wgmma: bool
+    fusible: str  # see fusible()
 
     @property
     def faults(self) -> list[str]:
@@ -78,6 +80,8 @@ class Row(nvcc_report.Row):
             found.append(f"{self.shared} bytes of shared memory, of {SHARED[int(self.arch)]}")
         if self.needs_wgmma and self.arch == "90" and self.tensor != "HGMMA":
             found.append(f"a Hopper product without wgmma (found {self.tensor or 'none'})")
+        if self.fusible:
+            found.append(f"lanes may differ in the last bit: {self.fusible}")
         return found
 
 
@@ -409,8 +413,32 @@ def report_case(arch: int, index: int) -> tuple[list[Row], str]:
             cubin.write_bytes(kernel.asm["cubin"])
             found = vars(nvcc_report.rows(cubin, str(arch))[0]) | {"shared": kernel.metadata.shared}
             wgmma = case.wgmma and name in VOTE
-            rows.append(Row(**found, case=case.name, warps=kernel.metadata.num_warps, needs_wgmma=wgmma))
+            found |= {"warps": kernel.metadata.num_warps, "fusible": fusible(kernel.asm["ptx"])}
+            rows.append(Row(**found, case=case.name, needs_wgmma=wgmma))
     return rows, "" if rows else f"sm_{arch} {case.name}: launches none of {', '.join(case.kernels)}"
+
+
+def fusible(ptx: str) -> str:
+    """The first instruction by which the lanes of a sum may come to differ in the last bit, or "".
+
+    Each lane adds another lane's value to its own, and both must get the same sum. They do not if a product
+    of the lane's own is fused into the addition: it is not rounded, and the other lane's is. So no value from
+    a shuffle enters a multiply-add; and each addition and product has its rounding mode, without which ptxas
+    may fuse it.
+    """
+    shuffled: set[str] = set()
+    for operation, operands in re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+(.*);", ptx, re.MULTILINE):
+        if re.fullmatch(r"(add|sub|mul)(\.(ftz|sat))*\.b?f\d+(x2)?", operation):
+            return f"{operation} {operands}"
+        written, *read = re.findall(r"%\w+", operands) or [""]
+        if operation.startswith("shfl"):
+            shuffled.add(written)
+        elif not shuffled.isdisjoint(read):
+            if operation.startswith("fma"):
+                return f"{operation} {operands}"
+            if operation.startswith(("mov", "cvt")):  # the same value
+                shuffled.add(written)
+    return ""
 
 
 def accesses(ttgir: str) -> str:

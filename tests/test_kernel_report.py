@@ -70,13 +70,36 @@ def test_quick_report_is_clean():
             "vote 784x512x1000 bf16",
             "bytes of shared memory",
         ),
+        (
+            "import triton; run = triton.JITFunction.run; triton.JITFunction.run = "
+            "lambda *args, **options: run(*args, **options | {'enable_fp_fusion': True})",
+            "label 64x1000 P=49",
+            "lanes may differ in the last bit",
+        ),
     ],
-    ids=["spill", "no wgmma", "shared memory"],
+    ids=["spill", "no wgmma", "shared memory", "fused sums"],
 )
 def test_report_fails(plant, case, fault):
     done = report("--arch", "90", "--only", case, "--jobs", "1", plant=plant)
     assert done.returncode == 1, done.stdout + done.stderr
     assert fault in done.stdout.rsplit("faults", 1)[1]
+
+
+def test_lanes_differ_by_a_product_fused_with_another_lanes_value():
+    """A shuffle's value in a multiply-add, moved or widened; or left to ptxas to make."""
+    shuffle = "\tshfl.sync.bfly.b32 \t%r7, %r5, 1, 31, -1;\n"
+    lines = {
+        "fma.rn.f32 \t%r8, %r1, %r2, %r7": "fma.rn.f32",
+        "mov.b32 \t%f8, %r7;\n\t@%p1 fma.rn.f32 \t%f9, %f1, %f2, %f8": "fma.rn.f32",
+        "mov.b64 \t%fd8, {%r7, %r6};\n\tfma.rn.f64 \t%fd9, %fd1, %fd2, %fd8": "fma.rn.f64",
+        "add.f32 \t%r8, %r5, %r7": "add.f32",
+        "mul.ftz.f32 \t%r8, %r1, %r2": "mul.ftz.f32",
+        "sub.bf16x2 \t%r8, %r1, %r2": "sub.bf16x2",
+        "add.rn.f32 \t%r8, %r5, %r7;\n\tfma.rn.f32 \t%r9, %r8, %r1, %r2": "",
+        "add.s32 \t%r8, %r5, %r7": "",
+    }
+    for line, found in lines.items():
+        assert kernel_report.fusible(f"{shuffle}\t{line};\n").split(" ")[0].strip() == found, line
 
 
 def test_report_fails_where_a_kernel_does_not_compile(monkeypatch, capsys):

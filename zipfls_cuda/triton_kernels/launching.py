@@ -30,6 +30,11 @@ def described(x: Tensor) -> tuple:
     return x.dtype, x.shape, x.stride(), x.data_ptr() & 15
 
 
+def neighbours(x: Tensor) -> Tensor:
+    """``x`` with stride 1 along its last axis, as kernels take vectors: a view of other strides is copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor without memory, for torch.empty_like: a plan must not hold on to a graph's memory pool."""
     if 0 in shape:
@@ -62,9 +67,10 @@ class Launch:
     def __call__(self, *args) -> None:
         compiled = self.compiled
         if compiled is None:
-            # Multiply-adds said aloud: Triton 3.10 would leave them out.
+            # Multiply-adds are written out (tl.fma), never the compiler's choice: a product fused into the
+            # first step of a sum, fma(a, b, another lane's), leaves lanes with different last bits.
             self.compiled = self.kernel[self.grid](
-                *args, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True
+                *args, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=False
             )
         elif _hooked(knobs.runtime.launch_enter_hook) or _hooked(knobs.runtime.launch_exit_hook):
             compiled[self.grid](*args)

@@ -38,8 +38,8 @@ def softmax_lanes(x, m, s, t, finite):
     shift = tl.where(m == -float("inf"), tl.zeros_like(m), m - new_m)  # nothing yet to rescale: no inf - inf
     d = x - infinity_to_zero(new_m)[:, :, None]
     present = x > -float("inf")
-    s = s * tl.exp(shift) + tl.sum(tl.exp(d), 2)
-    t += finite * shift + tl.sum(tl.where(present, d, tl.zeros_like(x)), 2)
+    s = tl.fma(s, tl.exp(shift), tl.sum(tl.exp(d), 2))
+    t = tl.fma(finite, shift, t) + tl.sum(tl.where(present, d, tl.zeros_like(x)), 2)
     finite += tl.sum(present.to(x.dtype), 2)
     return new_m, shift, d, s, t, finite
 
@@ -55,7 +55,7 @@ def mass_lanes(a, d, shift, top, total, entropy, cross):
     zero = tl.zeros_like(p)
     entropy = scaled(entropy + total * mass_shift, factor) + tl.sum(tl.where(p > 0, p * a, zero), 2)
     cross = scaled(cross + total * shift, factor) + tl.sum(tl.where(p > 0, p * d, zero), 2)
-    total = total * factor + tl.sum(p, 2)
+    total = tl.fma(total, factor, tl.sum(p, 2))
     return new_top, total, entropy, cross
 
 
@@ -143,7 +143,7 @@ def lanes_gradient(
     SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile (1, L, V) of a long row, before the voted classes."""
-    g = tl.exp(x - safe_m[:, None, None]) * k1[:, None, None] - constant[:, None, None]
+    g = tl.fma(tl.exp(x - safe_m[:, None, None]), k1[:, None, None], -constant[:, None, None])
     if DENSE:
         a = load_masses(masses, column, inside, mass_stride_c)
         p = tl.exp(a - infinity_to_zero(top)[:, None, None])
@@ -151,9 +151,10 @@ def lanes_gradient(
         massless = top == -float("inf")
         factor = 1 / tl.where(massless, others, total)
         p = tl.where(massless[:, None, None], factor[:, None, None], p * factor[:, None, None])
-        g -= label_scale[:, None, None] * p
+        g = tl.fma(-label_scale[:, None, None], p, g)
     if SMOOTH:
-        g -= smooth_scale[:, None, None] * load_weights(weight, column, inside, HAS_WEIGHT)
+        w = load_weights(weight, column, inside, HAS_WEIGHT)
+        g = tl.fma(-smooth_scale[:, None, None], w, g)
     g = tl.where(column == y[:, None, None], gy[:, None, None], g)
     return tl.where(spoilt[:, None, None], spoilt_value[:, None, None], g)
 

@@ -119,8 +119,8 @@ def load_masses(masses, column, counted, mass_stride_c):
 
 @triton.jit
 def load_weights(weight, column, inside, HAS_WEIGHT: tl.constexpr):
-    """Class weights of columns, or 1."""
+    """Class weights of columns, or 1; ``weight`` points to the type of the arithmetic, read or not."""
     if HAS_WEIGHT:
         return tl.load(weight + column, mask=inside, other=0)
     else:
-        return 1.0
+        return tl.full(column.shape, 1, weight.dtype.element_ty)

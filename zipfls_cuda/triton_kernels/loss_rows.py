@@ -279,21 +279,22 @@ def loss_fwd_kernel(
             if HAS_ZIPF:
                 label_scale = tl.where(counted, gz + tl.zeros([R], D), 0.0)
             smooth_scale = gc * smoothing / C
-            g = e * k1[:, None]
-            if EDGES:
-                edge_g = edge_e * k1[:, None]
+            constant = tl.zeros([R], D)
             if LABEL == VOTES_LABEL:
-                g -= (label_scale * tl.exp(log_q))[:, None]
-                if EDGES:
-                    edge_g -= (label_scale * tl.exp(log_q))[:, None]
+                constant = label_scale * tl.exp(log_q)
+            g = tl.fma(e, k1[:, None], -constant[:, None])
+            if EDGES:
+                edge_g = tl.fma(edge_e, k1[:, None], -constant[:, None])
             if LABEL == DENSE_LABEL:
-                g -= label_scale[:, None] * normalised(p, top, total, C - 1)
+                g = tl.fma(-label_scale[:, None], normalised(p, top, total, C - 1), g)
                 if EDGES:
-                    edge_g -= label_scale[:, None] * normalised(edge_p, top, total, C - 1)
+                    edge_g = tl.fma(-label_scale[:, None], normalised(edge_p, top, total, C - 1), edge_g)
             if HAS_CE and SMOOTH:
-                g -= smooth_scale * load_weights(weight, column, inside, HAS_WEIGHT)
+                w = load_weights(weight, column, inside, HAS_WEIGHT)
+                g = tl.fma(-smooth_scale[:, None], w, g)
                 if EDGES:
-                    edge_g -= smooth_scale * load_weights(weight, edge_column, edge_inside, HAS_WEIGHT)
+                    edge_w = load_weights(weight, edge_column, edge_inside, HAS_WEIGHT)
+                    edge_g = tl.fma(-smooth_scale[:, None], edge_w, edge_g)
             g = tl.where(column == y[:, None], gy[:, None], g)
             g = tl.where(spoilt, spoilt_value, g)
             grad_start = row_vectors(row, C, C, V, EDGES)[1]

@@ -50,7 +50,7 @@ def mixed_target(
 ):  # fmt: skip
     """w_c t'_c of columns, where inside, and 0 elsewhere; t' = (1 - smoothing) t + smoothing / C."""
     if SMOOTH:
-        t = t * (1 - smoothing) + smoothing / C
+        t = tl.fma(t, 1 - smoothing, smoothing / C)
     t *= load_weights(weight, column, inside, HAS_WEIGHT)
     return tl.where(inside, t, tl.zeros_like(t))
 
@@ -98,9 +98,10 @@ def soft_tile_gradient(
     if HAS_CE:
         g = e * k[:, None]
     if HAS_ZIPF:
-        g = tl.where(in_s, e * k_s[:, None] - label_scale[:, None] * p, g)
+        g = tl.where(in_s, tl.fma(e, k_s[:, None], -label_scale[:, None] * p), g)
     if HAS_CE:
-        g -= gc[:, None] * mixed_target(t, column, inside, weight, smoothing, C, SMOOTH, HAS_WEIGHT)
+        u = mixed_target(t, column, inside, weight, smoothing, C, SMOOTH, HAS_WEIGHT)
+        g = tl.fma(-gc[:, None], u, g)
     return g
 
 
