@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import io
 import pickle
 import random
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from unittest import mock
@@ -20,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from processes import spawn
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 
 import zipfls_cuda as zls
@@ -791,7 +794,7 @@ def test_attach_compiled_before_the_probe():
 def test_attach_activation_checkpointing(when):
     model = timm().create_model("resnet18", num_classes=CLASSES)
     plain = copy.deepcopy(model)
-    x, target = torch.randn(2, 3, 32, 32), torch.arange(2)
+    x, target = torch.randn(2, 3, 64, 32), torch.arange(2)
     if when == "before":
         model.set_grad_checkpointing()
     handle = zls.attach(model, example=x)
@@ -823,6 +826,118 @@ def test_attach_autocast(probed):
     model.load_state_dict(snapshot(model))
     full = model(X)[1][:, :12]
     assert (votes == full).float().mean() > 0.8  # near ties aside
+
+
+def check_training(model, plain, deep=False):
+    """Votes, loss and gradients of an attached model are those of ``plain``, attached in the ordinary way."""
+    for net in (model, plain):
+        net.zero_grad()
+        out = net(X)
+        zls.ZipfLoss()(out, torch.arange(4)).backward()
+    assert len(out) == 2 + deep
+    assert torch.equal(model(X)[1], plain(X)[1])
+    assert all(p.requires_grad and not p.is_inference() for p in model.parameters())
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+INFERENCE_HEAD = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(16))
+
+
+@pytest.mark.parametrize("when", ["attach", "first batch", "between", "compiled"])
+@pytest.mark.parametrize("head, options", [((), {}), (INFERENCE_HEAD, {"deep": ("stage1",), "upsample": 2})])
+def test_attach_in_inference_mode(when, head, options):
+    """Whatever of it ran in inference mode, the training after it is the ordinary one."""
+
+    class Caching(nn.Conv2d):  # keeps something of its first forward
+        scale = None
+
+        def forward(self, x):
+            self.scale = torch.ones(()) * 2 if self.scale is None else self.scale
+            return super().forward(x) * self.scale
+
+    model = Tiny(*head)
+    model.stage1[0] = Caching(8, 8, 3, 1, 1)
+    if not head:
+        model.head[2].p = 0.0
+    if when in ("first batch", "compiled"):
+        model.stage1[0](torch.zeros(1, 8, 3, 3))  # this batch is the user's own, in inference mode
+    shake(model)
+    plain = copy.deepcopy(model)
+    torch.manual_seed(2)
+    zls.attach(plain, **NAMES, example=X, **options)
+    torch.manual_seed(2)
+    options = {**NAMES, **options}
+    if when == "attach":
+        with torch.inference_mode():
+            zls.attach(model, example=X.clone(), **options)
+    elif when == "first batch" and not head:
+        zls.attach(model, **options)
+    else:
+        zls.attach(model, example=X, **options)
+    run = compiled(model) if when == "compiled" else model
+    if when != "attach":
+        plain(X)
+        with torch.inference_mode():
+            assert len(run(X.clone())) == (3 if head else 2)
+    check_training(run, plain, deep=bool(head))
+
+
+def test_attach_a_model_made_in_inference_mode():
+    """It cannot be trained, but for new classifiers, and votes all the same."""
+
+    class Counting(Tiny):
+        def forward(self, x):
+            self.stem[1].num_batches_tracked += 1  # which only inference mode lets be
+            return super().forward(x)
+
+    with torch.inference_mode():
+        model = Counting(*INFERENCE_HEAD)
+    seen = maps_of(model, "stage2")
+    handle = zls.attach(model, **NAMES, example=X)
+    with torch.inference_mode():
+        votes = model(X)[1]
+        assert handle.plan.kind == PER_POSITION
+        assert_best(votes, model.fc(model.head[2](seen["stage2"].flatten(2).mT)))
+
+
+NO_VALUES = r"^attach: .*meta device or under FakeTensorMode.*to_empty.*without example"
+
+
+def without_values(place):
+    """A model and a batch that have shapes and no values."""
+    with place:
+        return Tiny(), torch.randn(4, 3, 16, 12)
+
+
+@pytest.mark.parametrize("place", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
+def test_attach_refuses_to_probe_without_values(place):
+    for first_batch in (False, True):
+        model, x = without_values(mode := place())
+        if first_batch:
+            zls.attach(model, **NAMES)
+        with pytest.raises(RuntimeError, match=NO_VALUES), mode:
+            model(x) if first_batch else zls.attach(model, **NAMES, example=x)
+    model, x = without_values(mode)
+    for net, batch in ((Tiny(), x), (model, X)):
+        with pytest.raises(RuntimeError, match=NO_VALUES):
+            zls.attach(net, **NAMES, example=batch)
+    with pytest.raises(RuntimeError, match=NO_VALUES), mode:
+        zls.attach(Tiny(), **NAMES, example=X)
+
+
+def test_attach_before_the_weights_are_there():
+    with torch.device("meta"):
+        model = Tiny()
+    handle = zls.attach(model, **NAMES)
+    model.to_empty(device="cpu")
+    weights = Tiny().state_dict()
+    model.load_state_dict(weights)
+    seen = maps_of(model, "stage2")
+    assert_best(model(X)[1], dense_scores(seen["stage2"], model.fc))
+    assert handle.plan.kind == GLOBAL_POOLING
+    shapes = [t.shape for t in model(X)]
+    assert [t.shape for t in model.to("meta")(X.to("meta"))] == shapes  # once probed it runs anywhere
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -881,6 +996,66 @@ def fsdp2_process(rank, processes, file):
 def test_attach_trains_under_fsdp2(tmp_path):
     """Head and classifier are shards (DTensor) outside of the model's forward, whichever came first."""
     spawn(fsdp2_process, (2, tmp_path / "store"), 2)
+
+
+# Maps of one position -------------------------------------------------------------------------------------
+
+
+ONE_POSITION = r"^attach: the map of '\w+' has one position.*larger pictures.*feature=.*deep="
+
+
+def pools_early():
+    model = Tiny()
+    model.stage2.append(nn.AdaptiveAvgPool2d(1))
+    return model
+
+
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_attach_warns_of_one_position(upsample):
+    small = X[:, :, :4, :4]  # stage2: (4, 16, 1, 1)
+    for make, x in ((Tiny, small), (pools_early, X)):
+        model = make()
+        with pytest.warns(UserWarning, match=ONE_POSITION):
+            zls.attach(model, **NAMES, example=x, upsample=upsample)
+        with silence():
+            model(x)
+    model = Tiny()
+    model.head[2].p = 0.0
+    with silence():
+        zls.attach(model, **NAMES, upsample=upsample)
+    with pytest.warns(UserWarning, match=ONE_POSITION) as told:
+        logits, votes = model(small)
+    assert len(told) == 1
+    assert (votes == logits.argmax(1, keepdim=True)).all()  # what the warning says
+    with silence():
+        model(small)
+
+
+@contextlib.contextmanager
+def silence():
+    """Warnings are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_attach_warns_of_pictures_smaller_than_the_example(upsample):
+    with silence():
+        model, _ = tiny(upsample=upsample)
+        model(X)
+        model(X[:, :, :4, :8])
+        deep, _ = tiny(deep=("stage1",), example=X[:, :, :4, :4])  # stage1 has four positions
+        deep(X[:, :, :4, :4])
+    with pytest.warns(UserWarning, match=ONE_POSITION):
+        copy.deepcopy(model)(X[:, :, :4, :4])
+
+
+def test_attach_warns_of_one_token():
+    model = Tokens("token", 1)
+    x = torch.randn(4, 1, 5)
+    with pytest.warns(UserWarning, match=ONE_POSITION):
+        zls.attach(model, feature="norm", classifier="fc", deep=("norm",), example=x)
 
 
 # What is refused ------------------------------------------------------------------------------------------

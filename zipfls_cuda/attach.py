@@ -21,12 +21,16 @@ import contextlib
 import dataclasses
 import itertools
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch.utils._pytree import tree_leaves
 
+from .checks import autocast_enabled
 from .functional import dense_vote
 
 # What the probe can decide.
@@ -155,7 +159,8 @@ def attach(
     if deep:
         channels = [d[2] for d in plan.deep] if plan else [_known_channels(model, name) for name in deep]
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        model.zipf_heads = nn.ModuleList(nn.Linear(d, linear.out_features, **like) for d in channels)
+        with torch.inference_mode(False):  # parameters made in inference mode cannot be trained
+            model.zipf_heads = nn.ModuleList(nn.Linear(d, linear.out_features, **like) for d in channels)
     model.register_forward_pre_hook(voting.before, with_kwargs=True)
     # Also after an error, to keep no tensors; before other hooks, so that FSDP2 has not resharded the head.
     model.register_forward_hook(voting.after, always_call=True, prepend=True)
@@ -205,6 +210,7 @@ class _Voting:
         self.upsample = upsample
         self.deep = deep
         self.plan: Plan | None = None
+        self.warned = False  # of maps of one position
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: tell the modules that matter to keep their tensors, in training mode alone."""
@@ -243,15 +249,27 @@ class _Voting:
                 votes = self.vote_through_head(model, features, linear)
             else:
                 votes = _vote(_as_map(features, plan.layout, plan.prefix), linear, self.upsample)
-        if not plan.deep:
-            return logits, votes
         all_votes, deep_logits = [votes], []
-        for (name, layout, _), head in zip(plan.deep, model.zipf_heads, strict=True):
+        for (name, layout, _), head in zip(plan.deep, model.zipf_heads if plan.deep else (), strict=True):
             features = _as_map(_kept(kept, name, "output"), layout, plan.prefix)
             pooled = features.mean(1) if features.dim() == 3 else features.mean((2, 3))
             deep_logits.append(head(_cast(pooled, head.weight)))
             all_votes.append(_vote(features.detach(), head, self.upsample))
-        return logits, torch.cat(all_votes, 1), tuple(deep_logits)
+        if not torch.compiler.is_compiling():
+            self.warn_of_one_position(plan, max(v.shape[1] for v in all_votes) // self.upsample**2)
+        return (logits, torch.cat(all_votes, 1), tuple(deep_logits)) if plan.deep else (logits, votes)
+
+    def warn_of_one_position(self, plan: Plan, positions: int) -> None:
+        """Warn, once, where no map has more than one position; ``positions`` is the number of the largest."""
+        if positions != 1 or self.warned:
+            return
+        self.warned = True
+        warnings.warn(
+            f"attach: the map of {plan.feature!r} has one position on inputs of this size. A sample's one "
+            "vote is then the model's own prediction: no other class is ranked, they share the label evenly. "
+            "Use larger pictures, an earlier map (feature=...), or let earlier stages vote too (deep=(...)).",
+            stacklevel=2,
+        )
 
     def vote_through_head(self, model: nn.Module, features: Tensor, linear: nn.Linear) -> Tensor:
         """Votes (N, P) of features that go through the model's head first, each position by itself."""
@@ -268,7 +286,10 @@ class _Voting:
         return _vote(rows.unflatten(0, (N, P)), linear)
 
     def probe(self, model: nn.Module, args: tuple, kwargs: dict) -> Plan:
-        return _Probe(self, model, args, kwargs).plan()
+        probe = _Probe(self, model, args, kwargs)
+        plan = probe.plan()
+        self.warn_of_one_position(plan, max(probe.positions))
+        return plan
 
     def follow(self, model: nn.Module, plan: Plan) -> None:
         """Set the hooks that keep the plan's tensors."""
@@ -386,7 +407,7 @@ def _vote(features: Tensor, linear: nn.Linear, upsample: int = 1) -> Tensor:
 
 def _cast(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in the dtype of ``like``, unless autocast takes care of that."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(like.dtype)
+    return x if autocast_enabled(x) else x.to(like.dtype)
 
 
 def _whole(weight: Tensor) -> Tensor:
@@ -414,6 +435,15 @@ class _Probe:
 
     def __init__(self, voting: _Voting, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.voting, self.model = voting, model
+        self.positions: list[int] = []  # of every map that votes
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors += [*model.parameters(), *model.buffers()]
+        if any(t.is_meta for t in tensors) or detect_fake_mode(tensors):
+            raise self.refusal(
+                "the model or the example (the first training batch) is on the meta device or under "
+                "FakeTensorMode, and without values nothing can be probed. Attach after model.to_empty(...) "
+                "and load_state_dict(...), or before them without example: the first training batch is probed"
+            )
         self.args, self.kwargs = _few(args, kwargs)
         if any(isinstance(a, Tensor) and a.numel() == 0 for a in (*self.args, *self.kwargs.values())):
             raise self.refusal("the example, or the first training batch, is empty")
@@ -439,7 +469,7 @@ class _Probe:
                 side=side,
                 shape=tuple(origin.output.shape[1:]),
                 classifier=voter.name,
-                deep=tuple(self.deep_stage(calls, name) for name in self.voting.deep),
+                deep=tuple(self.deep_stage(calls, name, decision["prefix"]) for name in self.voting.deep),
                 **decision,
             )
 
@@ -462,14 +492,13 @@ class _Probe:
 
         def began(module, args):
             given = args[0] if args and isinstance(args[0], Tensor) else None
-            open_calls.append((next(clock), given, None if given is None else given._version))
+            open_calls.append((next(clock), given, _version(given)))
 
         def ended(name):
             def hook(module, args, output):
                 start, given, version = open_calls.pop()
                 output = output if isinstance(output, Tensor) else None
-                overwrote = given is not None and given._version != version
-                calls.append(_Call(name, start, next(clock), given, output, overwrote))
+                calls.append(_Call(name, start, next(clock), given, output, _overwritten(given, version)))
 
             return hook
 
@@ -572,7 +601,7 @@ class _Probe:
         done = [i for i, c in enumerate(outer) if c.overwrote and c.input.data_ptr() == kept]
         return outer[done[-1] + 1 :] if done else outer
 
-    def deep_stage(self, calls: list[_Call], name: str) -> tuple[str, str, int]:
+    def deep_stage(self, calls: list[_Call], name: str, prefix: int) -> tuple[str, str, int]:
         out = self.last_call(calls, name).output
         if out is None or out.dim() not in (3, 4):
             raise self.refusal(f"deep={name!r} gives {_wrong_map(out)}")
@@ -588,6 +617,7 @@ class _Probe:
                     f"deep={name!r} gives shape {tuple(out.shape)}, its head takes {known} channels"
                 )
         layout = next(iter(channels))
+        self.positions.append(_rows(out, layout, prefix).shape[1])
         return name, layout, channels[layout]
 
     def channels_by_aspect(self, features: Tensor) -> dict[str, int]:
@@ -637,10 +667,12 @@ class _Probe:
                 )
                 continue
             decision = {"kind": kind, "layout": layout, "prefix": prefix, "head": head}
-            found.append((kind == PER_POSITION, gap, decision))
+            found.append((kind == PER_POSITION, gap, decision, rows.shape[1]))
         if not found:
             raise self.refusal(problems[0])
-        return min(found, key=lambda f: f[:2])[2]
+        *_, decision, positions = min(found, key=lambda f: f[:2])
+        self.positions.append(positions)
+        return decision
 
     def prefix(self, tokens: Tensor, between: list[_Call], voter: _Call) -> tuple[int, bool]:
         """Number of prefix tokens, and whether the first of them is the class token that gives the logits."""
@@ -708,8 +740,21 @@ class _Probe:
     @staticmethod
     def tolerance(x: Tensor) -> float:
         """Room for rounding, TF32 products included; wrong decisions are off by far more."""
-        low = x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(x.device.type)
+        low = x.dtype in (torch.float16, torch.bfloat16) or autocast_enabled(x)
         return 5e-2 if low else 5e-3
+
+
+def _version(x: Tensor | None) -> int | Tensor | None:
+    """What tells later whether ``x`` was overwritten: its version, or a copy where it has none."""
+    if x is None:
+        return None
+    return x.clone() if x.is_inference() else x._version
+
+
+def _overwritten(x: Tensor | None, version: int | Tensor | None) -> bool:
+    if isinstance(version, Tensor):
+        return not torch.equal(x, version)
+    return x is not None and x._version != version
 
 
 def _few(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -724,7 +769,12 @@ def _few(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradient; afterwards training flags, buffers and random state are as before."""
+    """Eval mode without gradient; afterwards training flags, buffers and random state are as before.
+
+    Inference mode is off: training may need what the model keeps of this run (a cache). It is on for models
+    made in inference mode, since their buffers can be written nowhere else.
+    """
+    of_inference = any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
     flags = [(m, m.training) for m in model.modules()]
     named = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     buffers = [(m, name, b, b.clone()) for m, name, b in named]
@@ -736,6 +786,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for kind in {d.type for d in devices}:
             of_kind = [d for d in devices if d.type == kind]
             stack.enter_context(torch.random.fork_rng(devices=of_kind, device_type=kind))
+        stack.enter_context(torch.inference_mode(of_inference))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code has no hooks of ours
         model.eval()

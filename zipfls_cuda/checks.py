@@ -23,6 +23,11 @@ def is_dtensor(x: object) -> bool:
     return type(x).__name__ == "DTensor"
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; torch raises an error if asked for the meta device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def _tensor(name: str, x: object) -> None:
     if type(x) is Tensor:
         return

@@ -54,7 +54,7 @@ def dense_vote(
 
     Source: Sec. 3.2, "dense classification ranking".
     """
-    if isinstance(features, Tensor) and torch.is_autocast_enabled(features.device.type):
+    if isinstance(features, Tensor) and checks.autocast_enabled(features):
         features, weight, bias = (_autocast(x, features.device.type) for x in (features, weight, bias))
     if process_group is not None or (sharded.by_class(weight, 0) and checks.is_dtensor(features)):
         return sharded.dense_vote(features, weight, bias, upsample, backend, process_group)
