@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import device_of, launch
+from .launching import device_of, launch, neighbours
 
 INTERPRET: bool = triton.knobs.runtime.interpret  # whether kernels run in Triton's interpreter
 
@@ -419,6 +419,8 @@ def label_fwd(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int,
     if N == 0:
         return label
     dense = log_mass.dim() == 2
+    if not dense:
+        log_mass = neighbours(log_mass)
     P2, pairwise = vote_tile(P)
     BLOCK = min(2048, triton.next_power_of_2(num_classes))
     with device_of(label):

@@ -39,7 +39,7 @@ from .label import (
     vote_scratch,
     vote_tile,
 )
-from .launching import Launch, described, device_of, plans, remembered, template
+from .launching import Launch, described, device_of, neighbours, plans, remembered, template
 from .loss_bwd import loss_bwd, loss_bwd_
 from .loss_long import loss_fwd_long_kernel
 from .loss_rows import loss_fwd_kernel
@@ -240,8 +240,11 @@ def _loss(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
+    logits = neighbours(logits)
+    if log_mass.dim() == 1:
+        log_mass = neighbours(log_mass)
+    if weight is not None:
+        weight = neighbours(weight)
     if votes is None:
         votes_or_target, P, votes_stride_n, votes_stride_p = target, 0, 0, 0
         if zipf_weight != 0 and log_mass.dim() == 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import loss_mean
 from .label import PAIRWISE_BLOCK, logits_mass, vote_scratch
-from .launching import Launch, described, device_of, plans, remembered
+from .launching import Launch, described, device_of, neighbours, plans, remembered
 from .loss import GRADIENT, IN_PLACE, NO_GRADIENT, REDUCTIONS, Plan, cut_rows, plan_of
 from .soft_loss_long import soft_loss_fwd_long_kernel
 from .soft_loss_rows import soft_loss_fwd_kernel
@@ -71,12 +71,15 @@ def _soft_loss(
     only_correct: bool,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
+    logits = neighbours(logits)
     V = 16 // logits.element_size()
     if target.stride(1) != 1 or (target.stride(0) - logits.stride(0)) % V:
         target = target.contiguous()  # whose rows are aligned as the gradient's
     only_correct = only_correct and zipf_weight != 0
+    if log_mass.dim() == 1:
+        log_mass = neighbours(log_mass)
+    if weight is not None:
+        weight = neighbours(weight)
     if votes is None:
         votes_or_target, P, votes_stride_n, votes_stride_p = target, 0, 0, 0
         if zipf_weight != 0 and log_mass.dim() == 1:

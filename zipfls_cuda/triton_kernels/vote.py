@@ -36,7 +36,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .label import INTERPRET
-from .launching import Launch, described, device_of, launch, plans, remembered, template
+from .launching import Launch, described, device_of, launch, neighbours, plans, remembered, template
 
 # Tuning ----------------------------------------------------------------------------------------------
 
@@ -532,9 +532,9 @@ class Plan(NamedTuple):
 
 def vote_fwd(features: Tensor, weight: Tensor, bias: Tensor | None, upsample: int) -> Tensor:
     """See reference.vote_fwd."""
-    if weight.stride(1) != 1:
+    if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:  # rows that overlap: no tensor descriptor
         weight = weight.contiguous()
-    bias_or_weight = weight if bias is None else bias.contiguous()
+    bias_or_weight = weight if bias is None else neighbours(bias)
     precision = precision_of(features.dtype)
     key = (
         "vote", upsample, bias is None, precision, features.device,
