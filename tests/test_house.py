@@ -12,7 +12,10 @@ import zipfls_cuda as zls
 ROOT = Path(__file__).parent.parent
 ARROWS = {
     "__init__": {"attach", "checks", "distributions", "functional", "modules", "ops"},
-    "__main__": {"", "ops"},
+    "__main__": {"", "check", "ops"},
+    "check": {"", "check_rows", "expected", "ops"},
+    "check_rows": {"", "expected", "functional", "ops"},
+    "expected": set(),
     "attach": {"checks", "functional"},
     "modules": {"checks", "distributions", "functional"},
     "functional": {"checks", "distributions", "ops", "sharded"},

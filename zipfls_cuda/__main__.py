@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
+import sys
 
 import torch
 
-from . import __version__, ops
+from . import __version__, check, ops
 
 
 def _version(package: str) -> str:
@@ -28,7 +30,22 @@ def _serving(stage: str, device: str) -> str:
     return ", ".join(sorted(served, key=ops.backends().index))
 
 
-def main() -> None:
+def main() -> int:
+    """Run the command: without one, print the report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m zipfls_cuda", description="Print what is built and which backend serves what."
+    )
+    commands = parser.add_subparsers(title="command")
+    text = "compare every kernel that serves on this machine with a second computation in float64"
+    check.add_arguments(commands.add_parser("check", help=text, description=text))
+    arguments = parser.parse_args()
+    if "run" in arguments:
+        return arguments.run(arguments)
+    report()
+    return 0
+
+
+def report() -> None:
     """Print the report."""
     print(f"zipfls_cuda {__version__}")
     print(f"  python    {platform.python_version()} on {platform.platform()}")
@@ -63,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
