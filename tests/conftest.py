@@ -10,6 +10,12 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from workers import (  # noqa: F401
+    pytest_collection,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 
 import zipfls_cuda as zls
 from zipfls_cuda import ops
@@ -18,10 +24,12 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--backend", action="append", help="run the backend tests over this one only")
+    parser.addoption(
+        "--backend", action="append", help="run the backend tests over this one only, slow ones too"
+    )
 
 
-# Cases of each test that run over Triton's interpreter, which is slow, unless --backend triton asks for all.
+# Cases of each test over Triton's interpreter that are not slow.
 INTERPRETED_CASES = 3
 
 
@@ -40,8 +48,8 @@ def pytest_sessionstart(session):
     terminal.write_line("zipfls_cuda backends: " + "; ".join(reasons))
     if _abridged(session.config):
         terminal.write_line(
-            f"triton is interpreted and slow: {INTERPRETED_CASES} cases of each test over it are run and the "
-            "others deselected; pytest --backend triton runs them all"
+            f"triton is interpreted: {INTERPRETED_CASES} cases of each test over it are run, the others are marked "
+            "slow; pytest --backend triton runs them all"
         )
 
 
@@ -50,18 +58,32 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", metafunc.config.getoption("--backend") or zls.backends())
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
-    if not _abridged(config):
+    """Marks interpreted cases slow; leaves slow tests out unless -m, --backend or their name asks for them."""
+    if _abridged(config):
+        tests = {}
+        for item in items:
+            if hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
+                tests.setdefault((item.path, item.originalname), []).append(item)
+        for cases in tests.values():
+            n, k = len(cases), INTERPRETED_CASES
+            kept = {i * (n - 1) // (k - 1) for i in range(k)}  # first, last, between
+            for i in set(range(n)) - kept:
+                cases[i].add_marker(pytest.mark.slow)
+    if config.getoption("-m") or config.getoption("--backend"):
         return
-    tests = {}
-    for item in items:
-        if hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
-            tests.setdefault((item.path, item.originalname), []).append(item)
-    left_out = set()
-    for cases in tests.values():
-        n, k = len(cases), INTERPRETED_CASES
-        left_out.update(cases)
-        left_out.difference_update(cases[i * (n - 1) // (k - 1)] for i in range(k))  # first, last, between
+    named = [arg.partition("::")[::2] for arg in config.args if "::" in arg]
+
+    def asked_for(item) -> bool:
+        name = item.nodeid.partition("::")[2]
+        return any(
+            item.path == (config.invocation_params.dir / file).resolve()
+            and (name == asked or name.startswith((f"{asked}[", f"{asked}::")))
+            for file, asked in named
+        )
+
+    left_out = {item for item in items if item.get_closest_marker("slow") and not asked_for(item)}
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]

@@ -18,40 +18,33 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import nvcc_report  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("nvcc")  # one worker compiles once
-needs_nvcc = pytest.mark.skipif(nvcc_report.nvcc() is None, reason="no nvcc to compile the CUDA sources with")
 
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return nvcc_report.compile_all(tmp_path_factory.mktemp("cubins"))
-
-
-@needs_nvcc
-def test_every_source_compiles_for_every_architecture(compiled):
-    assert {stem for stem, _ in compiled} >= {"label", "loss", "soft_loss"}
-    for (stem, arch), (_, error) in compiled.items():
-        assert not error, f"{stem}.cu for sm_{arch}: {error}"
-
-
-@needs_nvcc
+@pytest.mark.skipif(nvcc_report.nvcc() is None, reason="no nvcc to compile the CUDA sources with")
 @pytest.mark.skipif(
     nvcc_report.tool("cuobjdump") is None, reason="no cuobjdump to look into the binaries with"
 )
-def test_no_spills_and_16_byte_accesses(compiled):
-    cubins = [(cubin, arch) for (_, arch), (cubin, error) in compiled.items() if not error]
-    rows = [row for cubin, arch in cubins for row in nvcc_report.rows(cubin, arch)]
-    assert rows
-    for row in rows:
-        assert not row.faults, f"{row.kernel} for sm_{row.arch}: {row.faults}"
-        if "slabs" in row.kernel:
-            assert (row.wide_loads, row.wide_stores) == (row.loads, row.stores), row
-        if "loss" in row.kernel:  # the gradient may be written over the logits
-            assert row.read_only == 0, f"{row.kernel} for sm_{row.arch} reads past coherence"
-        empty = row.arch == "80" and "cluster" in row.kernel
-        if re.match(r"(soft_)?loss_(fwd|bwd)", row.kernel) and not empty:
-            assert row.wide_loads > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte load"
-            assert row.wide_stores > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte store"
+@pytest.mark.parametrize("source", nvcc_report.sources(), ids=lambda path: path.stem)
+def test_source_compiles_without_spills_and_with_16_byte_accesses(tmp_path, source):
+    """For every architecture."""
+    for arch in nvcc_report.ARCHITECTURES:
+        cubin, error = nvcc_report.compile_one(source, arch, tmp_path)
+        assert not error, f"{source.name} for sm_{arch}: {error}"
+        rows = nvcc_report.rows(cubin, arch)
+        assert rows
+        for row in rows:
+            assert not row.faults, f"{row.kernel} for sm_{row.arch}: {row.faults}"
+            if "slabs" in row.kernel:
+                assert (row.wide_loads, row.wide_stores) == (row.loads, row.stores), row
+            if "loss" in row.kernel:  # the gradient may be written over the logits
+                assert row.read_only == 0, f"{row.kernel} for sm_{row.arch} reads past coherence"
+            empty = row.arch == "80" and "cluster" in row.kernel
+            if re.match(r"(soft_)?loss_(fwd|bwd)", row.kernel) and not empty:
+                assert row.wide_loads > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte load"
+                assert row.wide_stores > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte store"
+
+
+def test_no_source_is_left_out():
+    assert {path.stem for path in nvcc_report.sources()} >= {"label", "loss", "soft_loss"}
 
 
 def cuda_include() -> Path | None:

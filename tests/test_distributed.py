@@ -1,7 +1,7 @@
 """Many processes, with gloo: class shards against the unsharded reference, DTensors, DDP and FSDP2.
 
-Starting processes is dear, so each world size starts once and every rank runs all the checks; a test is the
-outcome of one check on all ranks. A check yields (what, problem) and goes on, so that ranks stay in step.
+Starting processes is dear, so each world size starts once and every rank runs all the checks: one test, which
+names the checks that fail. A check yields (what, problem) and goes on, so that ranks stay in step.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from torch import nn
 
 import zipfls_cuda as zls
 from zipfls_cuda import sharded
-
-pytestmark = pytest.mark.xdist_group("distributed")
 
 CHECKS = {}  # name -> (function of rank and world, world sizes)
 
@@ -59,21 +57,6 @@ def process(rank, world, folder):
             outcome[name] = "\n".join(problems[:5])
             torch.save(outcome, f"{folder}/{rank}")
     dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Outcomes by rank of one world size, run when first asked for."""
-    known = {}
-
-    def of(world):
-        if world not in known:
-            folder = tmp_path_factory.mktemp(f"world{world}")
-            spawn(process, (world, str(folder)), world)
-            known[world] = [torch.load(folder / str(rank)) for rank in range(world)]
-        return known[world]
-
-    return of
 
 
 # What checks are made of ------------------------------------------------------------------------------
@@ -738,11 +721,13 @@ def fsdp2(rank, world):
     )
 
 
-@pytest.mark.parametrize(
-    ("world", "name"), [(world, name) for world in (2, 4) for name, of in CHECKS.items() if world in of[1]]
-)
-def test_distributed(outcomes, world, name):
-    problems = {
-        f"rank {rank}": outcome.get(name, "not reached") for rank, outcome in enumerate(outcomes(world))
-    }
-    assert not any(problems.values()), "\n".join(f"{r}: {p}" for r, p in problems.items() if p)
+@pytest.mark.parametrize("world", [2, 4])
+def test_distributed(tmp_path, world):
+    spawn(process, (world, str(tmp_path)), world)
+    problems = [
+        f"{name}, rank {rank}: {outcome.get(name, 'not reached')}"
+        for rank, outcome in enumerate(torch.load(tmp_path / str(rank)) for rank in range(world))
+        for name, (_, worlds) in CHECKS.items()
+        if world in worlds and outcome.get(name, "not reached")
+    ]
+    assert not problems, "\n".join(problems)
