@@ -22,7 +22,7 @@ import report  # noqa: E402
 
 NAMES = list(efficacy.METHODS)
 TINY = efficacy.Plan(
-    "--depth 8 --width 4 --size 16 --epochs 2 --batch-size 32 --device cpu",
+    "--depth 8 --width 8 --size 16 --epochs 2 --batch-size 32 --device cpu",
     {"digits": "--data digits --limit 64"},
     {"digits": 1},
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import socket
 from pathlib import Path
 
 import pytest
 import test_examples
 import torch
 import torchvision_stub
+from processes import spawn
 from test_examples import example, write_cifar100, write_folder, write_tinyimagenet
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -131,7 +133,10 @@ def test_no_snippet_is_forgotten():
         assert len(lines) <= 25, f"{name} has {len(lines)} lines"
 
 
-@pytest.mark.parametrize("name", SHRINK)
+SLOW = {"Lightning", "Hugging Face"}  # to import
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in SHRINK])
 def test_snippet(name, given, steps, monkeypatch):
     SHRINK[name](monkeypatch)
     exec(compile(SNIPPETS[name], f"docs/RECIPES.md, {name}", "exec"), given)
@@ -143,6 +148,82 @@ def test_snippet(name, given, steps, monkeypatch):
         assert step["grad"] > 0
     first, last = (torch.tensor([step["loss"] for step in part]).mean() for part in (steps[:4], steps[-4:]))
     assert last < 0.8 * first, (first, last)
+
+
+def train_hugging_face(rank: int, folder: Path, count: int, batch: int, accumulation: int, processes: int):
+    """Run the snippet with its own data, plain SGD and no batch norm; rank 0 writes what came out of it.
+
+    Args:
+        folder: where `result` goes: what the Trainer logged at each step, and the weights.
+        count: images of the training set.
+        batch: images of a forward of one process.
+        accumulation: batches of a step.
+    """
+    transformers = pytest.importorskip("transformers")
+    settings = {"learning_rate": 0.1, "num_train_epochs": 2, "eval_strategy": "no", "save_strategy": "no"}
+    settings |= {"optim": "sgd", "max_grad_norm": 1e9, "logging_steps": 1, "use_cpu": True}
+    settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    images, labels = coloured_images(count)
+    dataset = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
+    given = {"train_dataset": dataset, "test_dataset": dataset, "num_classes": CLASSES}
+    given["output_dir"] = str(folder)
+    logged = []
+    with pytest.MonkeyPatch.context() as patch:
+        if processes > 1:
+            patch.setenv("RANK", str(rank))
+            patch.setenv("LOCAL_RANK", str(rank))
+        small_transformers(patch)
+        trainer, arguments = transformers.Trainer, transformers.TrainingArguments
+        initialise = arguments.__init__
+        auto = transformers.AutoModelForImageClassification
+        make = auto.from_pretrained
+
+        def without_batch_norm(*args, **options):  # whose statistics are a micro-batch's
+            torch.manual_seed(0)
+            model = make(*args, **options)
+            for parent in list(model.modules()):
+                for name, child in parent.named_children():
+                    if isinstance(child, torch.nn.BatchNorm2d):
+                        setattr(parent, name, torch.nn.GroupNorm(1, child.num_features))
+            return model
+
+        patch.setattr(auto, "from_pretrained", without_batch_norm)
+        patch.setattr(arguments, "__init__", lambda self, *a, **o: initialise(self, *a, **o | settings))
+        patch.setattr(trainer, "log", lambda self, logs, *_: logged.append(logs))
+        exec(compile(SNIPPETS["Hugging Face"], "docs/RECIPES.md", "exec"), given)
+        steps = [(step["loss"], step["grad_norm"]) for step in logged if "grad_norm" in step]
+        if rank == 0:
+            torch.save((torch.tensor(steps), given["model"].state_dict()), folder / "result")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, batch, processes", [(27, 4, 1), (28, 2, 2)])
+def test_hugging_face_accumulates(tmp_path, monkeypatch, count, batch, processes):
+    """Four batches a step, of one process or of each of two, train as one batch of their size.
+
+    In the last step of an epoch there are three batches, and of one process the last has one image less.
+    """
+    pytest.importorskip("accelerate")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    train_hugging_face(0, tmp_path / "whole", count, 16, 1, 1)
+    if processes == 1:
+        train_hugging_face(0, tmp_path / "parts", count, batch, 4, 1)
+    else:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", port), ("WORLD_SIZE", processes)):
+            monkeypatch.setenv(name, str(value))
+        spawn(train_hugging_face, (tmp_path / "parts", count, batch, 4, processes), processes)
+    (whole, weights), (parts, weights_of_parts) = (
+        torch.load(tmp_path / n / "result") for n in ("whole", "parts")
+    )
+    assert whole.shape == (4, 2)
+    assert whole[-1, 0] < whole[0, 0]  # it learns
+    torch.testing.assert_close(parts[:, 0], whole[:, 0], rtol=0, atol=2e-4)  # rounded to four digits
+    torch.testing.assert_close(parts[:, 1], whole[:, 1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights_of_parts, weights, rtol=1e-3, atol=1e-5)
 
 
 # Presets --------------------------------------------------------------------------------------------
