@@ -89,4 +89,4 @@ gpu-check: $(if $(DRY),build)
 		$(if $(SECONDS),--seconds "$(SECONDS)") $(if $(OUT),--out "$(OUT)")
 
 clean:
-	rm -rf $(VENV) build *.egg-info zipfls_cuda/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build *.egg-info zipfls_cuda/_C*.so zipfls_cuda/_build.json .pytest_cache .ruff_cache .hypothesis .benchmarks

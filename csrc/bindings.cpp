@@ -25,6 +25,18 @@ std::string compiler() {
 #endif
 }
 
+/// The versions of torch and CUDA that this was compiled against.
+pybind11::dict built_for() {
+  pybind11::dict versions;
+  versions["torch"] = TORCH_VERSION;
+#ifdef ZIPFLS_CUDA
+  versions["cuda"] = ZIPFLS_TEXT(ZIPFLS_CUDA);
+#else
+  versions["cuda"] = pybind11::none();
+#endif
+  return versions;
+}
+
 /// What csrc was built with: see zipfls_cuda.ops.build_info.
 pybind11::dict build_info() {
   namespace py = pybind11;
@@ -55,6 +67,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() =
       "C++ operators of zipfls_cuda, registered as torch.ops.zipfls.* when this module is loaded.";
+  m.attr("built_for") = built_for();
   m.def("build_info", &build_info,
         "What the extension was built with, and the CPU instruction set it uses.");
   m.def("loss", &zipfls::loss, pybind11::call_guard<pybind11::gil_scoped_release>(),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -59,6 +61,72 @@ def test_architectures_that_a_build_runs_on(monkeypatch, built, runs, fails):
         if reason:
             assert built in reason
             assert "{}.{}".format(*capability) in reason
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with these GPUs, by compute capability, and a build for these architectures."""
+    monkeypatch.setattr(ops, "_C", object())
+    monkeypatch.setattr(ops, "_resolved", {})
+    monkeypatch.setattr(ops, "_gpus_spoken_of", set())
+    monkeypatch.setattr(ops, "triton_interpreted", lambda: False)
+    monkeypatch.setattr(ops, "_not_installed", lambda backend: "no C++" if backend == "cpu" else "")
+
+    def machine(built, *capabilities, initialized=True):
+        monkeypatch.setattr(ops, "build_info", lambda: {"cuda": "13.0", "cuda_arch": built})
+        for name, value in (
+            ("is_available", lambda: True), ("is_initialized", lambda: initialized),
+            ("device_count", lambda: len(capabilities)), ("get_device_capability", lambda i: capabilities[i]),
+            ("get_device_name", lambda device: f"GPU {device.index}"),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    return machine
+
+
+def on(index):
+    """What ``select`` looks at of a tensor on a GPU."""
+    return types.SimpleNamespace(device=torch.device("cuda", index), dtype=torch.float32)
+
+
+def test_each_gpu_is_served_by_what_runs_on_it_and_says_once_what_does_not(gpus):
+    gpus("9.0a", (9, 0), (7, 5), (8, 0))
+    op = ops.OPERATORS
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert ops.select("loss_fwd", None, on(0)) is op["loss_fwd", "cuda"]
+            assert ops.select("loss_fwd", None, on(1)) is op["loss_fwd", "reference"]
+            assert ops.select("loss_fwd", None, on(2)) is op["loss_fwd", "triton"]
+            assert ops.select("label_fwd", None, on(1)) is op["label_fwd", "reference"]
+    old, unbuilt = (str(w.message) for w in seen)
+    assert "GPU 1 (cuda:1) is served by 'reference'" in old
+    assert "many times slower" in old
+    for backend in ("cuda", "triton"):
+        assert f"'{backend}' cannot serve it: cuda:1 has compute capability 7.5" in old
+        with pytest.raises(RuntimeError, match=r"cannot serve this call: cuda:1 has compute capability 7\.5"):
+            ops.select("loss_fwd", backend, on(1))
+    assert "GPU 2 (cuda:2) is served by 'triton', as 'cuda' cannot serve it: cuda:2" in unbuilt
+    assert "it was built for 9.0a (TORCH_CUDA_ARCH_LIST)" in unbuilt
+    assert zls.backends() == ("cuda", "triton", "reference")
+
+
+def test_machine_of_old_gpus_alone(gpus):
+    gpus("8.0,9.0a", (7, 5), (7, 0))
+    for backend in ("cuda", "triton"):
+        reason = ops.reason_against(backend)
+        assert "cuda:0 has compute capability 7.5" in reason
+        assert "cuda:1 has compute capability 7.0" in reason
+    assert zls.backends() == ("reference",)
+
+
+def test_gpus_are_not_looked_at_before_cuda_is_initialised(gpus, monkeypatch):
+    """Looking would initialise it; what is chosen then, for a fake tensor, is not kept."""
+    gpus("8.0", (7, 5), initialized=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", None)
+    assert ops.select("loss_fwd", None, on(0)) is ops.OPERATORS["loss_fwd", "cuda"]
+    assert zls.backends() == ("cuda", "triton", "reference")
+    assert ops._resolved == {}
 
 
 THREADS = """

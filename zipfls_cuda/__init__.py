@@ -1,5 +1,11 @@
 """Zipf's Label Smoothing (ECCV 2022) for PyTorch, fused: ``import zipfls_cuda as zls``."""
 
+import warnings as _warnings
+
+with _warnings.catch_warnings():  # torch says at its import that NumPy is missing; nothing here needs it
+    _warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch as _torch  # noqa: F401
+
 from .attach import attach
 from .checks import check_inputs
 from .distributions import (

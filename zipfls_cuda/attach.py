@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_leaves
 
+from . import compiling
 from .checks import autocast_enabled
 from .functional import dense_vote
 
@@ -316,8 +317,8 @@ def _keep_output(module: nn.Module, args: tuple, output: Tensor) -> None:
         module._zipf_kept["output"] = output
 
 
-@torch.compiler.disable(
-    reason="zipfls_cuda.attach probes the model on its first training batch, which cannot be compiled: "
+@compiling.eager(
+    "zipfls_cuda.attach probes the model on its first training batch, which cannot be compiled: "
     "give attach an example, or train one batch before compiling"
 )
 def _probe_first_batch(voting: _Voting, model: nn.Module, args: tuple, kwargs: dict) -> None:

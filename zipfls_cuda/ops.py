@@ -12,25 +12,21 @@ The operators are not differentiable; ``functional`` wraps them in an autograd.F
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import os
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import compiling, extension, reference
 
-try:
-    _C = importlib.import_module("._C", __package__)  # registers the C++ operators
-except ImportError as error:  # built without a compiler: reference (and triton) only
-    _C = None
-    _C_MISSING = str(error)
-else:
-    _C_MISSING = ""
+_C = (
+    extension.MODULE
+)  # has registered the C++ operators; None where there is none: reference (and triton) only
 
 # Schemas: arguments and results are described in reference.py, function by function.
 SCHEMAS = {
@@ -214,7 +210,19 @@ def triton_interpreted() -> bool:
 
 
 def reason_against(backend: str) -> str:
-    """Why a backend cannot be used on this machine; empty if it can."""
+    """Why a backend cannot be used on this machine; empty if it can.
+
+    GPUs are looked at once CUDA is initialised, not before: looking would initialise it, which forbids forks.
+    """
+    reason = _not_installed(backend)
+    if reason or backend not in _GPU_BACKENDS or not _devices_known(backend):
+        return reason
+    reasons = [gpu_reason(backend, i) for i in range(torch.cuda.device_count())]
+    return "" if not all(reasons) else "; ".join(reasons)
+
+
+def _not_installed(backend: str) -> str:
+    """What ``reason_against`` can say without looking at the GPUs."""
     if backend == "reference":
         return ""
     if backend == "triton":
@@ -226,18 +234,33 @@ def reason_against(backend: str) -> str:
             return ""
         return "there is no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
     if _C is None:
-        return f"the C++ extension is not built ({_C_MISSING})"
+        return f"the C++ extension {extension.REASON}"
     if backend == "cuda":
         if not build_info().get("cuda"):
             return "the C++ extension was built without CUDA"
         if not torch.cuda.is_available():
             return "there is no CUDA device"
-        if torch.cuda.is_initialized():  # asking for capabilities would initialise CUDA, which forbids forks
-            built = build_info()["cuda_arch"]
-            found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-            if not any(_built_for(built, capability) for capability in found):
-                there = ", ".join(f"{major}.{minor}" for major, minor in sorted(found))
-                return f"it was built for compute capability {built}, not {there} (TORCH_CUDA_ARCH_LIST)"
+    return ""
+
+
+_GPU_BACKENDS = ("cuda", "triton")
+_OLDEST_GPU = (8, 0)  # compute capability that the kernels need
+
+
+def _devices_known(backend: str) -> bool:
+    """Whether the GPUs may be asked, and a backend runs on them."""
+    return torch.cuda.is_initialized() and not (backend == "triton" and triton_interpreted())
+
+
+def gpu_reason(backend: str, index: int) -> str:
+    """Why the kernels of "cuda" or "triton" do not run on one GPU; empty if they do."""
+    capability = torch.cuda.get_device_capability(index)
+    there = "cuda:{} has compute capability {}.{}".format(index, *capability)
+    built = build_info()["cuda_arch"] if backend == "cuda" else ""
+    if capability < _OLDEST_GPU:
+        return f"{there}, and its kernels need 8.0 or newer" + (f" (built for {built})" if built else "")
+    if built and not _built_for(built, capability):
+        return f"{there}, and it was built for {built} (TORCH_CUDA_ARCH_LIST)"
     return ""
 
 
@@ -274,13 +297,18 @@ def _devices(backend: str) -> tuple[str, ...]:
     ]
 
 
-def refusal(backend: str, stage: str, device: str, dtype: torch.dtype) -> str:
-    """Why a backend cannot serve a stage on tensors of a device type and dtype; empty if it can."""
+def refusal(backend: str, stage: str, device: str | torch.device, dtype: torch.dtype) -> str:
+    """Why a backend cannot serve a stage on tensors of a device and dtype; empty if it can."""
     reason = reason_against(backend)
     if reason:
         return reason
-    if backend != "reference" and device not in _devices(backend):
-        return f"it serves {' and '.join(_devices(backend))} tensors, and these are on {device}"
+    device = torch.device(device)
+    if backend != "reference" and device.type not in _devices(backend):
+        return f"it serves {' and '.join(_devices(backend))} tensors, and these are on {device.type}"
+    if backend in _GPU_BACKENDS and device.index is not None and _devices_known(backend):
+        reason = gpu_reason(backend, device.index)
+        if reason:
+            return reason
     dtypes = UNSERVED.get((backend, stage), ())
     if dtypes is None:
         return f"it has no kernel for {stage}"
@@ -297,18 +325,40 @@ def refusal(backend: str, stage: str, device: str, dtype: torch.dtype) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
-def _resolve(stage: str, backend: str | None, device: str, dtype: torch.dtype) -> str:
+@compiling.constant_result
+def _resolve(stage: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """Name of the backend that serves a call; the rules are ``select``'s."""
     if backend is None:
         usable = [b for b in BACKENDS if not (b == "triton" and triton_interpreted())]
-        return next(b for b in usable if not refusal(b, stage, device, dtype))
+        chosen = next(b for b in usable if not refusal(b, stage, device, dtype))
+        if device.type == "cuda" and torch.cuda.is_initialized():
+            _say_what_the_gpu_lacks(device, chosen)
+        return chosen
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = refusal(backend, stage, device, dtype)
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
     return backend
+
+
+_gpus_spoken_of: set[int] = set()
+
+
+def _say_what_the_gpu_lacks(device: torch.device, chosen: str) -> None:
+    """Warn, in the first call on a GPU, of the installed backends that it is too old for or not built for."""
+    if device.index in _gpus_spoken_of:
+        return
+    _gpus_spoken_of.add(device.index)
+    installed = [b for b in _GPU_BACKENDS if not _not_installed(b) and _devices_known(b)]
+    reasons = [f"{b!r} cannot serve it: {r}" for b in installed if (r := gpu_reason(b, device.index))]
+    if reasons:
+        slowly = f", which is {extension.SLOWLY}" if chosen == "reference" else ""
+        name = torch.cuda.get_device_name(device)
+        warnings.warn(
+            f"zipfls_cuda: {name} ({device}) is served by {chosen!r}{slowly}, as {' and '.join(reasons)}",
+            stacklevel=4,
+        )
 
 
 class _Forced(threading.local):
@@ -330,12 +380,14 @@ def select(stage: str, backend: str | None, x: Tensor) -> torch._ops.OpOverload:
         ValueError: unknown name. RuntimeError: the named backend cannot serve; there is no falling back.
     """
     backend = backend or _forced.backend
-    key = (stage, backend, x.device.type, x.dtype)
+    key = (stage, backend, x.device, x.dtype)
     op = _resolved.get(key)
     if op is None:
         op = OPERATORS[stage, _resolve(*key)]
-        depends_on_precision = (stage, x.device.type, x.dtype) == ("vote_fwd", "cuda", torch.float32)
-        if not depends_on_precision and not torch.compiler.is_compiling():
+        on_gpu = x.device.type == "cuda"
+        depends_on_precision = on_gpu and stage == "vote_fwd" and x.dtype == torch.float32
+        unknown_gpu = on_gpu and not torch.cuda.is_initialized()  # a fake tensor
+        if not depends_on_precision and not unknown_gpu and not torch.compiler.is_compiling():
             _resolved[key] = op
     return op
 

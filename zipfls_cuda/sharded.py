@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, ops, reference
+from . import checks, compiling, ops, reference
 from .distributions import Distribution, RandomDistribution
 
 
@@ -182,7 +182,7 @@ def _sums_of_all(group: dist.ProcessGroup, **parts: Tensor) -> dict[str, Tensor]
 # Stage 1: dense votes --------------------------------------------------------------------------------
 
 
-@torch.compiler.disable(reason="collectives of class shards run eagerly")
+@compiling.eager("collectives of class shards run eagerly")
 @torch.no_grad()
 def dense_vote(
     features: Tensor,
@@ -283,7 +283,7 @@ def _label(
 # Stage 4: the loss -----------------------------------------------------------------------------------
 
 
-@torch.compiler.disable(reason="collectives of class shards run eagerly")
+@compiling.eager("collectives of class shards run eagerly")
 def loss_inputs(
     logits: Tensor,
     target: Tensor,
@@ -319,7 +319,7 @@ def loss_inputs(
     return logits, target, votes, weight, _shard(group, logits.shape[1], *votes.shape, target, votes)
 
 
-@torch.compiler.disable(reason="collectives of class shards run eagerly")
+@compiling.eager("collectives of class shards run eagerly")
 def loss_fwd(
     shard: Shard,
     logits: Tensor,

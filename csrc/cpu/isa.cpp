@@ -6,6 +6,10 @@
 
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace zipfls::cpu {
 
 std::vector<const Kernels*> compiled_kernels() {
@@ -18,10 +22,18 @@ std::vector<const Kernels*> compiled_kernels() {
 
 namespace {
 
+#if defined(__x86_64__)
+/// Whether the processor converts float16. __builtin_cpu_supports of older versions of clang (14
+/// among them) does not know the name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 bool runs_here(const Kernels& set) {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (&set == &kAvx2) return avx2;
   if (&set == &kAvx512)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
