@@ -61,21 +61,21 @@ MUTANTS = [
     Mutant(
         "target left in the non-target softmax",
         REFERENCE,
-        "log_nontarget = logits.masked_fill(at_target, -torch.inf).log_softmax(1)",
-        "log_nontarget = logits.log_softmax(1)",
+        "log_nontarget = log_softmax(logits.masked_fill(at_target, -torch.inf))",
+        "log_nontarget = log_softmax(logits)",
         LOSS,
     ),
     Mutant(
         "target left in the gradient's softmax",
         REFERENCE,
-        "p_nontarget = z.masked_fill(onehot.bool(), -torch.inf).softmax(1)",
-        "p_nontarget = z.softmax(1)",
+        "p_nontarget = log_softmax(z.masked_fill(onehot.bool(), -torch.inf))",
+        "p_nontarget = log_softmax(z)",
         LOSS,
     ),
     Mutant(
         "maximum not subtracted",
         REFERENCE,
-        "log_p = z.log_softmax(1)",
+        "log_p = log_softmax(z).to(dtype)",
         "log_p = z - z.exp().sum(1, True).log()",
         LOSS,
     ),
@@ -101,9 +101,19 @@ MUTANTS = [
     Mutant(
         "masses normalised outside log space",
         REFERENCE,
-        "log_label = log_mass.log_softmax(1)",
+        "log_label = log_softmax(log_mass)",
         "log_label = (log_mass.exp() / log_mass.exp().sum(1, True)).log()",
         LABEL,
+    ),
+    Mutant(
+        "softmax summed in float32", REFERENCE, "log_softmax(1, dtype=torch.float64)", "log_softmax(1)", LABEL
+    ),
+    Mutant(
+        "infinity times a p that rounds to 0",
+        REFERENCE,
+        ".masked_fill(infinite & (log_prob > -torch.inf), 1.0)",
+        "",
+        ("tests/test_soft.py",),
     ),
     Mutant(
         "negative votes counted",
@@ -215,7 +225,7 @@ MUTANTS = [
             ("S not begun anew", "soft_loss_long", "kept = new_least == least", "kept = new_least <= least"),
             ("one class is enough for a rank", "soft_loss_rows", "members >= 2", "members >= 1"),
             ("argmax of the target to the highest class", "loss_mean", "(c < winner))", "(c > winner))"),
-            ("sum not rescaled to a new maximum", "loss_long", "t += finite * shift + tl.sum", "t += tl.sum"),
+            ("sum not rescaled to a new maximum", "loss_long", "t = tl.fma(finite, shift, t) +", "t = t +"),
             ("classes past the end vote", "vote", 'other=float("nan")).to(SCORES)', "other=0).to(SCORES)"),
             ("ties to the highest class tile", "vote", "(score > top)", "(score >= top)"),
         )

@@ -22,7 +22,7 @@ import pytest
 import torch
 from cases import KINDS, error, make
 from test_soft import KINDS as TARGETS
-from test_soft import probabilities
+from test_soft import infinite_rows, probabilities
 
 import zipfls_cuda as zls
 from zipfls_cuda import functional, reference
@@ -616,6 +616,14 @@ def test_soft_corners(harnesses, tmp_path, dtype):
         case.target[1, 3] = case.target[4] = value
         options = {"reduction": "none", "only_correct": only_correct, "zipf_weight": part}
         calls.append((case, options | SCHEDULES[len(calls) % 4]))
+    z, t, votes = infinite_rows()
+    for options in (
+        {"zipf_weight": 0.5, "only_correct": True, "dense": torch.rand(z.shape).log()},
+        {"zipf_weight": 0.5, "weight": torch.arange(11.0)},
+        {"zipf_weight": 0.0, "label_smoothing": 0.1},
+    ):
+        case = make(*z.shape, votes.shape[1])._replace(logits=z.to(dtype), target=t, votes=votes)
+        calls.append((case, {"reduction": "none"} | options | SCHEDULES[len(calls) % 4]))
     check_loss(harnesses["plain"], tmp_path, calls)
 
 

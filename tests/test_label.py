@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import KINDS, make
 
 import zipfls_cuda as zls
@@ -81,6 +82,36 @@ def test_label_without_any_mass_is_uniform(backend, device):
         torch.tensor([0], device=device), votes, 2, distribution=zls.LinearDecay(0.0), backend=backend
     )
     assert label.tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize("law", ["zipf", "linear+"])
+def test_label_of_many_classes_is_exact(backend, device, law):
+    """Thousands of equal masses add up as they should, whatever processor sums them."""
+    C, votes = 32001, torch.tensor([[0, 0, 1, 2, 3]], dtype=torch.int32, device=device)
+    distribution, mass = (zls.LinearDecay(1e-6), None) if law == "linear+" else LAWS[law]
+    mass = mass or oracle.MASSES["LinearDecay"](1e-6)
+    label = zls.zipf_label(
+        torch.tensor([5], device=device), votes, C, distribution=distribution, backend=backend
+    )
+    exact = oracle.soft_label(5, [mass(r, C) for r in [1, 2, 2, 2] + [5] * (C - 4)])
+    rounding = 3e-7 if backend in ("reference", "cpu") else 6e-7  # the others round a logarithm once more
+    np.testing.assert_allclose(label[0].cpu().numpy(), exact, rtol=rounding, atol=0)
+
+
+def test_reference_of_many_equal_logits():
+    """Loss and gradient of equal logits, of which float32 sums are far off."""
+    case = make(2, 32001, 6)
+    case.logits[:], case.logits[:, 9] = -3.3, 0.0
+    grads = []
+    for target in (case.target, F.one_hot(case.target, 32001) * 0.9):
+        for dtype in (torch.float32, torch.float64):
+            x = case.logits.to(dtype).requires_grad_()
+            loss = zls.zipf_cross_entropy(x, target.to(dtype) if target.dim() > 1 else target, case.votes,
+                                          reduction="none", backend="reference")  # fmt: skip
+            loss.sum().backward()
+            grads += [loss.detach().double(), x.grad.double()]
+        for narrow, wide in zip(grads[-4:-2], grads[-2:], strict=True):
+            torch.testing.assert_close(narrow, wide, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ["RandomUniform", "RandomPareto"])

@@ -433,15 +433,20 @@ def test_soft_vote_out_of_range_poisons_its_row_alone(soft_kernel):
 # In place ------------------------------------------------------------------------------------------------
 
 
-def assert_in_place_is_the_same(args, soft=False):
-    """loss_grad_ writes over the logits, bit for bit, what loss_fwd writes beside them."""
+def assert_in_place_is_the_same(args, soft=False, *, aligned=True):
+    """loss_grad_ writes over the logits what loss_fwd writes beside them.
+
+    Bit for bit, but where logits are not ``aligned`` and the gradient beside them is: two kernels then, that
+    add in different orders.
+    """
     forward = triton_kernels.soft_loss_fwd if soft else triton_kernels.loss_fwd
     in_place = triton_kernels.soft_loss_grad_ if soft else triton_kernels.loss_grad_
     grad, grad_scale = forward(*args)[3:]
     logits = placed(args[0])
     scale = in_place(logits, *args[1:-1])
     assert not torch.equal(logits, args[0])
-    torch.testing.assert_close(logits, grad, rtol=0, atol=0, equal_nan=True)
+    rounding = {"rtol": 0, "atol": 0} if aligned else {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(logits, grad, **rounding, equal_nan=True)
     assert torch.equal(scale, grad_scale)
 
 
@@ -478,7 +483,7 @@ def test_in_place_of_several_rows_per_program_and_of_views(monkeypatch):
     for soft, make in ((False, loss_args), (True, soft_args)):
         assert_in_place_is_the_same(make(13, 10), soft)
         logits = torch.randn(10 * 41 + 1)[1:].view(10, 41)
-        assert_in_place_is_the_same(make(10, 41, logits=logits), soft)
+        assert_in_place_is_the_same(make(10, 41, logits=logits), soft, aligned=False)
         assert_in_place_is_the_same(make(10, 30, logits=torch.randn(30, 10).t()), soft)
         empty = make(0, 9, logits=torch.randn(0, 9), reduction="none")
         (triton_kernels.soft_loss_grad_ if soft else triton_kernels.loss_grad_)(*empty[:-1])

@@ -22,6 +22,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def log_softmax(x: Tensor) -> Tensor:
+    """Log softmax of rows (N, C), in float64: a float32 sum of 32000 equal terms is off by 4e-5."""
+    return x.log_softmax(1, dtype=torch.float64)
+
+
 # Stage 1: dense votes ------------------------------------------------------------------------------
 
 
@@ -142,8 +147,8 @@ def label_from_mass(log_mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     log_mass = log_mass.masked_fill(at_target, -torch.inf)
     massless = (log_mass == -torch.inf).all(1, keepdim=True)
     log_mass = torch.where(massless & ~at_target, 0.0, log_mass)
-    log_label = log_mass - log_mass.logsumexp(1, keepdim=True)  # log_softmax drifts over long equal rows
-    return log_label.exp(), log_label
+    log_label = log_softmax(log_mass)
+    return log_label.exp().to(log_mass.dtype), log_label.to(log_mass.dtype)
 
 
 def label_fwd(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -208,7 +213,7 @@ def zipf_term(logits: Tensor, target: Tensor, label: Tensor, log_label: Tensor) 
     p^ is the softmax over the non-target classes. Classes without mass are skipped.
     """
     at_target = target_classes(target, logits.shape[1])
-    log_nontarget = logits.masked_fill(at_target, -torch.inf).log_softmax(1)
+    log_nontarget = log_softmax(logits.masked_fill(at_target, -torch.inf)).to(logits.dtype)
     return torch.where(label > 0, label * (log_label - log_nontarget), 0.0).sum(1)
 
 
@@ -282,7 +287,7 @@ def loss_fwd(
 
     if ce_weight != 0:
         e = label_smoothing
-        log_p = z.log_softmax(1)
+        log_p = log_softmax(z).to(dtype)
         nll = -log_p.gather(1, y[:, None]).squeeze(1)
         ce = w[y] * nll
         a, b = w[y][:, None], w[y][:, None] * onehot
@@ -293,7 +298,7 @@ def loss_fwd(
     if zipf_weight != 0:
         label, log_label = label_from_mass(_dense_log_mass(log_mass, votes, logits, C), y)
         zipf = zipf_term(z, y, label, log_label)
-        p_nontarget = z.masked_fill(onehot.bool(), -torch.inf).softmax(1)
+        p_nontarget = log_softmax(z.masked_fill(onehot.bool(), -torch.inf)).to(dtype).exp()
         step = (zipf_weight * zipf_scale) * (p_nontarget - label)
         dz = dz + step.masked_fill(onehot.bool() | ~zipf_rows[:, None], 0)
 
@@ -353,7 +358,9 @@ def soft_loss_fwd(
     L_zipf = sum_{c in S} p~_c log(p~_c / p^_c), S = {c : t_c = min_k t_k}, its gradient p^_c - p~_c in S.
 
     Args:
-        target: (N, C) probabilities t, in the accumulation dtype; a row with a NaN gives NaN.
+        target: (N, C) probabilities t, in the accumulation dtype; a row with a NaN gives NaN. Beside an
+            infinite t every p_c of a logit above -inf counts as between 0 and 1, though it may round to one:
+            CE is infinite, its gradient too, and NaN at the infinite t; NaN all where infinities disagree.
         The others as for ``loss_fwd``. ``only_correct``: where argmax z = argmax t, lowest index on ties.
 
     Returns:
@@ -382,15 +389,19 @@ def soft_loss_fwd(
         e = label_smoothing
         u = t * (1 - e) + e / C if e > 0 else t
         u = u if weight is None else u * weight
-        log_prob = z.log_softmax(1)
+        log_prob = log_softmax(z).to(dtype)
+        total = u.sum(1, keepdim=True)
+        infinite = total.isinf()  # then a p that rounds to 0 or 1 stands for one between: no infinity times 0
+        prob = log_prob.exp().masked_fill(infinite & (log_prob > -torch.inf), 1.0)
+        log_prob = log_prob.masked_fill(infinite & (log_prob == 0), -1.0)
         ce = -(u * log_prob).sum(1)  # 0 times -inf is NaN, as in F.cross_entropy
-        dz = dz + (ce_weight * ce_scale) * (log_prob.exp() * u.sum(1, keepdim=True) - u)
+        dz = dz + (ce_weight * ce_scale) * (prob * total - u)
     if zipf_weight != 0:
         at_target = target_classes(t, C)
         zipf_rows = counted & ((~at_target).sum(1) >= 2)
         label, log_label = label_from_mass(_dense_log_mass(log_mass, votes, logits, C), t)
         zipf = zipf_term(z, t, label, log_label).masked_fill(~zipf_rows, 0)
-        step = z.masked_fill(at_target, -torch.inf).softmax(1) - label
+        step = log_softmax(z.masked_fill(at_target, -torch.inf)).to(dtype).exp() - label
         step = (zipf_weight * zipf_scale) * step
         dz = dz + step.masked_fill(at_target | ~zipf_rows[:, None], 0)
 

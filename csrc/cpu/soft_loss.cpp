@@ -1,7 +1,6 @@
 // soft_loss_fwd, soft_loss_grad_: the loss where targets are probabilities.
 #include <algorithm>
 #include <atomic>
-#include <limits>
 #include <memory>
 
 #include <torch/library.h>
@@ -15,14 +14,10 @@ namespace {
 /// argmax of a row of probabilities (C,), lowest index on ties; NaN is never the largest.
 template <class A>
 int64_t argmax(const A* x, int64_t C) {
-  int64_t best = 0;
-  A most = -std::numeric_limits<A>::infinity();
-  for (int64_t c = 0; c < C; c++) {
-    if (!(x[c] > most)) continue;
-    most = x[c];
-    best = c;
-  }
-  return best;
+  int64_t best = C;
+  for (int64_t c = 0; c < C; c++)
+    if (best == C ? x[c] == x[c] : x[c] > x[best]) best = c;
+  return best == C ? 0 : best;
 }
 
 /// loss, ce, zipf, grad, grad_scale: as reference.soft_loss_fwd. Under only_correct the logits and

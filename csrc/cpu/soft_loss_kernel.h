@@ -127,11 +127,20 @@ ZIPFLS_INLINE bool soft_loss_row(const SoftLossFwd& a, const Scratch& scratch, i
       x[1] = load(t + c);
       if (a.label_smoothing > 0) x[1] = x[1] * kept + spread;
       if (weight != nullptr) x[1] *= load(weight + c);
-      x[2] = x[1] * distance;  // 0 times -inf is NaN, as in F.cross_entropy
+      // 0 times -inf is NaN, as in F.cross_entropy; an infinity times 0 is none: log(sum) follows.
+      x[2] = distance == A(0) ? V{} : x[1] * distance;
       store(rest + c, x[0]);
       store(mass + c, x[1]);
     });
-    ce = sum[1] * ::log(sum[0]) - sum[2];
+    double log_sum = ::log(sum[0]);
+    const bool infinite = sum[1] == INFINITY || sum[1] == -INFINITY;
+    if (infinite) {  // then a p that rounds to 0 or 1 stands for one between: no infinity times 0
+      if (log_sum == 0) log_sum = 1;
+      for_blocks<A>(C, [&](int64_t c) __attribute__((always_inline)) {
+        store(rest + c, load(z + c) > kLowest ? splat<A>(1) : load(rest + c));
+      });
+    }
+    ce = sum[1] * log_sum - sum[2];
     along_exp = a.ce_factor * sum[1] / sum[0];
   }
   a.ce_rows[i] = poisoned ? NAN : ce;

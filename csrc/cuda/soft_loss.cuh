@@ -214,7 +214,8 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
         const A share = share_of(c, p);
         all_exp += exp_element<T>(z - top);
         all_share += share;
-        all_cross += share * (z - top);  // 0 times -inf is NaN, as in F.cross_entropy
+        // 0 times -inf is NaN, as in F.cross_entropy; an infinity times 0 is none: log Z follows.
+        if (z - top != A(0)) all_cross += share * (z - top);
       }
       if (!in_s(p)) return;
       members += 1;
@@ -238,14 +239,22 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
     const bool labelled = a.zipf && members > A(1.5) && (a.correct == nullptr || a.correct[i] != 0);
     const A ce_step = block.scales->ce_step, zipf_step = block.scales->zipf_step;
     const A along_exp = ce_step * (all_share / all_exp);
+    // Then a p that rounds to 0 or 1 stands for one between: no infinity times 0.
+    const bool infinite = all_share == infinity<A>() || all_share == -infinity<A>();
     const auto gradient = [&](int32_t c, A z, A p, A label) {
       A g = 0;
-      if (a.ce) g = exp_element<T>(z - top) * along_exp - ce_step * share_of(c, p);
+      if (a.ce) {
+        const A e = infinite && z > -infinity<A>() ? A(1) : exp_element<T>(z - top);
+        g = e * along_exp - ce_step * share_of(c, p);
+      }
       if (labelled && in_s(p)) g += zipf_step * (exp_element<T>(z - shift) / s_exp - label);
       return g;
     };
     Finished<A> f{};
-    if (a.ce) f.ce = all_share * log_of(all_exp) - all_cross;
+    if (a.ce) {
+      const A log_sum = log_of(all_exp);
+      f.ce = all_share * (infinite && log_sum == A(0) ? A(1) : log_sum) - all_cross;
+    }
     if (DENSE && labelled) f.zipf = (entropy - cross) / mass - log_of(mass) + log_of(s_exp);
     if (!DENSE && labelled && Group::leads()) {
       const A sum_p_log_p = label_members<Group>(t, P, log_mass, [&](int32_t n) {

@@ -26,7 +26,15 @@ from .loss_math import (
 )
 from .loss_mean import fold_losses, gradient_scales
 from .loss_rows import edge_columns, normalised
-from .soft_loss_rows import mixed_target, soft_mean_scales, soft_tile_gradient, soft_votes_label
+from .soft_loss_rows import (
+    between,
+    mixed_target,
+    share_times,
+    soft_cross_entropy,
+    soft_mean_scales,
+    soft_tile_gradient,
+    soft_votes_label,
+)
 
 
 @triton.jit
@@ -72,7 +80,8 @@ def soft_lanes_update(
         d = x - infinity_to_zero(new_top)[:, :, None]
         u = mixed_target(t, column, inside, weight, smoothing, C, SMOOTH, HAS_WEIGHT)
         z = z * tl.exp(shift) + tl.sum(tl.exp(d), 2)
-        uz_sum += u_sum * shift + tl.sum(tl.where(inside, u * d, tl.zeros_like(x)), 2)  # 0 times -inf is NaN
+        uz_sum += share_times(u_sum, shift)
+        uz_sum += tl.sum(tl.where(inside, share_times(u, d), tl.zeros_like(x)), 2)
         u_sum += tl.sum(u, 2)
         top = new_top
     if HAS_ZIPF:
@@ -106,7 +115,7 @@ def soft_lanes_update(
 def ce_lanes_sum(top, lane_top, z, u_sum, uz_sum):
     """What lanes add up to for the cross-entropy, (1,) each, relative to the maximum over all of them."""
     shift = tl.where(lane_top == -float("inf"), tl.zeros_like(lane_top), lane_top - top[:, None])
-    return tl.sum(z * tl.exp(shift), 1), tl.sum(u_sum, 1), tl.sum(uz_sum + u_sum * shift, 1)
+    return tl.sum(z * tl.exp(shift), 1), tl.sum(u_sum, 1), tl.sum(uz_sum + share_times(u_sum, shift), 1)
 
 
 @triton.jit
@@ -142,8 +151,8 @@ def kept_max(least, lane_least, x):
 
 @triton.jit
 def soft_long_gradient(
-    x, t, inside, column, safe_top, safe_m, least, constant, masses, mass_stride_c, mass_top, total, members,
-    k_s, k, label_scale, gc, spoilt, spoilt_value, weight, smoothing, C,
+    x, t, inside, infinite, column, safe_top, safe_m, least, constant, masses, mass_stride_c, mass_top, total,
+    members, k_s, k, label_scale, gc, spoilt, spoilt_value, weight, smoothing, C,
     HAS_CE: tl.constexpr, HAS_ZIPF: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     DENSE: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +164,7 @@ def soft_long_gradient(
         a = load_masses(masses, column, in_s, mass_stride_c)
         p = normalised(tl.exp(a - infinity_to_zero(mass_top)[:, None]), mass_top, total, members)
     g = soft_tile_gradient(
-        e, p, t, inside, in_s, column, k_s, k, label_scale, gc, weight, smoothing, C,
+        x, e, p, t, inside, infinite, in_s, column, k_s, k, label_scale, gc, weight, smoothing, C,
         HAS_CE, HAS_ZIPF, SMOOTH, HAS_WEIGHT,
     )  # fmt: skip
     return tl.where(spoilt[:, None], spoilt_value[:, None], g)
@@ -364,10 +373,11 @@ def soft_loss_fwd_long_kernel(
         k_s = tl.zeros([1], D)
         label_scale = tl.zeros([1], D)
         counted = row_ok
+        infinite = row_ok
         if HAS_CE:
-            ce_row = u_sum * tl.log(z) - uz_sum
+            ce_row, infinite = soft_cross_entropy(u_sum, z, uz_sum)
             k = gc * u_sum / z
-            k_s = k * tl.exp(m - top)
+            k_s = k * between(tl.exp(m - top), m, infinite)
         if HAS_ZIPF:
             counted &= members >= 2
             if ONLY_CORRECT:
@@ -405,22 +415,25 @@ def soft_loss_fwd_long_kernel(
                 x = tl.load(logits + start[:, None] + j, mask=inside, other=0).to(D)
                 t = tl.load(target + target_start[:, None] + j, mask=inside, other=0)
                 g = soft_long_gradient(
-                    x, t, inside, head[:, None] + j, safe_top, safe_m, least, constant, masses, mass_stride_c,
-                    mass_top, total, members, k_s, k, label_scale, gc, spoilt, spoilt_value, weight,
-                    smoothing, C, HAS_CE, HAS_ZIPF, SMOOTH, HAS_WEIGHT, DENSE,
+                    x, t, inside, infinite, head[:, None] + j, safe_top, safe_m, least, constant, masses,
+                    mass_stride_c, mass_top, total, members, k_s, k, label_scale, gc, spoilt, spoilt_value,
+                    weight, smoothing, C, HAS_CE, HAS_ZIPF, SMOOTH, HAS_WEIGHT, DENSE,
                 )  # fmt: skip
                 tl.store(grad + grad_start[:, None] + j, narrow(g, grad.dtype.element_ty), mask=inside)
             if EDGES:
                 edge_x = tl.load(logits + edge_at, mask=edge_inside, other=0).to(D)
                 edge_g = soft_long_gradient(
-                    edge_x, edge_t, edge_inside, edge_column, safe_top, safe_m, least, constant, masses,
-                    mass_stride_c, mass_top, total, members, k_s, k, label_scale, gc, spoilt, spoilt_value,
-                    weight, smoothing, C, HAS_CE, HAS_ZIPF, SMOOTH, HAS_WEIGHT, DENSE,
+                    edge_x, edge_t, edge_inside, infinite, edge_column, safe_top, safe_m, least, constant,
+                    masses, mass_stride_c, mass_top, total, members, k_s, k, label_scale, gc, spoilt,
+                    spoilt_value, weight, smoothing, C, HAS_CE, HAS_ZIPF, SMOOTH, HAS_WEIGHT, DENSE,
                 )  # fmt: skip
                 at = (row * C)[:, None] + edge_column
                 tl.store(grad + at, narrow(edge_g, grad.dtype.element_ty), mask=edge_inside)
             if LABEL == VOTES_LABEL:
-                gv = tl.exp(zv - safe_m[:, None]) * k_s[:, None] - label_scale[:, None] * tl.exp(log_p)
+                gv = tl.exp(zv - safe_m[:, None])
+                if HAS_CE:
+                    gv = between(gv, zv, infinite[:, None])
+                gv = gv * k_s[:, None] - label_scale[:, None] * tl.exp(log_p)
                 if HAS_CE:
                     tv = least[:, None] + tl.zeros_like(gv)
                     u = mixed_target(tv, v, voted, weight, smoothing, C, SMOOTH, HAS_WEIGHT)

@@ -56,6 +56,29 @@ def mixed_target(
 
 
 @triton.jit
+def share_times(u, d):
+    """u d, and 0 where d is: of an infinite share of the target no NaN. (0 times -inf is NaN.)"""
+    return tl.where(d == 0, tl.zeros_like(d), u * d)
+
+
+@triton.jit
+def soft_cross_entropy(u_sum, z, uz_sum):
+    """u_sum log z - uz_sum, and whether u_sum is infinite.
+
+    Beside an infinite share a p that rounds to 0 or 1 stands for one between: no infinity times 0.
+    """
+    infinite = tl.abs(u_sum) == float("inf")
+    log_z = tl.log(z)
+    return u_sum * tl.where(infinite & (log_z == 0), 1.0, log_z) - uz_sum, infinite
+
+
+@triton.jit
+def between(e, x, infinite):
+    """Exponentials of x, or 1 for those that must not be 0: see soft_cross_entropy."""
+    return tl.where(infinite & (x > -float("inf")), tl.zeros_like(e) + 1, e)
+
+
+@triton.jit
 def soft_tile_sums(
     x, t, inside, in_s, column, safe_top, safe_m, weight, smoothing, C,
     HAS_CE: tl.constexpr, HAS_ZIPF: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -83,19 +106,20 @@ def soft_tile_sums(
     if HAS_CE:
         u = mixed_target(t, column, inside, weight, smoothing, C, SMOOTH, HAS_WEIGHT)
         u_sum = tl.sum(u, 1)
-        uz_sum = tl.sum(tl.where(inside, u * (x - safe_top[:, None]), zero), 1)  # 0 times -inf is NaN
+        uz_sum = tl.sum(tl.where(inside, share_times(u, x - safe_top[:, None]), zero), 1)
     return e, s, z_sum, finite, elsewhere, u_sum, uz_sum
 
 
 @triton.jit
 def soft_tile_gradient(
-    e, p, t, inside, in_s, column, k_s, k, label_scale, gc, weight, smoothing, C,
+    x, e, p, t, inside, infinite, in_s, column, k_s, k, label_scale, gc, weight, smoothing, C,
     HAS_CE: tl.constexpr, HAS_ZIPF: tl.constexpr, SMOOTH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile (R, B) from soft_tile_sums' e; p: the label, or its constant (R, 1)."""
     zero = tl.zeros_like(e)
     g = zero
     if HAS_CE:
+        e = between(e, x, infinite[:, None])
         g = e * k[:, None]
     if HAS_ZIPF:
         g = tl.where(in_s, tl.fma(e, k_s[:, None], -label_scale[:, None] * p), g)
@@ -298,14 +322,15 @@ def soft_loss_fwd_kernel(
         k_s = tl.zeros([R], D)
         label_scale = tl.zeros([R], D)
         counted = row_ok
+        infinite = row_ok
         if HAS_CE:
             c = tl.full([R], 1, D)
             if HAS_ZIPF:
                 c = tl.exp(m - top)
                 elsewhere += s * c
-            ce_row = u_sum * tl.log(elsewhere) - uz_sum
+            ce_row, infinite = soft_cross_entropy(u_sum, elsewhere, uz_sum)
             k = gc * u_sum / elsewhere
-            k_s = k * c
+            k_s = k * between(c, m, infinite)
         if HAS_ZIPF:
             counted &= members >= 2
             if ONLY_CORRECT:
@@ -341,14 +366,14 @@ def soft_loss_fwd_kernel(
                 p = tl.zeros([R, 1], D)
                 edge_p = p
             g = soft_tile_gradient(
-                e, p, t, inside, in_s, column, k_s, k, label_scale, gc, weight, smoothing, C,
+                x, e, p, t, inside, infinite, in_s, column, k_s, k, label_scale, gc, weight, smoothing, C,
                 HAS_CE, HAS_ZIPF, SMOOTH, HAS_WEIGHT,
             )  # fmt: skip
             g = tl.where(spoilt, spoilt_value, g)
             if EDGES:
                 edge_g = soft_tile_gradient(
-                    edge_e, edge_p, edge_t, edge_inside, edge_in_s, edge_column, k_s, k, label_scale, gc,
-                    weight, smoothing, C, HAS_CE, HAS_ZIPF, SMOOTH, HAS_WEIGHT,
+                    edge_x, edge_e, edge_p, edge_t, edge_inside, infinite, edge_in_s, edge_column, k_s, k,
+                    label_scale, gc, weight, smoothing, C, HAS_CE, HAS_ZIPF, SMOOTH, HAS_WEIGHT,
                 )  # fmt: skip
                 edge_g = tl.where(spoilt, spoilt_value, edge_g)
             grad_start = row_vectors(row, C, C, V, EDGES)[1]
@@ -357,7 +382,10 @@ def soft_loss_fwd_kernel(
                 at = (row * C)[:, None] + edge_column
                 tl.store(grad + at, narrow(edge_g, grad.dtype.element_ty), mask=edge_inside)
             if LABEL == VOTES_LABEL:
-                gv = tl.exp(zv - safe_m[:, None]) * k_s[:, None] - label_scale[:, None] * tl.exp(log_p)
+                gv = tl.exp(zv - safe_m[:, None])
+                if HAS_CE:
+                    gv = between(gv, zv, infinite[:, None])
+                gv = gv * k_s[:, None] - label_scale[:, None] * tl.exp(log_p)
                 if HAS_CE:
                     tv = least[:, None] + tl.zeros_like(gv)
                     u = mixed_target(tv, v, voted, weight, smoothing, C, SMOOTH, HAS_WEIGHT)
