@@ -83,18 +83,22 @@ def problem(case: LossCase, dtype: torch.dtype) -> Problem:
     g, wide = torch.Generator().manual_seed(N + C + P), arithmetic_dtype(dtype)
     logits = torch.randn(N, C, generator=g, dtype=torch.float64) * 2
     target = torch.randint(C, (N,), generator=g)
+    logits[N // 2] += 100  # exp of which is infinite in float32
     if case.options:
         logits[torch.arange(0, N, 2), target[::2]] += 8  # classified correctly
+        logits[[2, 4], (target[[2, 4]] + torch.tensor([1, -1])) % C] = logits[[2, 4], target[[2, 4]]]  # a tie
     votes = (torch.rand(N, P, generator=g).pow(3) * C).int().clamp(max=C - 1)
     votes[torch.rand(N, P, generator=g) < 0.1] = -1
     ranks = C if case.ranking == "logits" else min(P, C) + 1
     log_mass = -torch.arange(1.0, ranks + 1, dtype=torch.float64).log()
     if case.ranking == "masses":
-        log_mass = torch.rand(N, C, generator=g, dtype=torch.float64).log()
+        log_mass = torch.randint(10, (N, C), generator=g).double().log()  # some have none
     weight = torch.rand(C, generator=g).to(wide) if case.options else None
     if case.soft:  # a mixture of two smoothed classes
         other, share = torch.randint(C, (N,), generator=g), torch.rand(N, 1, generator=g) * 0.4 + 0.55
         target = (share * F.one_hot(target, C) + (1 - share) * F.one_hot(other, C) + 0.1 / C).to(wide)
+        if case.options:
+            target[1] = torch.rand(C, generator=g).softmax(0)  # the least probability is of one class
     elif case.options:
         target[1::5] = IGNORE
     ranking = votes if case.ranking == "votes" else None
