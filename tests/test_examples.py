@@ -36,6 +36,7 @@ def import_script():
 
 
 example = import_script()
+DRAW = {name: getattr(example, name) for name in ("draw_curves", "draw_spectra")}
 CPU = example.Place(torch.device("cpu"))
 TINY = [
     "--device",
@@ -62,6 +63,28 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures():
+    """Leave the pictures out, which cost more than a tiny training; tests of them ask for `pictures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DRAW:
+            patch.setattr(example, name, lambda runs, path: None)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Draw them after all."""
+    for name, draw in DRAW.items():
+        monkeypatch.setattr(example, name, draw)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder of generated data for several tests."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def read_log(path):
@@ -435,12 +458,16 @@ def test_fractal_families_are_closer_than_strangers():
 
 
 def test_fractals_come_from_the_cache(tmp_path, monkeypatch, capsys):
-    cache = tmp_path / "new" / "cache"
+    cache, calls = tmp_path / "new" / "cache", []
+    made = np.random.default_rng(0).integers(256, size=(100, 6, 3, 16, 16), dtype=np.uint8)
+    monkeypatch.setattr(example, "make_fractals", lambda *args: calls.append(args) or made)
     first = example.load_data("fractals:5", 16, cache)
     assert len(first.train) == 500
     assert len(first.test) == 100
     assert len(first.classes) == 100
     assert first.train.labels.bincount().tolist() == [5] * 100
+    assert np.array_equal(first.train.images.view(100, 5, 3, 16, 16), made[:, :5])
+    assert np.array_equal(first.test.images, made[:, 5])
     (file,) = cache.iterdir()
     whole = file.read_bytes()
     broken = bytearray(whole)
@@ -452,8 +479,9 @@ def test_fractals_come_from_the_cache(tmp_path, monkeypatch, capsys):
         assert torch.equal(again.train.images, first.train.images)
         assert file.read_bytes() == whole
         assert list(cache.iterdir()) == [file]
-    monkeypatch.setattr(example, "make_fractals", lambda *_: pytest.fail("made again"))
+    assert calls == [(6, 16)] * 4
     again = example.load_data("fractals:5", 16, cache)
+    assert len(calls) == 4
     assert torch.equal(again.test.images, first.test.images)
     assert torch.equal(again.test.labels, first.test.labels)
 
@@ -618,7 +646,7 @@ def table_row(printed, loss):
     return next(line for line in table.splitlines() if line.split()[0] == loss)
 
 
-def test_training_writes_its_files(tmp_path, capsys):
+def test_training_writes_its_files(tmp_path, capsys, pictures):
     out = tmp_path / "new" / "run"
     argv = ["--data", "digits", "--limit", "96", "--epochs", "2", "--loss", "ce,ls,zipf"]
     runs = example.main([*TINY, *argv, "--out", str(out)])
@@ -658,16 +686,16 @@ def test_training_writes_its_files(tmp_path, capsys):
         assert row[4] == f"{run.alpha:.2f}"
 
 
-@pytest.mark.parametrize("options", ["--loss ce", "--loss zipf", "--loss zipf --deep --upsample 2"])
-def test_training_learns(tmp_path, options):
-    argv = ["--data", "digits", "--limit", "600", "--epochs", "6", *options.split()]
+def test_training_learns(tmp_path):
+    argv = ["--data", "digits", "--limit", "600", "--epochs", "6", "--deep", "--upsample", "2"]
     (run,) = example.main([*TINY, *argv, "--out", str(tmp_path)])
     assert run.history[-1]["test_accuracy"] > 0.6  # chance is 0.1
     assert run.history[-1]["train_cross_entropy"] < 0.6 * run.history[0]["train_cross_entropy"]
 
 
-def test_several_seeds(tmp_path, capsys):
-    argv = ["--data", "digits", "--limit", "40", "--epochs", "1", "--loss", "ce", "--seed", "1,2"]
+def test_several_seeds(tmp_path, capsys, pictures):
+    write_folder(tmp_path / "images", {"red": 6, "blue": 6})
+    argv = ["--data", f"folder:{tmp_path / 'images'}", "--epochs", "1", "--loss", "ce", "--seed", "1,2"]
     runs = example.main([*TINY, *argv, "--out", str(tmp_path)])
     assert [run.seed for run in runs] == [1, 2]
     assert runs[0].spectrum != runs[1].spectrum
@@ -679,28 +707,28 @@ def test_several_seeds(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("source", ["folder", "cifar100", "tinyimagenet", "fractals:1"])
-def test_training_on_every_source(tmp_path, source):
+def test_training_on_every_source(tmp_path, cache, source):
     write_folder(tmp_path / "folder", {"red": 6, "blue": 6})
     write_cifar100(tmp_path / "cifar100")
     write_tinyimagenet(tmp_path / "tinyimagenet")
     data = source if ":" in source else f"{source}:{tmp_path / source}"
     argv = ["--data", data, "--epochs", "1", "--out", str(tmp_path / "out"), "--limit", "40"]
-    (run,) = example.main([*TINY, *argv, "--cache", str(tmp_path / "cache")])
+    (run,) = example.main([*TINY, *argv, "--cache", str(cache)])
     assert np.isfinite(run.history[0]["train_loss"])
     assert len(run.spectrum) == {"folder": 2, "tinyimagenet": 3}.get(source, 100)
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision(tmp_path, amp):
+def test_mixed_precision(tmp_path):
     argv = ["--data", "digits", "--limit", "64", "--epochs", "2", "--seed", "1"]
     (full,) = example.main([*TINY, *argv, "--out", str(tmp_path / "full")])
-    (half,) = example.main([*TINY, *argv, "--out", str(tmp_path / "half"), "--amp", amp])
-    assert half.history[0]["train_loss"] == pytest.approx(full.history[0]["train_loss"], rel=0.05)
-    assert half.history[0]["train_loss"] != full.history[0]["train_loss"]
-    weights = torch.load(tmp_path / "half" / "zipf.pt")["trainer"]["net"]
-    for weight in weights.values():
-        assert weight.dtype in (torch.float32, torch.int64)
-        assert weight.isfinite().all()
+    for amp in ("bf16", "fp16"):
+        (half,) = example.main([*TINY, *argv, "--out", str(tmp_path / amp), "--amp", amp])
+        assert half.history[0]["train_loss"] == pytest.approx(full.history[0]["train_loss"], rel=0.05)
+        assert half.history[0]["train_loss"] != full.history[0]["train_loss"]
+        weights = torch.load(tmp_path / amp / "zipf.pt")["trainer"]["net"]
+        for weight in weights.values():
+            assert weight.dtype in (torch.float32, torch.int64)
+            assert weight.isfinite().all()
 
 
 def import_timm():
@@ -723,11 +751,11 @@ def test_timm_models(tmp_path, monkeypatch):
     argv = [*TINY, *argv, "--size", "64", "--loss", "ce,zipf"]
     deep = ["--deep", "--upsample", "2"]
     whole = example.main([*argv, *deep, "--out", str(tmp_path / "deep")])
-    example.main([*argv, "--out", str(tmp_path / "plain")])
-    names = {}
-    for run in ("plain", "deep"):
-        for loss in ("ce", "zipf"):
-            names[run, loss] = set(torch.load(tmp_path / run / f"{loss}.pt")["trainer"]["net"])
+    names, data = {}, small_data(size=64)
+    for loss in ("ce", "zipf"):
+        names["deep", loss] = set(torch.load(tmp_path / "deep" / f"{loss}.pt")["trainer"]["net"])
+        plain = example.Trainer(loss, 0, data, arguments(*argv), CPU)
+        names["plain", loss] = set(plain.net.state_dict())
     heads = {"zipf_heads.0.weight", "zipf_heads.0.bias"}
     assert names["deep", "zipf"] - names["plain", "zipf"] == heads
     assert names["plain", "ce"] == names["plain", "zipf"] == names["deep", "ce"]
@@ -841,8 +869,8 @@ def test_resume_of_a_finished_run(tmp_path, uninterrupted, monkeypatch):
         (["--data", "fractals:1"], "another --data"),
     ],
 )
-def test_resume_refuses_other_settings(tmp_path, uninterrupted, capsys, change, message):
-    argv = [*TINY, *RESUMABLE, "--out", str(uninterrupted[0]), "--resume", "--cache", str(tmp_path)]
+def test_resume_refuses_other_settings(cache, uninterrupted, capsys, change, message):
+    argv = [*TINY, *RESUMABLE, "--out", str(uninterrupted[0]), "--resume", "--cache", str(cache)]
     with pytest.raises(SystemExit) as stop:
         example.main([*argv, *change])
     error = capsys.readouterr().err
@@ -892,6 +920,7 @@ def interrupted(*args, **options):
         raise KeyboardInterrupt
     return original(*args, **options)
 train.zls.dense_vote = interrupted
+train.draw_curves = train.draw_spectra = lambda runs, path: None
 try:
     train.main([*argv, "--out", str(out / "resumed")])
 except KeyboardInterrupt:

@@ -24,7 +24,7 @@ SNIPPETS = dict(re.findall(r"^### (.+?)\n(?:(?!###).)*?```python\n(.*?)```", PAG
 COMMANDS = re.findall(r"^python examples/train.py (.+)$", PAGE, re.M)
 CLASSES = 4
 
-one_thread = test_examples.one_thread
+one_thread, no_pictures = test_examples.one_thread, test_examples.no_pictures
 
 
 # Snippets -------------------------------------------------------------------------------------------
@@ -94,8 +94,18 @@ def small_timm(monkeypatch):
 def small_torchvision(monkeypatch):
     resnet = torchvision().models.resnet
     assert callable(resnet.resnet50)
-    model = lambda **options: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], **options)  # noqa: E731
-    monkeypatch.setattr(torchvision().models, "resnet50", model)
+
+    class Small(resnet.ResNet):
+        """One block a stage, a quarter as wide."""
+
+        def __init__(self, num_classes):
+            super().__init__(resnet.BasicBlock, [1, 1, 1, 1])
+            self.fc = torch.nn.Linear(512 // 4, num_classes)
+
+        def _make_layer(self, block, planes, *args, **options):
+            return super()._make_layer(block, planes // 4, *args, **options)
+
+    monkeypatch.setattr(torchvision().models, "resnet50", Small)
 
 
 def small_lightning(monkeypatch):
