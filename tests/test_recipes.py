@@ -109,8 +109,8 @@ def small_torchvision(monkeypatch):
 
 
 def small_lightning(monkeypatch):
+    small_timm(monkeypatch)  # first: lightning imports torchvision too
     pytest.importorskip("lightning")
-    small_timm(monkeypatch)
 
 
 def small_transformers(monkeypatch):
