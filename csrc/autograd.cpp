@@ -6,17 +6,21 @@
 #include <memory>
 #include <mutex>
 
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 
 namespace zipfls {
 namespace {
 
 namespace autograd = torch::autograd;
+namespace compiled = torch::dynamo::autograd;
 using at::Tensor;
 using autograd::variable_list;
 using Optional = std::optional<Tensor>;
@@ -72,27 +76,72 @@ struct LossBackward : autograd::Node {
   }
 
   variable_list apply(variable_list&& upstream) override {
-    static const auto loss_bwd = find<LossBwd>("zipfls::loss_bwd");
     static const auto loss_bwd_ = find<LossBwdInPlace>("zipfls::loss_bwd_");
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!upstream[0].defined() || !task_should_compute_output(0)) return {Tensor()};
     const bool differentiable = c10::GradMode::is_enabled();
+    // Batched gradients, fake tensors: the in-place operator has no batching rule, and tracing no
+    // use for it.
+    const bool wrapped = at::isTensorSubclassLike(upstream[0]);
     Tensor grad = grad_.unpack();
     const Tensor scale = grad_scale_.unpack();
-    {
+    if (wrapped || autograd::get_current_graph_task_keep_graph()) {
+      grad = scaled(grad, upstream[0], scale);
+    } else {  // what is saved will not be needed again: scaled where it is, at once if by one
       at::AutoDispatchBelowADInplaceOrView below;
-      if (autograd::get_current_graph_task_keep_graph())
-        grad = loss_bwd.call(grad, upstream[0], scale);
-      else  // what is saved will not be needed again: scaled where it is, at once if by one
-        loss_bwd_.call(grad, upstream[0], scale);
-      if (differentiable) grad = grad.detach();
+      loss_bwd_.call(grad, upstream[0], scale);
     }
     if (differentiable) {
       const auto refuse = make_node<RefuseSecond>();
       refuse->add_next_edge(next_edge(0));
-      autograd::set_history(grad, refuse);
+      if (wrapped) {  // the graph belongs to the tensor inside, which an operator reaches
+        Tensor zero = at::zeros({}, scale.options().dtype(grad.scalar_type()));
+        autograd::set_history(zero, refuse);
+        grad = grad.add(zero);
+      } else {
+        grad = grad.detach();
+        autograd::set_history(grad, refuse);
+      }
     }
     return {std::move(grad)};
+  }
+
+  // Compiled autograd: what a node saves becomes an input of the compiled graph, and its backward a
+  // call of the function bound here, which is traced like any other.
+
+  void compiled_args(compiled::CompiledNodeArgs& args) const override {
+    args.collect(grad_, false);
+    args.collect(grad_scale_, false);
+  }
+
+  variable_list apply_with_saved(const variable_list& upstream,
+                                 compiled::SwapSavedVariables& saved) override {
+    saved.before(grad_);
+    saved.before(grad_scale_);
+    const auto& python = compiled::getPyCompilerInterface();
+    const auto function = python->bind_function(saved.get_py_compiler(), name(), &traced,
+                                                {at::TensorType::get(), at::TensorType::get()},
+                                                /*is_custom_function=*/true, /*is_traceable=*/true);
+    using Metadata = std::vector<std::optional<autograd::InputMetadata>>;
+    auto results = python->call_function(
+        saved.get_py_compiler(), "apply_functional", function, upstream,
+        {grad_.unpack(), grad_scale_.unpack()},
+        compiled::IValuePacker<Metadata>::pack(compiled::get_input_metadata(next_edges())));
+    saved.after(grad_);
+    saved.after(grad_scale_);
+    return results;
+  }
+
+ private:
+  static Tensor scaled(const Tensor& grad, const Tensor& upstream, const Tensor& scale) {
+    static const auto loss_bwd = find<LossBwd>("zipfls::loss_bwd");
+    at::AutoDispatchBelowADInplaceOrView below;
+    return loss_bwd.call(grad, upstream, scale);
+  }
+
+  static variable_list traced(const variable_list& upstream, const std::vector<at::IValue>& saved) {
+    if (!upstream[0].defined()) return {Tensor()};
+    return {scaled(saved[0].toTensor(), upstream[0], saved[1].toTensor())};
   }
 };
 

@@ -363,3 +363,139 @@ def test_fit_recovers_the_law():
 def test_fit_skips_ranks_without_probability():
     p = torch.tensor([[0.5, 0.25, 0.25 * 2 / 3, 0.0, 0.0]])  # sorted: p ~ 1/(2 r) at ranks 1, 2, 3
     assert zls.fit_zipf(p)[0] == pytest.approx(1.0, rel=1e-6)
+
+
+# Numbers of other types: what F.cross_entropy takes ------------------------------------------------------
+
+
+NUMPY = pytest.importorskip("numpy")
+NUMBERS = {
+    "float32": lambda x: NUMPY.float32(x),
+    "float64": lambda x: NUMPY.float64(x),
+    "tensor": lambda x: torch.tensor(x),
+}
+INTEGERS = {
+    "int64": lambda x: NUMPY.int64(x),
+    "uint8": lambda x: NUMPY.uint8(x),
+    "tensor": lambda x: torch.tensor(x),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_of_other_types(backend, device, kind):
+    case, number = make(4, 6, 5, device=device), NUMBERS[kind]
+    near = {"rtol": 1e-6, "atol": 1e-6}
+    for options in (
+        {"zipf_weight": 0.3},
+        {"label_smoothing": 0.1},
+        {"alpha": 1.5},
+        {"num_items": 3.0},
+        {"label_smoothing": 1},
+    ):
+        other = {k: number(v) for k, v in options.items()}
+        plain, same = (zls.zipf_cross_entropy(*case, backend=backend, **o) for o in (options, other))
+        torch.testing.assert_close(same, plain, **near)
+        if not {"num_items", "alpha"} & set(options):
+            criterion = zls.ZipfLoss(**other, deep_weight=number(0.5))
+            assert all(type(getattr(criterion, k)) in (float, int) for k in (*options, "deep_weight"))
+    for law, parameter in (
+        (zls.Zipf, 1.5),
+        (zls.LinearDecay, 0.125),
+        (zls.ExponentialDecay, 0.5),
+        (zls.RandomPareto, 2.0),
+    ):
+        assert law(number(parameter)) == law(parameter)
+        assert hash(law(number(parameter))) == hash(law(parameter))
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_integers_of_other_types(backend, device, kind):
+    case, integer = make(4, 6, 5, device=device), INTEGERS[kind]
+    options = {"backend": backend}
+    for target in (case.target, case.target.byte()):
+        losses = [zls.zipf_cross_entropy(case.logits, target, case.votes, ignore_index=i, **options)
+                  for i in (integer(2), 2)]  # fmt: skip
+        assert torch.equal(*losses)
+    assert torch.equal(
+        zls.rank_votes(case.votes, integer(6), **options), zls.rank_votes(case.votes, 6, **options)
+    )
+    labels = [zls.zipf_label(case.target, case.votes, n, ignore_index=i, **options)
+              for n, i in ((integer(6), integer(2)), (6, 2))]  # fmt: skip
+    assert torch.equal(*labels)
+    votes = [zls.dense_vote(MAP.to(device), W.to(device), upsample=u, **options) for u in (integer(2), 2)]
+    assert torch.equal(*votes)
+    zls.check_inputs(*case, ignore_index=integer(2))
+
+
+def test_uint8_classes(backend, device):
+    case = make(4, 6, 5, device=device)
+    y = case.target.byte()
+    y[1] = 255
+    for options in ({"ignore_index": 255}, {"ignore_index": 255, "reduction": "none", "only_correct": True}):
+        results = []
+        for target in (y, y.long()):
+            x = case.leaf()
+            zls.zipf_cross_entropy(x, target, case.votes, backend=backend, **options).sum().backward()
+            label = zls.zipf_label(target, case.votes, 6, ignore_index=255, backend=backend)
+            results.append((x.grad, label))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    zls.check_inputs(case.logits, y, case.votes, ignore_index=255)
+    y[1] = 156  # -100 in eight bits, which ignores nothing
+    with pytest.raises(IndexError, match=r"target\[1\] = 156"):
+        zls.check_inputs(case.logits, y, case.votes)
+    if device.type == "cpu" and backend != "triton":
+        with pytest.raises(IndexError, match=r"target\[1\] = 156"):
+            zls.zipf_loss(case.logits, y, case.votes, backend=backend)
+
+
+def test_flags_and_names_of_other_types():
+    true, plain = (zls.zipf_cross_entropy(X, Y, V, only_correct=o) for o in (NUMPY.bool_(True), True))
+    assert torch.equal(true, plain)
+    assert zls.ZipfLoss(only_correct=torch.tensor(False), reduction=NUMPY.str_("sum")).only_correct is False
+
+
+NO_NUMBERS = (True, NUMPY.bool_(True), "1", None, [1.0], torch.tensor(True), torch.ones(2), 1j)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+def test_what_is_no_number_is_refused(value):
+    for name in ("zipf_weight", "label_smoothing", "alpha", "ignore_index"):
+        with pytest.raises(TypeError, match=f"{name} must be an? (number|int), got"):
+            zls.zipf_cross_entropy(X, Y, V, **{name: value})
+    with pytest.raises(TypeError, match="num_classes must be an int, got"):
+        zls.rank_votes(V, value)
+    if not isinstance(value, bool | NUMPY.bool_ | torch.Tensor):
+        with pytest.raises(TypeError, match="only_correct must be True or False, got"):
+            zls.zipf_cross_entropy(X, Y, V, only_correct=value)
+
+
+def test_options_on_another_device_or_with_gradient_are_refused():
+    """Reading them would synchronise in every call, or lose the gradient without a word."""
+    with pytest.raises(TypeError, match=r"alpha must be a number or a tensor on the CPU, got .* on meta"):
+        zls.zipf_cross_entropy(X, Y, V, alpha=torch.tensor(1.0, device="meta"))
+    with pytest.raises(TypeError, match="zipf_weight must not require grad"):
+        zls.zipf_cross_entropy(X, Y, V, zipf_weight=torch.tensor(1.0, requires_grad=True))
+
+
+def test_a_class_weight_that_requires_grad_is_refused():
+    """As F.cross_entropy refuses it; and as there, not where nothing records a gradient."""
+    w = torch.nn.Parameter(torch.ones(6))
+    plain = zls.ZipfLoss(weight=torch.ones(6))
+    plain.weight = w.data.clone().requires_grad_()
+    refused = {
+        "weight": (
+            lambda: zls.zipf_cross_entropy(X, Y, V, weight=w),
+            lambda: zls.zipf_cross_entropy(X, X.softmax(1), V, weight=w),
+            lambda: zls.ZipfLoss(weight=w),
+            lambda: plain(X, Y, V),
+            lambda: torch.func.grad(lambda w: zls.zipf_cross_entropy(X, Y, V, weight=w))(w.data),
+        ),
+        "class_weight": (lambda: zls.zipf_head_loss(MAP, W, B, Y[:2], class_weight=w),),
+    }
+    for name, calls in refused.items():
+        for call in calls:
+            with pytest.raises(RuntimeError, match=f"{name} must not require grad.*{name}.detach"):
+                call()
+    for call in (lambda w: F.cross_entropy(X, Y, w), lambda w: zls.zipf_cross_entropy(X, Y, V, weight=w)):
+        with torch.no_grad():
+            call(w)

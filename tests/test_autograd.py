@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.autograd.forward_ad as fwd
@@ -325,3 +327,74 @@ def test_micro_batches_add_up_with_num_items(backend, device, dtype, as_tensor):
     assert not as_tensor or n.grad is None
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(parts.grad, whole.grad, rtol=tolerance, atol=tolerance / 12)
+
+
+# Batched gradients and compiled autograd: as F.cross_entropy -----------------------------------------------
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_batched_gradients(backend, device, reduction, soft):
+    case = make(4, 9, 5, device=device)
+    target = case.logits.softmax(1) if soft else case.target
+
+    def f(x):
+        return zls.zipf_cross_entropy(x, target, case.votes, reduction=reduction, backend=backend)
+
+    x = case.leaf()
+    upstream = torch.randn(3, *f(x).shape, device=device)
+    one_by_one = torch.stack([torch.autograd.grad(f(x), x, u)[0] for u in upstream])
+    for keep in (True, False):
+        together = torch.autograd.grad(f(x), x, upstream, is_grads_batched=True, retain_graph=keep)[0]
+        torch.testing.assert_close(together, one_by_one)
+    together = torch.autograd.grad(f(x), x, upstream, is_grads_batched=True, create_graph=True)[0]
+    torch.testing.assert_close(together, one_by_one)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        (together.sum() + x.sum()).backward()
+    jacobians = [torch.autograd.functional.jacobian(f, case.logits, vectorize=v) for v in (True, False)]
+    torch.testing.assert_close(*jacobians)
+    loss = zls.zipf_cross_entropy(
+        x * 1, target, case.votes, inplace=True, reduction=reduction, backend=backend
+    )
+    with pytest.raises(RuntimeError, match=r"inplace=True .* no batched gradients"):
+        torch.autograd.grad(loss, x, upstream, is_grads_batched=True)
+
+
+COMPILED = {
+    "none": {"reduction": "none"},
+    "mean in float16": {"dtype": torch.float16},
+    "weight, smoothing, only_correct": {"weight": True, "label_smoothing": 0.1, "only_correct": True},
+    "parts": {"return_parts": True, "reduction": "sum"},
+    "probabilities": {"soft": True},
+    "in place": {"inplace": True},
+    "probabilities in place": {"soft": True, "inplace": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_autograd(backend, device, name):
+    """An eager loss whose backward pass is compiled: as DDP's python_reducer does it."""
+    import torch._dynamo.compiled_autograd as compiled_autograd
+
+    options = dict(COMPILED[name])
+    case = make(6, 9, 5, device=device, dtype=options.pop("dtype", torch.float32))
+    target = case.logits.softmax(1).detach() if options.pop("soft", False) else case.target
+    if "weight" in options:
+        options["weight"] = torch.rand(9, device=device)
+    torch._dynamo.reset()
+
+    def gradient(N, compiler):
+        x = case.leaf()
+        logits = x[:N] * 2
+        loss = zls.zipf_cross_entropy(logits, target[:N], case.votes[:N], backend=backend, **options)
+        loss = (loss[0] if "return_parts" in options else loss).sum() * 3
+        if not options.get("inplace"):
+            loss = loss + F.cross_entropy(logits.float(), case.target[:N])  # a gradient to add to
+        with compiled_autograd._enable(compiler) if compiler else contextlib.nullcontext():
+            loss.backward()
+        return x.grad
+
+    compiler = torch.compile(backend="eager")
+    for N in (6, 4):
+        torch.testing.assert_close(gradient(N, compiler), gradient(N, None))

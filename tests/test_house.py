@@ -18,14 +18,15 @@ ARROWS = {
     "expected": set(),
     "attach": {"checks", "compiling", "functional"},
     "modules": {"checks", "distributions", "functional"},
-    "functional": {"checks", "distributions", "ops", "sharded"},
+    "functional": {"checks", "distributions", "ops", "scalars", "sharded"},
     "sharded": {"checks", "compiling", "distributions", "ops", "reference"},
     "ops": {"compiling", "extension", "reference", "triton_kernels"},
     "extension": {"_C"},
     "compiling": set(),
-    "checks": {"distributions", "reference"},
+    "checks": {"distributions", "reference", "scalars"},
     "reference": set(),
-    "distributions": set(),
+    "distributions": {"scalars"},
+    "scalars": set(),
     "triton_kernels": {"vote", "label", "loss"},
 }
 

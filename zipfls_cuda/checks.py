@@ -1,6 +1,7 @@
 """Messages for people: what is wrong with an argument, what was given, what is expected.
 
 Nothing here looks at a tensor's values, so nothing synchronises; ``check_inputs`` alone does, on request.
+Options come back as plain Python numbers, and the target in the type that the operators take.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from .distributions import Distribution, Zipf
+from . import distributions, scalars
+from .distributions import Distribution
 from .reference import raise_outside
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -54,15 +56,23 @@ def _same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
 
 
-def number(name: str, x: object, low: float = -math.inf, high: float = math.inf) -> None:
+def number(name: str, x: object, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number in [low, high]."""
-    if isinstance(x, bool) or not isinstance(x, int | float):
-        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    x = scalars.number(name, x)
     if not (
         low <= x <= high and abs(x) < math.inf
     ):  # comparisons trace under torch.compile, isfinite does not
         expected = "finite" if low == -math.inf else f"in [{low:g}, {high:g}]" if high < math.inf else ">= 0"
         raise ValueError(f"{name} must be {expected}, got {x!r}")
+    return x
+
+
+def constant(name: str, x: Tensor | None) -> None:
+    """A class weight that wants no gradient, or one where none is recorded, as F.cross_entropy takes it."""
+    if x is not None and x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} must not require grad, as gradients flow to logits alone; give {name}.detach()"
+        )
 
 
 def class_weight(x: Tensor, shape: tuple[int, ...] | None = None) -> None:
@@ -73,14 +83,15 @@ def class_weight(x: Tensor, shape: tuple[int, ...] | None = None) -> None:
             f"weight must have shape (C,){'' if shape is None else f' = {shape}'}, got {_shape(x)}"
         )
     _float("weight", x)
+    constant("weight", x)
 
 
-def num_classes(value: object) -> None:
+def num_classes(value: object) -> int:
     """``num_classes`` C >= 2."""
-    if isinstance(value, Tensor | bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"num_classes must be an int, got {type(value).__name__}")
+    value = scalars.integer("num_classes", value)
     if value < 2:
         raise ValueError(f"num_classes must be at least 2, got {value}")
+    return value
 
 
 def votes(x: Tensor, num_samples: int | None = None) -> None:
@@ -94,14 +105,17 @@ def votes(x: Tensor, num_samples: int | None = None) -> None:
         raise ValueError(f"votes must have one row per sample, ({num_samples}, P), got {_shape(x)}")
 
 
-def target(x: Tensor, num_samples: int | None = None) -> None:
-    """``target`` (N,) int64."""
+def target(x: Tensor, num_samples: int | None = None) -> Tensor:
+    """``target`` (N,) int64, or uint8, which becomes int64: uint8 could not hold every ``ignore_index``."""
     _tensor("target", x)
     if x.dim() != 1 or (num_samples is not None and x.shape[0] != num_samples):
         expected = "(N,)" if num_samples is None else f"({num_samples},), one class per row of logits"
         raise ValueError(f"target must have shape {expected}, got {_shape(x)}")
+    if x.dtype == torch.uint8:
+        return x.long()
     if x.dtype != torch.int64:
         raise TypeError(f"target must be int64 class indices, got {x.dtype}")
+    return x
 
 
 def is_soft(t: object) -> bool:
@@ -150,17 +164,21 @@ def inplace(x: Tensor, sharded: bool) -> None:
         raise ValueError(f"inplace needs contiguous logits, got strides {x.stride()}")
 
 
-def label_inputs(t: Tensor, v: Tensor) -> None:
-    """``target`` and ``votes`` of zipf_label."""
-    target(t)
+def label_inputs(t: Tensor, v: Tensor) -> Tensor:
+    """``target`` and ``votes`` of zipf_label; returns the target."""
+    t = target(t)
     votes(v, t.shape[0])
     _same_device("votes", v, "target", t)
+    return t
 
 
 def loss_inputs(
     logits: Tensor, t: Tensor, v: Tensor | None, weight: Tensor | None = None, *, shard: bool = False
-) -> None:
-    """The tensors of the loss: ranks, shapes, dtypes, devices. A ``shard`` may have any number of classes."""
+) -> Tensor:
+    """The tensors of the loss: ranks, shapes, dtypes, devices. A ``shard`` may have any number of classes.
+
+    Returns the target: class indices in int64, probabilities as they are.
+    """
     _tensor("logits", logits)
     if logits.dim() != 2:
         raise ValueError(f"logits must have shape (N, C), got {_shape(logits)}")
@@ -169,7 +187,7 @@ def loss_inputs(
     if C < 2 and not shard:
         raise ValueError(f"logits must have at least 2 classes, got shape {_shape(logits)}")
     if not is_soft(t):
-        target(t, N)
+        t = target(t, N)
     elif shard:
         raise ValueError(f"target must be class indices ({N},) for class shards, got {_shape(t)}")
     else:
@@ -181,19 +199,23 @@ def loss_inputs(
     if weight is not None:
         class_weight(weight, (C,))
         _same_device("weight", weight, "logits", logits)
+    return t
 
 
-def loss_options(zipf_weight: float, label_smoothing: float, ignore_index: int, reduction: str) -> None:
-    """The numbers and names among the loss's options."""
-    number("zipf_weight", zipf_weight)
-    number("label_smoothing", label_smoothing, 0.0, 1.0)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+def loss_options(
+    zipf_weight: float, label_smoothing: float, only_correct: bool, ignore_index: int, reduction: str
+) -> tuple[float, float, bool, int, str]:
+    """The numbers and names among the loss's options, in this order."""
+    zipf_weight = number("zipf_weight", zipf_weight)
+    label_smoothing = number("label_smoothing", label_smoothing, 0.0, 1.0)
+    only_correct = scalars.flag("only_correct", only_correct)
+    ignore_index = scalars.integer("ignore_index", ignore_index)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    return zipf_weight, label_smoothing, only_correct, ignore_index, reduction
 
 
-def num_items(x: object, reduction: str) -> None:
+def num_items(x: object, reduction: str) -> float | Tensor:
     """What a mean divides by; a tensor's value is not looked at, which would synchronise."""
     if reduction != "mean":
         raise ValueError(f"num_items is what a mean divides by, not for reduction={reduction!r}")
@@ -202,32 +224,35 @@ def num_items(x: object, reduction: str) -> None:
             raise ValueError(f"num_items must be a number or a scalar tensor, got shape {_shape(x)}")
         if x.is_complex() or x.dtype == torch.bool:
             raise TypeError(f"num_items must be a real number, got {x.dtype}")
-    else:
-        number("num_items", x)
-        if x <= 0:
-            raise ValueError(f"num_items must be positive, got {x}")
+        return x
+    x = number("num_items", x)
+    if x <= 0:
+        raise ValueError(f"num_items must be positive, got {x}")
+    return x
 
 
 def law(alpha: float, distribution: Distribution | None) -> Distribution:
     """The law asked for by ``alpha`` or by ``distribution``, never by both."""
     if distribution is None:
-        return Zipf(alpha)
+        return distributions.Zipf(alpha)
     # Tracing does not keep the identity of floats: there, alpha=1.0 beside a distribution passes.
     if alpha != 1.0 if torch.compiler.is_compiling() else alpha is not DEFAULT_ALPHA:
         raise ValueError(
             f"alpha and distribution exclude each other, got alpha={alpha!r} and {distribution!r}"
         )
-    if not isinstance(distribution, Distribution):
+    if not isinstance(distribution, distributions.Distribution):
+        made_before = any(base.__qualname__ == "Distribution" for base in type(distribution).__mro__)
         raise TypeError(
             f"distribution must be a zls.Distribution such as zls.Zipf(1.0), got {distribution!r}"
+            + " of an earlier import of zipfls_cuda in this process; make it anew" * made_before
         )
     return distribution
 
 
 def vote_inputs(
     features: Tensor, weight: Tensor, bias: Tensor | None, upsample: int, *, shard: bool = False
-) -> None:
-    """The arguments of dense_vote. A ``shard`` may have any number of classes."""
+) -> int:
+    """The arguments of dense_vote; returns ``upsample``. A ``shard`` may have any number of classes."""
     _tensor("features", features)
     if features.dim() not in (3, 4):
         raise ValueError(f"features must have shape (N, D, H, W) or (N, T, D), got {_shape(features)}")
@@ -248,10 +273,21 @@ def vote_inputs(
         if x.dtype != features.dtype:
             raise TypeError(f"{name} must have the dtype of features, {features.dtype}, got {x.dtype}")
         _same_device(name, x, "features", features)
-    if isinstance(upsample, bool) or upsample not in (1, 2):
-        raise ValueError(f"upsample must be 1 or 2, got {upsample!r}")
-    if upsample == 2 and features.dim() == 3:
+    factor = upsampling(upsample)
+    if factor == 2 and features.dim() == 3:
         raise ValueError("upsample=2 needs a map, features (N, D, H, W); got tokens " + str(_shape(features)))
+    return factor
+
+
+def upsampling(x: object) -> int:
+    """``upsample``, 1 or 2."""
+    try:
+        factor = scalars.integer("upsample", x)
+    except TypeError:
+        factor = 0
+    if factor not in (1, 2):
+        raise ValueError(f"upsample must be 1 or 2, got {x!r}")
+    return factor
 
 
 def probabilities(x: Tensor) -> None:
@@ -269,14 +305,14 @@ def check_inputs(
 
     Args:
         logits: (N, C), any float type.
-        target: (N,) int64, in [0, C) or ``ignore_index``; or (N, C) probabilities, any float type.
+        target: (N,) int64 or uint8, in [0, C) or ``ignore_index``; or (N, C) probabilities, any float type.
         votes: (N, P) int32 or int64, below C; negative means no vote. Or None.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device.
         IndexError: names the first target or vote outside its range (votes of ignored samples are not read).
     """
-    loss_inputs(logits, target, votes)
+    target, ignore_index = loss_inputs(logits, target, votes), scalars.integer("ignore_index", ignore_index)
     if not is_soft(target):
         raise_outside(target, votes, logits.shape[1], target == ignore_index)
         return

@@ -22,11 +22,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import scalars
 
-def _check(name: str, value: object, *, above: float | None = None) -> None:
-    """``value`` must be a finite number, >= 0 or > ``above``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+def _check(law: Distribution, name: str, *, above: float | None = None) -> None:
+    """The parameter ``name`` of a law becomes a Python number, finite and >= 0 or > ``above``."""
+    given = getattr(law, name)
+    value = scalars.number(name, given)
+    if value is not given:
+        object.__setattr__(law, name, value)  # frozen
     low_enough = value >= 0 if above is None else value > above
     if not (low_enough and value < math.inf):  # comparisons trace under torch.compile, isfinite does not
         raise ValueError(
@@ -72,7 +76,7 @@ class Zipf(Distribution):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        _check("alpha", self.alpha)
+        _check(self, "alpha")
 
     def log_mass(self, rank: Tensor, num_classes: int) -> Tensor:
         return -self.alpha * rank.log()
@@ -97,7 +101,7 @@ class LinearDecay(Distribution):
     smallest_prob: float = 0.0
 
     def __post_init__(self) -> None:
-        _check("smallest_prob", self.smallest_prob)
+        _check(self, "smallest_prob")
 
     def log_mass(self, rank: Tensor, num_classes: int) -> Tensor:
         s = self.smallest_prob
@@ -121,7 +125,7 @@ class ExponentialDecay(Distribution):
     rate: float
 
     def __post_init__(self) -> None:
-        _check("rate", self.rate)
+        _check(self, "rate")
 
     def log_mass(self, rank: Tensor, num_classes: int) -> Tensor:
         return -self.rate * (rank - 1)
@@ -132,7 +136,7 @@ class RandomUniform(RandomDistribution):
     """mass ~ U[0, 1), drawn for every sample and class (Table 6)."""
 
     def draw(self, num_samples: int, num_classes: int, device: torch.device) -> Tensor:
-        return torch.rand(num_samples, num_classes, device=device).log_()
+        return torch.rand(num_samples, num_classes, dtype=torch.float32, device=device).log_()
 
 
 @dataclass(frozen=True)
@@ -146,10 +150,10 @@ class RandomPareto(RandomDistribution):
     a: float = 1.0
 
     def __post_init__(self) -> None:
-        _check("a", self.a, above=0)
+        _check(self, "a", above=0)
 
     def draw(self, num_samples: int, num_classes: int, device: torch.device) -> Tensor:
-        u = torch.rand(num_samples, num_classes, device=device)
+        u = torch.rand(num_samples, num_classes, dtype=torch.float32, device=device)
         t = u.neg_().log1p_().div_(-self.a)  # t = -log(1 - u) / a >= 0
         # log(e^t - 1) = t + log(1 - e^-t), which neither overflows for large t nor cancels for small.
         return t + t.neg().expm1().neg_().log_()

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from . import checks, ops, sharded
+from . import checks, distributions, ops, scalars, sharded
 from .checks import DEFAULT_ALPHA
-from .distributions import Distribution, RandomDistribution
+from .distributions import Distribution
 
 # Stage 1: dense votes ------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ def dense_vote(
         features, weight, bias = (_autocast(x, features.device.type) for x in (features, weight, bias))
     if process_group is not None or (sharded.by_class(weight, 0) and checks.is_dtensor(features)):
         return sharded.dense_vote(features, weight, bias, upsample, backend, process_group)
-    checks.vote_inputs(features, weight, bias, upsample)
+    upsample = checks.vote_inputs(features, weight, bias, upsample)
     if features.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
         features, weight = features.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
@@ -90,7 +90,7 @@ def rank_votes(votes: Tensor, num_classes: int, *, backend: str | None = None) -
 
     Source: Sec. 3.2; the authors' code ranks the target too.
     """
-    checks.num_classes(num_classes)
+    num_classes = checks.num_classes(num_classes)
     checks.votes(votes)
     return ops.select("rank_fwd", backend, votes)(votes, num_classes)
 
@@ -108,7 +108,7 @@ def zipf_label(
     """Soft label over the non-target classes: p~_c = mass(r_c) / sum_{m != y} mass(r_m).
 
     Args:
-        target: (N,) int64 in [0, C), or ``ignore_index``.
+        target: (N,) int64 or uint8 in [0, C), or ``ignore_index``.
         votes: (N, P) int32 or int64, below C; negative means no vote.
         num_classes: C >= 2.
         alpha: decay of Zipf's law, or ``distribution``: another law.
@@ -123,8 +123,8 @@ def zipf_label(
     Source: Eq. 4; Table 6.
     """
     law = checks.law(alpha, distribution)
-    checks.num_classes(num_classes)
-    checks.label_inputs(target, votes)
+    num_classes, ignore_index = checks.num_classes(num_classes), scalars.integer("ignore_index", ignore_index)
+    target = checks.label_inputs(target, votes)
     log_mass = _log_mass(law, target.shape[0], num_classes, votes.shape[1], torch.float32, target.device)
     op = ops.select("label_fwd", backend, votes)
     return op(target, votes, log_mass, num_classes, ignore_index)
@@ -183,9 +183,8 @@ def zipf_loss(
     Source: Eq. 5.
     """
     law = checks.law(alpha, distribution)
-    checks.loss_options(1.0, 0.0, ignore_index, reduction)
+    options = (0.0, *checks.loss_options(1.0, 0.0, only_correct, ignore_index, reduction))
     inputs = _loss_inputs(logits, target, votes, None, law, backend, process_group)
-    options = (0.0, 1.0, 0.0, only_correct, ignore_index, reduction)
     return _loss(*inputs, law, options, inplace, backend)[0]
 
 
@@ -215,11 +214,11 @@ def zipf_cross_entropy(
 
     Args:
         logits: (N, C), C >= 2, any float type; arithmetic runs in float32 (float64 for float64).
-        target: (N,) int64 in [0, C), or ``ignore_index``. Or probabilities (N, C) as in F.cross_entropy, any
-            float type, used in the type of the arithmetic, without gradient: mixup, CutMix, soft labels. The
-            Zipf term is then over the classes whose probability is the row's minimum, 0 where they are fewer
-            than two; all means divide by N; ``only_correct`` compares with its argmax. Our extension
-            (docs/MATH.md, "Soft targets").
+        target: (N,) int64 or uint8 in [0, C), or ``ignore_index``. Or probabilities (N, C) as in
+            F.cross_entropy, any float type, used in the type of the arithmetic, without gradient: mixup,
+            CutMix, soft labels. The Zipf term is then over the classes whose probability is the row's
+            minimum, 0 where they are fewer than two; all means divide by N; ``only_correct`` compares with
+            its argmax. Our extension (docs/MATH.md, "Soft targets").
         votes: (N, P) int32 or int64 from :func:`dense_vote`, below C; negative means no vote; P = 0 is
             allowed. None ranks by the logits instead.
         zipf_weight: lambda, finite; 0 skips the Zipf term.
@@ -249,17 +248,17 @@ def zipf_cross_entropy(
     Raises:
         TypeError, ValueError: a bad argument, by name. IndexError: a target or vote out of range in CPU
         tensors (on other devices that sample's loss and gradient are NaN). RuntimeError: the named backend
-        cannot serve.
+        cannot serve; weight requires grad, as F.cross_entropy says too.
 
     Source: Eq. 6.
     """
     law = checks.law(alpha, distribution)
-    checks.loss_options(zipf_weight, label_smoothing, ignore_index, reduction)
+    options = checks.loss_options(zipf_weight, label_smoothing, only_correct, ignore_index, reduction)
+    options = (1.0, *map(float, options[:2]), *options[2:])
     if num_items is not None:
-        checks.num_items(num_items, reduction)
-        reduction = "sum"
+        num_items = checks.num_items(num_items, reduction)
+        options = (*options[:-1], "sum")
     inputs = _loss_inputs(logits, target, votes, weight, law, backend, process_group)
-    options = (1.0, float(zipf_weight), float(label_smoothing), only_correct, ignore_index, reduction)
     parts = _loss(*inputs, law, options, inplace, backend)
     if num_items is not None:
         n = num_items.detach().to(parts[0].dtype) if isinstance(num_items, Tensor) else num_items
@@ -282,7 +281,7 @@ def zipf_head_loss(
     Args:
         features: (N, D, H, W) map or (N, T, D) tokens; pooled by the mean over positions.
         weight, bias: (C, D) and (C,) or None; give logits and votes both.
-        target: (N,) int64 in [0, C), or ``ignore_index``; or probabilities (N, C).
+        target: (N,) int64 or uint8 in [0, C), or ``ignore_index``; or probabilities (N, C).
         upsample: as in :func:`dense_vote`.
         options: those of :func:`zipf_cross_entropy`; its class ``weight`` goes by the name ``class_weight``.
 
@@ -290,12 +289,13 @@ def zipf_head_loss(
 
     Source: Fig. 1.
     """
+    class_weight = options.pop("class_weight", None)
+    checks.constant("class_weight", class_weight)
     votes = dense_vote(features, weight, bias, upsample=upsample, backend=backend)
     # Pooled logits are the mean of the dense scores, but not taken from there: weight's gradient needs the
     # pooled features all the same, and with them the logits are a product of 1/P the size.
     pooled = features.mean((2, 3) if features.dim() == 4 else 1)
     logits = F.linear(pooled, weight, bias)
-    class_weight = options.pop("class_weight", None)
     return zipf_cross_entropy(logits, target, votes, weight=class_weight, backend=backend, **options)
 
 
@@ -311,8 +311,7 @@ def _loss_inputs(
     """The loss's tensors, checked, and which classes they are of: None for all."""
     if process_group is not None or (type(logits) is not Tensor and sharded.by_class(logits, 1)):
         return sharded.loss_inputs(logits, target, votes, weight, law, backend, process_group)
-    checks.loss_inputs(logits, target, votes, weight)
-    return logits, target, votes, weight, None
+    return logits, checks.loss_inputs(logits, target, votes, weight), votes, weight, None
 
 
 # Log masses ------------------------------------------------------------------------------------------
@@ -322,15 +321,34 @@ def _log_mass(
     law: Distribution, N: int, C: int, P: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """What the operators gather from: a table (R,) by rank, or (N, C) draws of a random law."""
-    if isinstance(law, RandomDistribution):
-        return law.draw(N, C, device).to(dtype)
+    if isinstance(law, distributions.RandomDistribution):
+        return _masses(law, "draw", law.draw(N, C, device), (N, C), dtype, device)
     length = C if P is None else min(P, C) + 1  # by logits, ranks reach C; by votes, K + 1
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        # Part of the graph: computed on the device in the graph's own memory, so never cached.
-        return _log_mass_table.__wrapped__(law, length, C, dtype, device)
+    if _belongs_to_a_mode(device) or "__dataclass_fields__" not in type(law).__dict__:
+        # Not a frozen dataclass of its own: two laws of different masses may be equal.
+        return _compute_table(law, length, C, dtype, device)
     # Of each stream its own: a kernel of another would not wait until the table is there.
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    return _log_mass_table(law, length, C, dtype, device, stream)
+    return _log_mass_table(law, length, C, dtype, device, torch.get_default_dtype(), stream)
+
+
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # of make_fx(pre_dispatch=True), which is on no stack
+
+
+def _belongs_to_a_mode(device: torch.device) -> bool:
+    """Whether a tensor made now must not outlive the call: traced, fake, in a transform, in a captured graph.
+
+    Nor may the call be given one made before: a tracer has to see how the table comes about, and a captured
+    graph computes it in its own memory.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        or torch._C._is_tracing()
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -340,12 +358,43 @@ def _log_mass_table(
     num_classes: int,
     dtype: torch.dtype,
     device: torch.device,
-    stream: int = 0,
+    default_dtype: torch.dtype,  # a law may make tensors of its own
+    stream: int,
 ) -> Tensor:
-    """log mass(r) for r = 1 .. length, (length,), taken in float64 and rounded once."""
-    with torch.inference_mode(False), torch.no_grad():
+    """The table of a law, kept: an ordinary tensor, whatever modes the thread is in."""
+    functionalize = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+    outside = torch._C._ExcludeDispatchKeyGuard(functionalize)
+    with outside, torch.inference_mode(False), torch._C._DisableAutocast():
+        return _compute_table(law, length, num_classes, dtype, device)
+
+
+def _compute_table(
+    law: Distribution, length: int, num_classes: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """log mass(r) for r = 1 .. length, (length,), taken in float64 and rounded once; memory of its own."""
+    with torch.no_grad():
         rank = torch.arange(1, length + 1, dtype=torch.float64, device=device)
-        return law.log_mass(rank, num_classes).to(dtype)
+        masses = law.log_mass(rank, num_classes)
+        masses = _masses(law, "log_mass", masses, (length,), dtype, device)
+        return masses.clone(memory_format=torch.contiguous_format)
+
+
+def _masses(
+    law: Distribution,
+    method: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """What a law returned, checked, detached and in ``dtype``."""
+    if not isinstance(x, Tensor) or x.shape != shape or x.device != device or x.is_complex():
+        got = f"{tuple(x.shape)} of {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"distribution: {type(law).__name__}.{method} must return a real tensor {shape} on {device}, "
+            f"got {got}"
+        )
+    return x.detach().to(dtype)
 
 
 # Autograd --------------------------------------------------------------------------------------------
@@ -394,9 +443,19 @@ def _loss(
         return ops.native_loss(logits, *tensors, *options)  # the rest of this function, in C++
     if wanted:
         backward, scale_ = ops.select("loss_bwd", backend, logits), ops.select("loss_bwd_", backend, logits)
-        anchor = logits.narrow(0, 0, 0).clone()  # narrow_copy has no derivative in torch 2.11
-        return _Loss.apply(logits, anchor, tensors, options, forward, backward, scale_)
+        return _Loss.apply(logits, _anchor(logits), tensors, options, forward, backward, scale_)
     return forward(logits, *tensors, *options, False)[:3]
+
+
+def _anchor(logits: Tensor) -> tuple[Tensor, ...]:
+    """A zero-element piece of the logits: ties a differentiable gradient to them without keeping them alive.
+
+    In a tuple, where autograd looks for no inputs: compiled autograd would add its gradient, None, to the
+    logits'. No compiled gradient is differentiable, so under torch.compile there is no anchor.
+    """
+    if torch.compiler.is_compiling():
+        return ()
+    return (logits.narrow(0, 0, 0).clone(),)  # narrow_copy has no derivative in torch 2.11
 
 
 def _refuse_tangents(logits: Tensor) -> None:
@@ -431,22 +490,29 @@ class _RefuseSecond(torch.autograd.Function):
         raise RuntimeError(_NO_SECOND)
 
 
-def _keeps_graph() -> bool:
-    """Whether the running backward pass keeps its graph, so that what is saved will be needed again."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+def _is_batched(x: Tensor) -> bool:
+    """Whether ``x`` is a batch of gradients in the guise of one, as in vmap and under is_grads_batched."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
+
+
+def _may_overwrite(grad_loss: Tensor) -> bool:
+    """Whether backward may scale the saved gradient where it is, since the graph is not kept.
+
+    Not where the upstream gradient is batched (the in-place operator has no batching rule), fake or traced.
+    """
+    if torch.compiler.is_compiling() or type(grad_loss) is not Tensor or _is_batched(grad_loss):
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class _Loss(torch.autograd.Function):
-    """The eager path: a bare forward(ctx, ...), since setup_context costs as much again as all the rest.
-
-    ``anchor`` is a zero-element piece of the logits: it ties a differentiable gradient to them without
-    keeping them alive.
-    """
+    """The eager path: a bare forward(ctx, ...), since setup_context costs as much again as all the rest."""
 
     @staticmethod
     def forward(ctx, logits, anchor, tensors, options, forward, backward, backward_):
         loss, ce, zipf, grad, grad_scale = forward(logits, *tensors, *options, True)
-        ctx.save_for_backward(grad, grad_scale, anchor)
+        ctx.save_for_backward(grad, grad_scale, *anchor)
         ctx.backward, ctx.backward_ = backward, backward_
         ctx.mark_non_differentiable(ce, zipf)
         ctx.set_materialize_grads(False)
@@ -456,13 +522,16 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad_loss, _ce, _zipf):
         if grad_loss is None:
             return (None,) * 7
-        grad, grad_scale, anchor = ctx.saved_tensors
-        if torch.compiler.is_compiling() or _keeps_graph():
+        grad, grad_scale, *anchor = ctx.saved_tensors
+        if _may_overwrite(grad_loss):
+            ctx.backward_(grad, grad_loss, grad_scale)  # at once if by one
+        else:
             grad = ctx.backward(grad, grad_loss, grad_scale)
-        else:  # the saved gradient is not needed again: scale it where it is (at once if by one)
-            ctx.backward_(grad, grad_loss, grad_scale)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grad = _RefuseSecond.apply(grad, anchor)
+            if _is_batched(grad_loss):  # the graph belongs to the tensor inside, which an operator reaches
+                grad = grad + _RefuseSecond.apply(anchor[0].new_zeros(()), anchor[0])
+            else:
+                grad = _RefuseSecond.apply(grad, anchor[0])
         return grad, None, None, None, None, None, None
 
 
@@ -488,6 +557,11 @@ class _LossInPlace(torch.autograd.Function):
             return (None,) * 9
         if torch.is_grad_enabled():
             raise RuntimeError(_NO_SECOND)
+        if not torch.compiler.is_compiling() and _is_batched(grad_loss):
+            raise RuntimeError(
+                "zipfls_cuda: inplace=True writes one gradient over the logits, so it has no batched "
+                "gradients (is_grads_batched, jacobian(vectorize=True)); use inplace=False"
+            )
         logits, *tensors = ctx.saved_tensors
         grad = logits.detach()  # the same memory and version counter
         ctx.scale_(grad, grad_loss, ctx.backward_(grad, *tensors, *ctx.options))

@@ -54,17 +54,13 @@ class ZipfLoss(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        checks.loss_options(zipf_weight, label_smoothing, ignore_index, reduction)
-        checks.number("deep_weight", deep_weight)
+        self.zipf_weight, self.label_smoothing, self.only_correct, self.ignore_index, self.reduction = (
+            checks.loss_options(zipf_weight, label_smoothing, only_correct, ignore_index, reduction)
+        )
+        self.deep_weight = checks.number("deep_weight", deep_weight)
         if weight is not None:
             checks.class_weight(weight)
         self.distribution = checks.law(alpha, distribution)
-        self.zipf_weight = zipf_weight
-        self.only_correct = only_correct
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.deep_weight = deep_weight
         self.inplace = inplace
         self.process_group = process_group
         self.register_buffer("weight", weight)
@@ -82,6 +78,8 @@ class ZipfLoss(nn.Module):
         num_items: what means divide by, as in :func:`zls.zipf_cross_entropy`; of deep heads too.
         """
         logits, votes, deep_logits = self._unpack(output, votes)
+        if num_items is not None:
+            num_items = checks.num_items(num_items, self.reduction)
         if isinstance(num_items, Tensor):
             num_items = num_items.detach()
         loss = functional.zipf_cross_entropy(

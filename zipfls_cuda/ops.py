@@ -143,11 +143,15 @@ UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...] | None] = {
 # Registration --------------------------------------------------------------------------------------
 
 
-def _triton_stage(stage: str) -> Callable:
-    def call(*args):
-        from . import triton_kernels  # late: importing triton is slow, and not every machine has it
+def _stage_of(module: str, stage: str) -> Callable:
+    """A stage as the package's module of that name has it at the time of the call.
 
-        return getattr(triton_kernels, stage)(*args)
+    Late, since importing triton is slow, and not every machine has it; and since operators are registered
+    once a process, while modules may be imported anew.
+    """
+
+    def call(*args):
+        return getattr(importlib.import_module(f".{module}", __package__), stage)(*args)
 
     return call
 
@@ -168,7 +172,40 @@ def _vmap_by_loop(op: Callable) -> Callable:
     return rule
 
 
-_library = torch.library.Library("zipfls", "DEF")
+def _registered(name: str, schema: str) -> bool:
+    """Whether an earlier import in this process (a reload, an isolated test) registered the operator.
+
+    Raises:
+        ImportError: under another schema, as another version of the package does.
+    """
+    if not hasattr(torch.ops.zipfls, name):
+        return False
+    there = getattr(torch.ops.zipfls, name).default._schema
+    if there != torch._C.parse_schema(f"zipfls::{name}{schema}"):
+        raise ImportError(
+            f"zipfls_cuda was imported before in this process, in another version: the operator {there} is "
+            f"registered, and this version's is {name}{schema}. Restart the Python process"
+        )
+    return True
+
+
+def _register(name: str, stage: str, schema: str) -> None:
+    """Define an operator, with its implementation in Python if it has one, fake kernel and batching rule."""
+    _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    if name.endswith("_triton"):
+        for key in ("CUDA", "CPU"):  # CPU tensors: under Triton's interpreter only, see reason_against
+            _library.impl(name, _stage_of("triton_kernels", stage), key)
+    elif name.endswith("_reference"):
+        _library.impl(name, _stage_of("reference", stage), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zipfls::{name}", FAKES[stage], lib=_library)
+    if not stage.endswith("_"):  # in place
+        op = getattr(torch.ops.zipfls, name).default
+        torch.library.register_vmap(f"zipfls::{name}", _vmap_by_loop(op), lib=_library)
+
+
+# The registered functions keep this module's globals, and so the library, alive: operators outlive a module
+# that is deleted and imported anew. A module that is reloaded has to keep the library itself.
+_library = globals().get("_library") or torch.library.Library("zipfls", "FRAGMENT")
 OPERATORS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # (stage, backend) -> operator
 
 for _stage, _schema in SCHEMAS.items():
@@ -176,18 +213,10 @@ for _stage, _schema in SCHEMAS.items():
         if all(UNSERVED.get((_backend, _stage), ()) is None for _backend in _names):
             continue
         _name = f"{_stage}{_suffix}"
-        _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-        if _suffix == "_triton":
-            for _key in ("CUDA", "CPU"):  # CPU tensors: under Triton's interpreter only, see reason_against
-                _library.impl(_name, _triton_stage(_stage), _key)
-        elif _suffix == "_reference":
-            _library.impl(_name, getattr(reference, _stage), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"zipfls::{_name}", FAKES[_stage], lib=_library)
-        _op = getattr(torch.ops.zipfls, _name).default
-        if not _stage.endswith("_"):  # in place
-            torch.library.register_vmap(f"zipfls::{_name}", _vmap_by_loop(_op), lib=_library)
+        if not _registered(_name, _schema):
+            _register(_name, _stage, _schema)
         for _backend in _names:
-            OPERATORS[_stage, _backend] = _op
+            OPERATORS[_stage, _backend] = getattr(torch.ops.zipfls, _name).default
 
 # The loss with its gradient attached by C++ (csrc/autograd.cpp), for eager calls that NATIVE_LOSS_FWD serves.
 native_loss = getattr(_C, "loss", None)
@@ -386,8 +415,10 @@ def select(stage: str, backend: str | None, x: Tensor) -> torch._ops.OpOverload:
         op = OPERATORS[stage, _resolve(*key)]
         on_gpu = x.device.type == "cuda"
         depends_on_precision = on_gpu and stage == "vote_fwd" and x.dtype == torch.float32
-        unknown_gpu = on_gpu and not torch.cuda.is_initialized()  # a fake tensor
-        if not depends_on_precision and not unknown_gpu and not torch.compiler.is_compiling():
+        # A fake tensor may be on a device that was not looked at yet: see reason_against.
+        fake = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        unknown_gpu = on_gpu and not torch.cuda.is_initialized()
+        if not depends_on_precision and not fake and not unknown_gpu:
             _resolved[key] = op
     return op
 

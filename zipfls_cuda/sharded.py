@@ -108,7 +108,7 @@ def _shard(group: dist.ProcessGroup, width: int, N: int, P: int, *same: Tensor) 
     if rank < 0:
         raise ValueError("process_group must have this process as a member")
     sums = [x.sum().reshape(1) for x in same if not x.is_floating_point()]
-    mine = torch.cat([torch.tensor([width, N, P], device=device), *sums])
+    mine = torch.cat([torch.tensor([width, N, P], dtype=torch.int64, device=device), *sums])
     _refuse_vmap(mine)
     gathered = [torch.empty_like(mine) for _ in range(W)]
     dist.all_gather(gathered, mine, group=group)
@@ -207,7 +207,7 @@ def dense_vote(
     features = _replica("features", features)
     weight, group = _local("weight", weight, 0, process_group)
     bias, group = (None, group) if bias is None else _local("bias", bias, 0, group)
-    checks.vote_inputs(features, weight, bias, upsample, shard=True)
+    upsample = checks.vote_inputs(features, weight, bias, upsample, shard=True)
     positions = features.shape[2] * features.shape[3] if features.dim() == 4 else features.shape[1]
     N, P = features.shape[0], upsample**2 * positions
     vote = ops.select("vote_fwd", backend, features)
@@ -315,7 +315,7 @@ def loss_inputs(
         raise RuntimeError(
             f"backend={backend!r} cannot serve this call: class shards are served by 'reference' alone"
         )
-    checks.loss_inputs(logits, target, votes, weight, shard=True)
+    target = checks.loss_inputs(logits, target, votes, weight, shard=True)
     return logits, target, votes, weight, _shard(group, logits.shape[1], *votes.shape, target, votes)
 
 
