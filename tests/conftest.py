@@ -48,8 +48,8 @@ def pytest_sessionstart(session):
     terminal.write_line("zipfls_cuda backends: " + "; ".join(reasons))
     if _abridged(session.config):
         terminal.write_line(
-            f"triton is interpreted: {INTERPRETED_CASES} cases of each test over it are run, the others are marked "
-            "slow; pytest --backend triton runs them all"
+            f"triton is interpreted: {INTERPRETED_CASES} cases of each test over it are run, the others "
+            "are slow: pytest --backend triton runs them all"
         )
 
 
@@ -60,7 +60,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
-    """Marks interpreted cases slow; leaves slow tests out unless -m, --backend or their name asks for them."""
+    """Marks interpreted cases slow; leaves slow tests out unless -m, --backend or a name asks for them."""
     if _abridged(config):
         tests = {}
         for item in items:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 
@@ -18,5 +19,9 @@ def _rank(rank, function, args):
 
 
 def spawn(function, args: tuple, ranks: int) -> None:
-    """Runs ``function(rank, *args)`` in a process for each rank; raises what one of them raised."""
-    torch.multiprocessing.spawn(_rank, (function, args), ranks)
+    """Runs ``function(rank, *args)`` in a process for each rank; raises what one of them raised.
+
+    They are forked from a process that has imported torch, once for all.
+    """
+    multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "zipfls_cuda"])
+    torch.multiprocessing.start_processes(_rank, (function, args), ranks, start_method="forkserver")

@@ -550,8 +550,8 @@ def test_attach_channels_last_layout(out, upsample):
 
 
 def test_attach_sequential():
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                          nn.Linear(6, CLASSES))  # fmt: skip
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, CLASSES))  # fmt: skip
     handle = zls.attach(model, feature="0", classifier="4", example=X)
     seen = maps_of(model, "1")
     assert handle.plan.kind == GLOBAL_POOLING
@@ -1136,7 +1136,7 @@ REFUSED = {
 
 
 def with_unused(model):
-    model.unused = nn.Conv2d(3, 3, 1)
+    model.unused = nn.Conv2d(3, 8, 1)
     return model
 
 

@@ -642,9 +642,9 @@ def class_parallel_backbone(rank, world):
 
     group, split = dist.group.WORLD, uneven(9, world)
     images, target = torch.randn(4 * world, 3, 8, 8), torch.randint(9, (4 * world,))
-    one, head = nn.Conv2d(3, 5, 3, 2), nn.Linear(5, 9)
+    one, head = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 9)
     backbone = nn.parallel.DistributedDataParallel(copy.deepcopy(one))
-    shard = nn.Linear(5, split[rank])
+    shard = nn.Linear(8, split[rank])
     shard.weight.data, shard.bias.data = (
         head.weight.detach().split(split)[rank],
         part(head.bias.detach(), split, rank),

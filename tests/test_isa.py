@@ -1,4 +1,4 @@
-"""Every instruction set that the CPU kernels are compiled for and this processor has, forced by ZIPFLS_CPU_ISA.
+"""Every instruction set of the CPU kernels that this processor has, forced by ZIPFLS_CPU_ISA.
 
 Each is loaded in a process of its own, whichever the processor would choose by itself.
 """

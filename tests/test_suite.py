@@ -1,7 +1,10 @@
-"""The suite itself: what dies or hangs is named, slow tests run when asked for, no test relies on broken kernels."""
+"""The suite itself: what dies or hangs is named, slow tests run when asked for; doctests, types, widths."""
 
 from __future__ import annotations
 
+import ast
+import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["pytester"]
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -31,16 +35,12 @@ def test_exits_last(): os._exit(0)
 """
 
 
-def run(folder: Path, *options: str, **env: str) -> subprocess.CompletedProcess:
+def run(folder: Path) -> subprocess.CompletedProcess:
     """The tests of a folder, run as make runs them, with the hooks and settings of this suite."""
     (parallel,) = re.findall(r"^PARALLEL := (.*)", MAKEFILE, re.M)
     settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder), "-o", "faulthandler_timeout=5"]
-    command = [sys.executable, "-m", "pytest", *settings, "-p", "workers", "-p", "no:cacheprovider", *options]
-    env = (
-        {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-        | {"PYTHONPATH": str(TESTS)}
-        | env
-    )
+    command = [sys.executable, "-m", "pytest", *settings, "-p", "workers", "-p", "no:cacheprovider"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"PYTHONPATH": str(TESTS)}
     command += [*parallel.replace("$(JOBS)", "2").split(), str(folder)]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280)
 
@@ -76,3 +76,112 @@ def test_a_worker_lost_outside_of_tests_fails_the_run(tmp_path, when):
     assert "gw0: Not properly terminated" in done.stdout
     assert "2 passed" in done.stdout
     assert "INTERNALERROR" not in done.stdout + done.stderr
+
+
+SLOW = ("test_slow[0]", "test_slow[1]")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "runs"),
+    [
+        ((), {"test_quick"}),
+        (("-m", "slow"), {"test_slow[0]", "test_slow[1]", "test_cases[reference]"}),
+        (("--backend", "reference"), {"test_quick", "test_slow[0]", "test_slow[1]", "test_cases[reference]"}),
+        (("test_it.py::test_slow[1]",), {"test_slow[1]"}),
+        (
+            ("./test_it.py::test_slow", "test_it.py::test_quick"),
+            {"test_quick", "test_slow[0]", "test_slow[1]"},
+        ),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
+)
+def test_slow_tests_run_when_asked_for(pytester, monkeypatch, chosen, runs):
+    pytester.makepyfile(
+        test_it="""
+        import pytest
+        def test_quick(): pass
+        @pytest.mark.slow
+        @pytest.mark.parametrize("i", range(2))
+        def test_slow(i): pass
+        @pytest.mark.slow
+        def test_cases(backend): pass
+        """
+    )
+    conftest = sys.modules["conftest"]
+    monkeypatch.setattr(conftest.zls, "backends", lambda: ("reference",))
+    settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(pytester.path), "-p", "no:faulthandler"]
+    done = pytester.inline_run(*chosen, *settings, "-p", "no:cacheprovider", plugins=[conftest])
+    assert done.ret == 0
+    assert {report.nodeid.partition("::")[2] for report in done.listoutcomes()[0]} == runs
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "zipfls_cuda").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_examples_in_docstrings(path):
+    """What doctest finds; modules without an example are not imported."""
+    if ">>>" in path.read_text():
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+USER = """
+import torch
+import zipfls_cuda as zls
+
+logits, target = torch.randn(4, 10, requires_grad=True), torch.randint(10, (4,))
+votes = zls.dense_vote(torch.randn(4, 8, 3, 3), torch.randn(10, 8), upsample=2)
+zls.zipf_cross_entropy(logits, target, votes, {option}=0.1)
+zls.zipf_loss(logits, target, votes, distribution=zls.Zipf(1.0))
+criterion = zls.ZipfLoss(zipf_weight=0.5)
+criterion((logits, votes), target)
+"""
+
+
+@pytest.mark.slow
+def test_types_of_a_users_script(tmp_path):
+    """mypy accepts what is right and names a misspelt option."""
+    pytest.importorskip("mypy")
+    for option in ("label_smoothing", "label_smoothin"):
+        script = tmp_path / f"{option}.py"
+        script.write_text(USER.format(option=option))
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "mypy",
+                "--follow-imports",
+                "silent",
+                "--cache-dir",
+                str(tmp_path),
+                script,
+            ],
+            env={**os.environ, "MYPYPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        if option == "label_smoothing":
+            assert done.returncode == 0, done.stdout
+        else:
+            assert done.returncode == 1, done.stdout
+            assert 'Unexpected keyword argument "label_smoothin"' in done.stdout
+
+
+def test_convolutions_are_wide_enough():
+    """8 channels or more, as CONTRIBUTING.md says: fewer break in torch on processors without AVX-512."""
+    narrow = []
+    for path in (p for folder in ("tests", "examples", "benchmarks") for p in (ROOT / folder).glob("*.py")):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            widths = []
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Conv2d"):
+                widths = node.args[:2]
+            elif isinstance(node, ast.keyword) and node.arg in ("width", "channels"):
+                widths = [node.value]
+            widths = [w.value for w in widths if isinstance(w, ast.Constant)]
+            if len(widths) == 2 and widths[0] == 3:  # images
+                del widths[0]
+            narrow += [f"{path.name}:{node.lineno}: {w} channels" for w in widths if w < 8]
+        if path.name != "test_examples.py":  # which shows that they are refused
+            narrow += [f"{path.name}: {found}" for found in re.findall(r"--width[ \",]+[0-7]\b", text)]
+    assert not narrow, "\n".join(narrow)

@@ -18,8 +18,8 @@ DEATHS = pytest.StashKey[list[str]]()
 
 def _limit(config: pytest.Config) -> None:
     """From now on the worker may take as long as a test."""
-    seconds = float(config.getini("faulthandler_timeout") or 0)
-    if seconds and hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        seconds = float(config.getini("faulthandler_timeout"))
         faulthandler.dump_traceback_later(seconds, exit=True, file=config.stash[fault_handler_stderr_fd_key])
 
 
