@@ -113,7 +113,7 @@ MODES = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", MODES)
 def test_no_call_harms_the_next(mode):
-    """Whichever came first, a mode or training, the kept table is an ordinary tensor and no tracer sees it."""
+    """Whichever came first, a mode or training: the kept table is an ordinary tensor; no tracer sees it."""
     functional._log_mass_table.cache_clear()
     MODES[mode]()
     gradient = train()
