@@ -116,7 +116,12 @@ def test_no_call_harms_the_next(mode):
     """Whichever came first, a mode or training: the kept table is an ordinary tensor; no tracer sees it."""
     functional._log_mass_table.cache_clear()
     MODES[mode]()
+    table = functional._log_mass(zls.Zipf(), 4, 10, 9, torch.float32, torch.device("cpu"))
+    assert type(table) is torch.Tensor
+    assert not table.is_inference()
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(table)
     gradient = train()
+    torch.testing.assert_close(torch.func.grad(loss)(CASE.logits), gradient)
     functional._log_mass_table.cache_clear()
     assert torch.equal(train(), gradient)
     MODES[mode]()  # with a table made before
