@@ -67,8 +67,9 @@ def pytest_collection_modifyitems(config, items):
             if hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
                 tests.setdefault((item.path, item.originalname), []).append(item)
         for cases in tests.values():
-            n, k = len(cases), INTERPRETED_CASES
-            kept = {i * (n - 1) // (k - 1) for i in range(k)}  # first, last, between
+            mark = cases[0].get_closest_marker("interpreted")
+            n, k = len(cases), mark.args[0] if mark else INTERPRETED_CASES
+            kept = {i * (n - 1) // max(k - 1, 1) for i in range(k)}  # first, last, between
             for i in set(range(n)) - kept:
                 cases[i].add_marker(pytest.mark.slow)
     if config.getoption("-m") or config.getoption("--backend"):

@@ -1,12 +1,23 @@
-"""Processes of a torch.distributed test."""
+"""Processes of a torch.distributed test, and those that share a file."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import multiprocessing
 import os
 import sys
+from pathlib import Path
 
 import torch
+
+
+@contextlib.contextmanager
+def alone(path: Path):
+    """One process at a time may make the file; who waited finds it made."""
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _rank(rank, function, args):

@@ -20,6 +20,7 @@ def loss_of(case, backend, **options):
     return lambda x: zls.zipf_cross_entropy(x, case.target, case.votes, backend=backend, **options)
 
 
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(
     "options", [{}, {"label_smoothing": 0.2, "only_correct": True}, {"weight": True}], ids=str

@@ -513,6 +513,7 @@ def bench_it(N, name, report):
 """
 
 
+@pytest.mark.slow
 def test_a_lost_context_starts_the_process_anew(tmp_path):
     for name in ("conftest.py", "pytest.ini"):
         (tmp_path / name).write_text((ROOT / "benchmarks" / name).read_text())

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from cases import KINDS, error, make
+from processes import alone
 from test_soft import KINDS as TARGETS
 from test_soft import infinite_rows, probabilities
 
@@ -83,25 +84,26 @@ def compile_harness(name: str, kernels: Path = KERNELS, extra: tuple[str, ...] =
         digest.update(source.read_bytes())
     folder = ROOT / "build" / "cuda_harness"
     program = folder / f"{name}-{digest.hexdigest()[:16]}"
-    if program.exists():
-        return program
     folder.mkdir(parents=True, exist_ok=True)
-    ours = f"{program}.{os.getpid()}"
     # The harness includes the kernels by their path from tests/; a copy of them brings its own tests/ along.
     harness = csrc.parent / "tests" / "cuda_harness"
     plain = [flag for flag in for_kernels if "thread" not in flag and "tsan" not in flag]
     compile_it = [GXX, *FLAGS, "-I", harness, "-c"]
+    ours = f"{program}.part"
     commands = [
         [*compile_it, *for_kernels, *extra, harness / "driver.cpp", "-o", f"{ours}.1.o"],
         [*compile_it, *plain, *for_runtime, harness / "runtime.cpp", "-o", f"{ours}.2.o"],
         [GXX, *for_linking, f"{ours}.1.o", f"{ours}.2.o", "-o", ours],
     ]
-    for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    os.replace(ours, program)
-    for part in (1, 2):
-        os.unlink(f"{ours}.{part}.o")
+    with alone(program):
+        if program.exists():
+            return program
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        os.replace(ours, program)
+        for part in (1, 2):
+            os.unlink(f"{ours}.{part}.o")
     return program
 
 
@@ -864,24 +866,26 @@ BARRIERS = {  # file -> barriers of which each is needed, how many they are, a c
 }
 
 
-@pytest.mark.parametrize("barriers", BARRIERS)
-def test_missing_barrier_in_a_loss_kernel_is_caught(tmp_path, barriers):
+@pytest.mark.parametrize(
+    ("barriers", "number"),
+    [
+        pytest.param(name, i, marks=[pytest.mark.slow] if i else [])  # the first of each kind in make test
+        for name, (_, _, count, _) in BARRIERS.items()
+        for i in range(count)
+    ],
+)
+def test_missing_barrier_in_a_loss_kernel_is_caught(tmp_path, barriers, number):
     """Without any one of them the race check speaks."""
     file, pattern, count, options = BARRIERS[barriers]
     source = (KERNELS / file).read_text()
     found = list(re.finditer(pattern, source, re.M))
     assert len(found) == count
-    mutants = []
-    for i, barrier in enumerate(found):
-        copy = tmp_path / str(i)
-        shutil.copytree(ROOT / "csrc", copy / "csrc")
-        shutil.copytree(HARNESS, copy / "tests" / "cuda_harness")
-        (copy / "csrc" / "cuda" / file).write_text(source[: barrier.start()] + source[barrier.end() :])
-        mutants.append(copy / "csrc" / "cuda")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copytree(HARNESS, tmp_path / "tests" / "cuda_harness")
+    barrier, mutant = found[number], tmp_path / "csrc" / "cuda"
+    (mutant / file).write_text(source[: barrier.start()] + source[barrier.end() :])
+    program = compile_harness("races", mutant, ("-DHARNESS_DTYPES=1",))
     case = make(3, 41, 20)
-    cases = [loss_case(soft(case, "mixup") if "soft" in file else case, blocks=1, **options)]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        compiled = pool.map(lambda m: compile_harness("races", m, ("-DHARNESS_DTYPES=1",)), mutants)
-        for program, barrier in zip(list(compiled), found):
-            ((faults, _),) = execute(program, cases, tmp_path)
-            assert "without a barrier between" in faults or "uninitialised" in faults, barrier.group()
+    case = loss_case(soft(case, "mixup") if "soft" in file else case, blocks=1, **options)
+    ((faults, _),) = execute(program, [case], tmp_path)
+    assert "without a barrier between" in faults or "uninitialised" in faults, barrier.group()

@@ -28,6 +28,7 @@ def _no_worker(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.slow
 def test_gpu_check_dry_run(tmp_path):
     """The whole of it, on a CPU, at tiny sizes."""
     out = tmp_path / "out"

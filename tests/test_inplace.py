@@ -45,6 +45,7 @@ def check_equal(case, upstream=None, function=zls.zipf_cross_entropy, **options)
         torch.testing.assert_close(x, grad, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_equals_out_of_place(backend, device, reduction, dtype):
@@ -56,6 +57,7 @@ def test_equals_out_of_place(backend, device, reduction, dtype):
                     reduction=reduction, label_smoothing=0.1, only_correct=True, backend=backend)  # fmt: skip
 
 
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form_of_label(backend, device, kind):
     """Votes, logits and random draws give the ranks; class weights; sound and odd logits."""

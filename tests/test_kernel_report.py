@@ -39,6 +39,7 @@ def report(*arguments: str, plant: str = "") -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow  # make kernel-report is the whole
 @compiles
 def test_quick_report_is_clean():
     """Every kernel on every architecture; products by tensor cores, loss and gradient 16 bytes at a time."""
