@@ -146,7 +146,7 @@ MUTANTS = [
             ("least probability taken as zero", "target != target.amin(1, keepdim=True)", "target != 0"),
             ("classes of the least probability counted from one", "(~at_target).sum(1) >= 2", "~bad"),
             ("class weights forgotten", "u = u if weight is None else u * weight", "pass"),
-            ("probabilities taken to sum to 1", "log_prob.exp() * u.sum(1, keepdim=True)", "log_prob.exp()"),
+            ("probabilities taken to sum to 1", "(prob * total - u)", "(prob - u)"),
             ("only_correct by the logits' own argmax", "_argmax_lowest(t).long()", "logits.argmax(1)"),
         )
     ),
