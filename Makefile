@@ -7,9 +7,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := $(PY) -m pytest
+JOBS ?= 2
 # worksteal, not loadgroup: with groups a worker that dies ends the run in an error of xdist, or never.
 PARALLEL := -n $(JOBS) --dist worksteal --max-worker-restart 20
-JOBS ?= 2
 
 # Threads that wait do not spin: several times faster where the cores are shared. Benchmarks keep the default,
 # which hands small work over sooner.

@@ -23,24 +23,26 @@ import nvcc_report  # noqa: E402
 @pytest.mark.skipif(
     nvcc_report.tool("cuobjdump") is None, reason="no cuobjdump to look into the binaries with"
 )
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(a, marks=[] if a == "90a" else [pytest.mark.slow]) for a in nvcc_report.ARCHITECTURES],
+)
 @pytest.mark.parametrize("source", nvcc_report.sources(), ids=lambda path: path.stem)
-def test_source_compiles_without_spills_and_with_16_byte_accesses(tmp_path, source):
-    """For every architecture."""
-    for arch in nvcc_report.ARCHITECTURES:
-        cubin, error = nvcc_report.compile_one(source, arch, tmp_path)
-        assert not error, f"{source.name} for sm_{arch}: {error}"
-        rows = nvcc_report.rows(cubin, arch)
-        assert rows
-        for row in rows:
-            assert not row.faults, f"{row.kernel} for sm_{row.arch}: {row.faults}"
-            if "slabs" in row.kernel:
-                assert (row.wide_loads, row.wide_stores) == (row.loads, row.stores), row
-            if "loss" in row.kernel:  # the gradient may be written over the logits
-                assert row.read_only == 0, f"{row.kernel} for sm_{row.arch} reads past coherence"
-            empty = row.arch == "80" and "cluster" in row.kernel
-            if re.match(r"(soft_)?loss_(fwd|bwd)", row.kernel) and not empty:
-                assert row.wide_loads > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte load"
-                assert row.wide_stores > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte store"
+def test_source_compiles_without_spills_and_with_16_byte_accesses(tmp_path, source, arch):
+    cubin, error = nvcc_report.compile_one(source, arch, tmp_path)
+    assert not error, f"{source.name} for sm_{arch}: {error}"
+    rows = nvcc_report.rows(cubin, arch)
+    assert rows or source.stem.startswith("vote")
+    for row in rows:
+        assert not row.faults, f"{row.kernel} for sm_{row.arch}: {row.faults}"
+        if "slabs" in row.kernel:
+            assert (row.wide_loads, row.wide_stores) == (row.loads, row.stores), row
+        if "loss" in row.kernel:  # the gradient may be written over the logits
+            assert row.read_only == 0, f"{row.kernel} for sm_{row.arch} reads past coherence"
+        empty = row.arch == "80" and "cluster" in row.kernel
+        if re.match(r"(soft_)?loss_(fwd|bwd)", row.kernel) and not empty:
+            assert row.wide_loads > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte load"
+            assert row.wide_stores > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte store"
 
 
 def test_no_source_is_left_out():

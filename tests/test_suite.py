@@ -7,6 +7,7 @@ import doctest
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 pytest_plugins = ["pytester"]
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-MAKEFILE = (ROOT / "Makefile").read_text()
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make, whose command is looked at")
 
 DYING = """
 import ctypes, os, signal, pytest
@@ -37,14 +38,16 @@ def test_exits_last(): os._exit(0)
 
 def run(folder: Path) -> subprocess.CompletedProcess:
     """The tests of a folder, run as make runs them, with the hooks and settings of this suite."""
-    (parallel,) = re.findall(r"^PARALLEL := (.*)", MAKEFILE, re.M)
+    said = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (parallel,) = re.findall(r"python -m pytest (.*)", said)
     settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder), "-o", "faulthandler_timeout=5"]
     command = [sys.executable, "-m", "pytest", *settings, "-p", "workers", "-p", "no:cacheprovider"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"PYTHONPATH": str(TESTS)}
-    command += [*parallel.replace("$(JOBS)", "2").split(), str(folder)]
+    command += [*parallel.split(), str(folder)]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280)
 
 
+@needs_make
 def test_tests_that_die_or_hang_are_named(tmp_path):
     (tmp_path / "test_dying.py").write_text(DYING)
     done = run(tmp_path)
@@ -56,6 +59,7 @@ def test_tests_that_die_or_hang_are_named(tmp_path):
     assert re.search(r"Timeout .*in test_hangs_in_c", done.stderr, re.S)  # stacks
 
 
+@needs_make
 @pytest.mark.parametrize(
     "when",
     [
