@@ -178,8 +178,8 @@ MUTANTS = [
     Mutant(
         "saved gradient scaled twice",
         FUNCTIONAL,
-        "if torch.compiler.is_compiling() or _keeps_graph():",
-        "if torch.compiler.is_compiling():",
+        "return not torch._C._autograd._get_current_graph_task_keep_graph()",
+        "return True",
         LOSS,
     ),
     Mutant(
@@ -191,7 +191,11 @@ MUTANTS = [
         "cpu",
     ),
     Mutant(
-        "second derivative let through", FUNCTIONAL, "grad = _RefuseSecond.apply(grad, anchor)", "pass", LOSS
+        "second derivative let through",
+        FUNCTIONAL,
+        "grad = _RefuseSecond.apply(grad, anchor[0])",
+        "pass",
+        LOSS,
     ),
     Mutant(
         "every row scaled by the first upstream value",
