@@ -122,7 +122,7 @@ def published_zipf(
 
 def fused(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Our public function on one backend."""
-    return functools.partial(zls.zipf_cross_entropy, backend=backend)
+    return functools.partial(zls.zipf_cross_entropy, zipf_weight=1.0, backend=backend)
 
 
 def compiled(function: Callable, tiny: bool = False) -> Callable:
@@ -243,7 +243,7 @@ def votes(
 def head_fused(backend: str) -> Callable:
     """Votes, logits and the whole loss from the feature map."""
     return lambda features, weight, target: zls.zipf_head_loss(
-        features, weight, None, target, backend=backend
+        features, weight, None, target, zipf_weight=1.0, backend=backend
     )
 
 

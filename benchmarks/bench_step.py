@@ -79,7 +79,7 @@ def with_cross_entropy(features: Tensor, fc: nn.Linear, target: Tensor, smoothin
 def with_zipf(features: Tensor, fc: nn.Linear, target: Tensor, backend: str) -> Tensor:
     """Our loss, as a training script calls it."""
     votes = zls.dense_vote(features.detach(), fc.weight, fc.bias, backend=backend)
-    return zls.zipf_cross_entropy(_logits(features, fc), target, votes, backend=backend)
+    return zls.zipf_cross_entropy(_logits(features, fc), target, votes, zipf_weight=1.0, backend=backend)
 
 
 def with_published(features: Tensor, fc: nn.Linear, target: Tensor) -> Tensor:

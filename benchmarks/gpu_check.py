@@ -536,7 +536,7 @@ def exercise(backend: str) -> None:
                 x * 1 if "inplace" in options else x,
                 [t if t is None else t.to(where) for t in (y, votes)],
             )
-            value = zls.zipf_cross_entropy(logits, *rest, backend=name, **options)
+            value = zls.zipf_cross_entropy(logits, *rest, zipf_weight=1.0, backend=name, **options)
             (3 * value.sum()).backward()
             found.append((value.detach().cpu(), x.grad.cpu()))
         for ours, exact in zip(*found, strict=True):

@@ -669,14 +669,15 @@ def make_network(args: argparse.Namespace, channels: int, num_classes: int, deep
         raise ModelError(f"cannot make {args.model}: {error}") from error
 
 
-def attach_votes(net: nn.Module, args: argparse.Namespace, example: torch.Tensor) -> None:
-    """Let a timm model return its votes too in training mode."""
+def attach_votes(net: nn.Module, args: argparse.Namespace, example: torch.Tensor) -> zls.Handle:
+    """Let a timm model vote: the handle is for ZipfLoss(votes=...)."""
     stages = getattr(net, "feature_info", [])
     stages = [stage["module"] for stage in getattr(stages, "info", stages)]
     if args.deep and len(stages) < 2:
         raise ModelError(f"{args.model} does not tell its stages, which --deep needs")
     try:
-        zls.attach(net, deep=stages[-2:-1] if args.deep else (), upsample=args.upsample, example=example)
+        deep = stages[-2:-1] if args.deep else ()
+        return zls.attach(net, deep=deep, upsample=args.upsample, example=example)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"{args.model}: {error}") from error
 
@@ -724,7 +725,7 @@ def make_loss(name: str, args: argparse.Namespace, num_classes: int) -> nn.Modul
         return nn.CrossEntropyLoss()
     if name == "ls":
         return nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-    weights = {"zipf_weight": args.zipf_weight, "deep_weight": args.deep_weight}
+    weights = {"zipf_weight": args.zipf_weight, "deep_weight": args.deep_weight, "ranking": args.ranking}
     if args.distribution is None:
         return zls.ZipfLoss(alpha=args.alpha, **weights)
     law = make_law(args.distribution)
@@ -835,7 +836,7 @@ class Trainer:
         net = make_network(args, shape[0], self.num_classes, self.votes and args.deep)
         self.net = net.to(place.device, memory_format=torch.channels_last)
         if self.votes and args.model != "resnet":
-            attach_votes(net, args, torch.randn(2, *shape, device=place.device))
+            self.criterion.votes = attach_votes(net, args, torch.randn(2, *shape, device=place.device))
         self.model = nn.parallel.DistributedDataParallel(net) if place.processes > 1 else net
         torch.manual_seed(seed + place.rank)  # the random laws draw from here
         self.optimizer = torch.optim.SGD(
@@ -866,7 +867,9 @@ class Trainer:
                 logits = output[0] if isinstance(output, tuple) else output
                 if not self.votes:
                     output = logits
-                elif isinstance(self.net, ResNet):  # others are attached and have voted
+                elif isinstance(
+                    self.net, ResNet
+                ):  # others are attached, and the criterion asks for their votes
                     output = self.vote(*output)
                 loss = self.criterion(output, labels)  # (3)
             self.optimizer.zero_grad()

@@ -30,11 +30,12 @@ def test_names_and_defaults():
     last = {"inplace": False, "backend": None, **group}
     assert defaults(zls.zipf_loss) == {"votes": None, **law, "only_correct": False, **tail, **last}
     assert defaults(zls.zipf_cross_entropy) == {
-        **{"votes": None, "zipf_weight": 1.0, **law, "only_correct": False, "label_smoothing": 0.0},
+        **{"votes": None, "zipf_weight": 0.1, **law, "only_correct": False, "label_smoothing": 0.0},
         **{"weight": None, **tail, "return_parts": False, "num_items": None, **last},
     }
     assert defaults(zls.ZipfLoss) == {
-        **{"zipf_weight": 1.0, **law, "only_correct": False, "label_smoothing": 0.0, "weight": None},
+        **{"zipf_weight": 0.1, "votes": None, "ranking": "votes", **law, "only_correct": False},
+        **{"label_smoothing": 0.0, "weight": None},
         **{**tail, "deep_weight": 0.1, "inplace": False, **group},
     }
     assert defaults(zls.check_inputs) == {"votes": None, "ignore_index": -100}
@@ -328,6 +329,7 @@ def test_module_forms_of_call():
         weight=criterion.weight,
         ignore_index=2,
     )
+    criterion.ranking = "logits"
     assert torch.equal(criterion(case.logits, case.target), by_logits)
 
 

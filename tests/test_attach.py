@@ -198,7 +198,7 @@ def test_attach_votes_as_the_models_head(arch):
     cls, names, state = type(model), dict(model.named_parameters()).keys(), snapshot(model)
 
     torch.manual_seed(5)
-    handle = zls.attach(model, example=x)
+    handle = zls.attach(model, example=x, returns="tuple")
     assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(5)))
     assert_same_state(state, model)
     assert handle.plan.kind == arch.kind
@@ -249,7 +249,7 @@ def test_attach_torchvision_vgg():
     """Its head pools to a grid of 7 x 7, which is one position repeated for a map of one position."""
     vgg = torchvision().models.VGG(nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(inplace=True)))
     vgg.classifier = nn.Sequential(nn.Linear(8 * 49, 32), nn.ReLU(True), nn.Dropout(), nn.Linear(32, CLASSES))
-    handle = zls.attach(vgg, example=torch.randn(2, 3, 16, 16))
+    handle = zls.attach(vgg, example=torch.randn(2, 3, 16, 16), returns="tuple")
     assert handle.plan.kind == PER_POSITION
     seen = maps_of(vgg, "features")
     votes = vgg(torch.randn(2, 3, 16, 16))[1]
@@ -275,7 +275,8 @@ class Tiny(nn.Module):
         return self.fc(self.head(self.stage2(self.stage1(self.stem(x)))))
 
 
-NAMES = {"feature": "stage2", "classifier": "fc"}
+FOUND = {"feature": "stage2", "classifier": "fc"}
+NAMES = {**FOUND, "returns": "tuple"}
 X = torch.linspace(-2, 2, 4 * 3 * 16 * 12).sin().reshape(4, 3, 16, 12) * 2  # stage2: (4, 16, 4, 3)
 
 
@@ -445,7 +446,7 @@ def test_attach_activation_after_the_map(act, inplace):
     model = Tiny(act(inplace=inplace), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.stage2[2] = nn.Identity()
     shake(model)
-    zls.attach(model, feature="stage2.1", classifier="fc", example=X)
+    zls.attach(model, **{**NAMES, "feature": "stage2.1"}, example=X)
     seen = {}
     model.stage2.register_forward_hook(lambda m, a, out: seen.update(x=out.clone()))
     votes = model(X)[1]
@@ -512,7 +513,7 @@ class Tokens(nn.Module):
 def test_attach_prefix_tokens_do_not_vote(pool, prefix, kind):
     model = Tokens(pool, prefix)
     x = torch.randn(4, 9, 5)
-    handle = zls.attach(model, feature="norm", classifier="fc", example=x)
+    handle = zls.attach(model, **{**NAMES, "feature": "norm"}, example=x)
     seen = maps_of(model, "norm")
     votes = model(x)[1]
     assert handle.plan.kind == kind
@@ -524,7 +525,7 @@ def test_attach_example_as_tuple_or_dict():
     x = torch.randn(4, 9, 5)
     for example in ((x,), {"x": x, "scale": 1.0}):
         model = Tokens("mean", 0)
-        zls.attach(model, feature="norm", classifier="fc", example=example)
+        zls.attach(model, **{**NAMES, "feature": "norm"}, example=example)
         assert model(x, scale=1.0)[1].shape == (4, 9)
 
 
@@ -539,7 +540,7 @@ def test_attach_channels_last_layout(out, upsample):
     model = Last(out)
     model.tail = nn.LayerNorm(16)
     shake(model)
-    handle = zls.attach(model, feature="tail", classifier="fc", example=X, upsample=upsample)
+    handle = zls.attach(model, **{**NAMES, "feature": "tail"}, example=X, upsample=upsample)
     seen = maps_of(model, "tail")
     votes = model(X)[1]
     assert handle.plan.layout == "NHWD"
@@ -552,7 +553,7 @@ def test_attach_channels_last_layout(out, upsample):
 def test_attach_sequential():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                           nn.Linear(8, CLASSES))  # fmt: skip
-    handle = zls.attach(model, feature="0", classifier="4", example=X)
+    handle = zls.attach(model, feature="0", classifier="4", example=X, returns="tuple")
     seen = maps_of(model, "1")
     assert handle.plan.kind == GLOBAL_POOLING
     assert_best(model(X)[1], dense_scores(seen["1"], model[4]))
@@ -571,7 +572,7 @@ def test_attach_timm_protocol_with_dropout_on_the_map():
 
     model = Protocol()
     model.drop = nn.Dropout(0.9)
-    handle = zls.attach(model, example=X)
+    handle = zls.attach(model, example=X, returns="tuple")
     assert handle.plan.feature == "stage2"
     seen = maps_of(model, "stage2")
     assert_best(model(X)[1], dense_scores(seen["stage2"], model.fc))
@@ -675,7 +676,6 @@ def test_attach_keeps_nothing_after_an_error():
     model.fail = True
     with pytest.raises(MemoryError):
         model(X)
-    assert model.stage2._zipf_kept is None if hasattr(model.stage2, "_zipf_kept") else True
     model.fail = False
     assert len(copy.deepcopy(model)(X)) == 3  # a kept tensor with a gradient could not be copied
 
@@ -720,16 +720,16 @@ def test_attach_deep_in_timm():
     create_model = timm().create_model
     x = torch.randn(2, 3, 64, 32)
     model = create_model("resnet18", num_classes=CLASSES)
-    zls.attach(model, deep=("layer2", "layer3"))  # feature_info knows the channels
+    zls.attach(model, deep=("layer2", "layer3"), returns="tuple")  # feature_info knows the channels
     _, votes, deep_logits = model(x)
     assert votes.shape == (2, 2 + 8 * 4 + 4 * 2)
     assert len(deep_logits) == 2
     swin = create_model("swin_tiny_patch4_window7_224", num_classes=CLASSES, **SWIN, strict_img_size=False)
-    handle = zls.attach(swin, deep=("layers.2",), example=x)  # (N, H, W, D)
+    handle = zls.attach(swin, deep=("layers.2",), example=x, returns="tuple")  # (N, H, W, D)
     assert handle.plan.deep == (("layers.2", "NHWD", 96),)
     assert swin(x)[1].shape == (2, 2 * 1 + 4 * 2)
     vit = create_model("vit_tiny_patch16_224", num_classes=CLASSES, **VIT)
-    zls.attach(vit, deep=("blocks.0",), example=torch.randn(2, 3, 64, 64))
+    zls.attach(vit, deep=("blocks.0",), example=torch.randn(2, 3, 64, 64), returns="tuple")
     _, votes, deep_logits = vit(torch.randn(2, 3, 64, 64))
     assert votes.shape == (2, 32)  # without the class tokens
 
@@ -797,8 +797,8 @@ def test_attach_activation_checkpointing(when):
     x, target = torch.randn(2, 3, 64, 32), torch.arange(2)
     if when == "before":
         model.set_grad_checkpointing()
-    handle = zls.attach(model, example=x)
-    zls.attach(plain, example=x)
+    zls.attach(model, example=x, returns="tuple")
+    zls.attach(plain, example=x, returns="tuple")
     model.set_grad_checkpointing()
     loss = zls.ZipfLoss()
     out, expected = model(x), plain(x)
@@ -807,7 +807,6 @@ def test_attach_activation_checkpointing(when):
     loss(expected, target).backward()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
-    assert model.get_submodule(handle.plan.seat)._zipf_kept is None
 
 
 @pytest.mark.parametrize("probed", [True, False])
@@ -975,18 +974,24 @@ def fsdp2_process(rank, processes, file):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=processes)
     for when in ("before", "after", "unprobed"):
         torch.manual_seed(0)
-        model, handle = tiny(*NORM_HEAD, deep=("stage1",) if when == "before" else ())
-        twin = copy.deepcopy(model)
+        options = {"returns": "tuple" if when == "unprobed" else "logits"}
+        model, handle = tiny(*NORM_HEAD, deep=("stage1",) if when == "before" else (), **options)
+        twin, twins = copy.deepcopy((model, handle))
         if when != "before":
             handle.remove()
         fully_shard(model.fc)
         fully_shard(model)
         if when != "before":
-            zls.attach(model, **NAMES, example=X if when == "after" else None)
+            example = X if when == "after" else None
+            handle = zls.attach(model, **{**NAMES, **options}, example=example)
         out, expected = model(X), twin(X)
-        assert torch.equal(out[1], expected[1]), when
-        zls.ZipfLoss()(out, torch.arange(4)).backward()
-        zls.ZipfLoss()(expected, torch.arange(4)).backward()
+        if when == "unprobed":
+            assert torch.equal(out[1], expected[1])
+            handle = twins = None
+        else:
+            assert torch.equal(handle.votes_of(out)[0], twins.votes_of(expected)[0]), when
+        zls.ZipfLoss(votes=handle)(out, torch.arange(4)).backward()
+        zls.ZipfLoss(votes=twins)(expected, torch.arange(4)).backward()
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p.grad.full_tensor(), q.grad)
         assert isinstance(model.eval()(X), torch.Tensor)
@@ -1206,9 +1211,8 @@ def test_attach_other_arguments():
         zls.attach(with_fc(nn.Linear(16, 1)), **NAMES)
     with pytest.raises(TypeError, match="then wrap it in OptimizedModule"):
         zls.attach(torch.compile(Tiny(), backend="eager"), **NAMES)
-    model, _ = tiny()
-    with pytest.raises(RuntimeError, match="attached already"):
-        zls.attach(model, **NAMES)
+    with pytest.raises(ValueError, match="returns must be 'logits' or 'tuple', got 'votes'"):
+        zls.attach(Tiny(), **FOUND, returns="votes")
     model = Tiny()
     model.zipf_heads = nn.Identity()
     with pytest.raises(RuntimeError, match="zipf_heads"):

@@ -17,7 +17,8 @@ REFUSED = "differentiated again"
 
 
 def loss_of(case, backend, **options):
-    return lambda x: zls.zipf_cross_entropy(x, case.target, case.votes, backend=backend, **options)
+    options = {"zipf_weight": 1.0, "backend": backend, **options}
+    return lambda x: zls.zipf_cross_entropy(x, case.target, case.votes, **options)
 
 
 @pytest.mark.interpreted(1)
@@ -202,7 +203,7 @@ def test_transforms(backend, device):
     torch.testing.assert_close(torch.func.grad(f)(case.logits), expected)
 
     def per_sample(x, y, v):
-        return zls.zipf_cross_entropy(x[None], y[None], v[None], backend=backend)
+        return zls.zipf_cross_entropy(x[None], y[None], v[None], zipf_weight=1.0, backend=backend)
 
     rows = torch.func.vmap(torch.func.grad(per_sample))(*case)
     torch.testing.assert_close(rows / 4, expected)
@@ -320,7 +321,7 @@ def test_micro_batches_add_up_with_num_items(backend, device, dtype, as_tensor):
         total = 0
         for rows in (slice(0, 5), slice(5, 7), slice(7, 12)):  # the second has ignored samples alone
             output = (parts[rows], case.votes[rows], deep[rows])
-            share = criterion(output, case.target[rows], num_items=n)
+            share = criterion(output, case.target[rows], num_items_in_batch=n)
             share.backward()
             assert share.dtype == torch.float32
             total += share.detach()

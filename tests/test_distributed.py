@@ -109,7 +109,8 @@ def part(x, split, rank):
 
 def run(x, target, votes, upstream=None, **options):
     x = x.detach().clone().requires_grad_()
-    parts = zls.zipf_cross_entropy(x, target, votes, return_parts=True, **options)
+    options = {"zipf_weight": 1.0, "return_parts": True, **options}
+    parts = zls.zipf_cross_entropy(x, target, votes, **options)
     parts[0].backward(torch.ones_like(parts[0]) if upstream is None else upstream)
     return *(p.detach() for p in parts), x.grad
 
@@ -343,7 +344,7 @@ def loss_gradient_rules(rank, world):
 
 
 def loss_of(case, x, **options):
-    return zls.zipf_cross_entropy(x, *case[1:], **options)
+    return zls.zipf_cross_entropy(x, *case[1:], **{"zipf_weight": 1.0, **options})
 
 
 @check(2, 4)
@@ -534,7 +535,8 @@ def dtensors(rank, world):
     ):
         x = whole.detach().clone().requires_grad_()
         w = distribute_tensor(weight, mesh, [Shard(0)])
-        loss = zls.zipf_cross_entropy(x, case.target, votes, weight=w, label_smoothing=0.1, **options)
+        options = {"zipf_weight": 1.0, "weight": w, "label_smoothing": 0.1, **options}
+        loss = zls.zipf_cross_entropy(x, case.target, votes, **options)
         loss.backward()
         expected = run(*case, weight=weight, label_smoothing=0.1, backend="reference")
         yield "loss", differs(loss.detach(), expected[0], 1e-5, 1e-6)
@@ -587,7 +589,7 @@ def dtensors(rank, world):
     if world == 4:  # classes over one dimension of a mesh, copies over the other
         mesh = init_device_mesh("cpu", (2, 2))
         x = distribute_tensor(case.logits, mesh, [Replicate(), Shard(1)]).requires_grad_()
-        zls.zipf_cross_entropy(x, *case[1:]).backward()
+        zls.zipf_cross_entropy(x, *case[1:], zipf_weight=1.0).backward()
         yield "two dimensions", differs(x.grad.full_tensor(), run(*case, backend="reference")[3], 1e-5, 1e-6)
 
 
@@ -680,17 +682,19 @@ def trained(rank, world, wrap, whole):
     """Three steps of an attached model, part of the batch each, against one process with the whole batch."""
     X, y = torch.randn(4 * world, 3, 20, 20), torch.randint(7, (4 * world,))
     twin = Small().train()
-    zls.attach(twin, feature="stage", classifier="fc", example=X)
-    model = wrap(copy.deepcopy(twin))
-    mine, criterion = slice(4 * rank, 4 * rank + 4), zls.ZipfLoss(zipf_weight=0.5)
-    pairs = [(m, torch.optim.SGD(m.parameters(), 0.1)) for m in (model, twin)]
+    twins = zls.ZipfLoss(0.5, votes=zls.attach(twin, feature="stage", classifier="fc", example=X))
+    model, criterion = copy.deepcopy((twin, twins))
+    model, mine = wrap(model), slice(4 * rank, 4 * rank + 4)
+    both = [
+        (m, loss, torch.optim.SGD(m.parameters(), 0.1)) for m, loss in ((model, criterion), (twin, twins))
+    ]
     for step in range(3):
         votes = []
-        for (m, optimizer), rows in zip(pairs, (mine, slice(None)), strict=True):
+        for (m, loss, optimizer), rows in zip(both, (mine, slice(None)), strict=True):
             out = m(X[rows])
             optimizer.zero_grad()
-            criterion(out, y[rows]).backward()
-            votes.append(out[1])
+            loss(out, y[rows]).backward()
+            votes.append(loss.votes.votes_of(out)[0])
             optimizer.step()
         yield f"votes {step}", differs(votes[0], votes[1][mine])
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):

@@ -216,8 +216,9 @@ def test_compiled_with_cuda_graphs(backend, device):
             nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, C)
         )
         model = model.to(device)
-        zls.attach(model, feature="1", classifier="4", example=torch.randn(2, 3, 9, 9, device=device))
-        criterion, optimizer = zls.ZipfLoss(), torch.optim.SGD(model.parameters(), 0.1)
+        example = torch.randn(2, 3, 9, 9, device=device)
+        handle = zls.attach(model, feature="1", classifier="4", example=example)
+        criterion, optimizer = zls.ZipfLoss(1.0, votes=handle), torch.optim.SGD(model.parameters(), 0.1)
 
         def loss_of(images, target, model=model, criterion=criterion):
             with torch.autocast("cuda", torch.bfloat16):
@@ -245,8 +246,8 @@ def test_amp_with_grad_scaler(backend, device, dtype):
     model = model.to(device, memory_format=torch.channels_last)
     images = torch.randn(32, 3, 15, 15, device=device).to(memory_format=torch.channels_last)
     target = torch.arange(32, device=device) % 9
-    zls.attach(model, feature="1", classifier="4", example=images)
-    criterion, optimizer = zls.ZipfLoss(0.1), torch.optim.Adam(model.parameters(), 1e-2)
+    handle = zls.attach(model, feature="1", classifier="4", example=images)
+    criterion, optimizer = zls.ZipfLoss(0.1, votes=handle), torch.optim.Adam(model.parameters(), 1e-2)
     scaler, losses = torch.amp.GradScaler("cuda", init_scale=1024), []
     with zls.use_backend(backend):
         for _ in range(30):

@@ -17,7 +17,7 @@ ARROWS = {
     "check_rows": {"", "expected", "functional", "ops"},
     "expected": set(),
     "attach": {"checks", "compiling", "functional"},
-    "modules": {"checks", "distributions", "functional"},
+    "modules": {"attach", "checks", "distributions", "functional"},
     "functional": {"checks", "distributions", "ops", "scalars", "sharded"},
     "sharded": {"checks", "compiling", "distributions", "ops", "reference"},
     "ops": {"compiling", "extension", "reference", "triton_kernels"},

@@ -20,7 +20,8 @@ REDUCTIONS = ("mean", "sum", "none")
 def run(x, target, votes, *, backend, upstream=None, **options):
     """(loss, ce, zipf, gradient) through the public function."""
     x = x.detach().clone().requires_grad_()
-    loss, ce, zipf = zls.zipf_cross_entropy(x, target, votes, return_parts=True, backend=backend, **options)
+    options = {"zipf_weight": 1.0, "return_parts": True, **options}
+    loss, ce, zipf = zls.zipf_cross_entropy(x, target, votes, backend=backend, **options)
     loss.backward(torch.ones_like(loss) if upstream is None else upstream)
     return loss.detach(), ce, zipf, x.grad
 

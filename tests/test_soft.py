@@ -52,7 +52,8 @@ def probabilities(case, kind: str) -> torch.Tensor:
 def run(x, target, votes, *, backend, **options):
     """(loss, ce, zipf, gradient) through the public function."""
     x = x.detach().clone().requires_grad_()
-    loss, ce, zipf = zls.zipf_cross_entropy(x, target, votes, return_parts=True, backend=backend, **options)
+    options = {"zipf_weight": 1.0, "return_parts": True, **options}
+    loss, ce, zipf = zls.zipf_cross_entropy(x, target, votes, backend=backend, **options)
     loss.sum().backward()
     return loss.detach(), ce, zipf, x.grad
 
@@ -542,7 +543,7 @@ def test_soft_transforms(backend, device):
     expected = run(case.logits, t, case.votes, backend=backend)[3]
 
     def per_sample(x, t, v):
-        return zls.zipf_cross_entropy(x[None], t[None], v[None], backend=backend)
+        return zls.zipf_cross_entropy(x[None], t[None], v[None], zipf_weight=1.0, backend=backend)
 
     rows = torch.func.vmap(torch.func.grad(per_sample))(case.logits, t, case.votes)
     torch.testing.assert_close(rows / 4, expected)

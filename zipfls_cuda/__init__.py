@@ -6,7 +6,7 @@ with _warnings.catch_warnings():  # torch says at its import that NumPy is missi
     _warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch as _torch  # noqa: F401
 
-from .attach import attach
+from .attach import Handle, Plan, attach, detach
 from .checks import check_inputs
 from .distributions import (
     Constant,
@@ -36,7 +36,9 @@ __all__ = [
     "Constant",
     "Distribution",
     "ExponentialDecay",
+    "Handle",
     "LinearDecay",
+    "Plan",
     "RandomDistribution",
     "RandomPareto",
     "RandomUniform",
@@ -47,6 +49,7 @@ __all__ = [
     "backends",
     "check_inputs",
     "dense_vote",
+    "detach",
     "fit_zipf",
     "rank_votes",
     "use_backend",

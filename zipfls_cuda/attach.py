@@ -1,4 +1,4 @@
-"""Attach votes to a model: in training mode it returns ``(logits, votes)``, nothing else about it changes.
+"""Attach votes to a model: it returns what it returned before, and a handle keeps the votes of its training.
 
 How it works. Forward hooks keep the dense map while the model runs and let its positions vote once the logits
 are there. What stands between map and classifier is not guessed but probed, on one small batch: the model
@@ -11,8 +11,13 @@ runs once with every module call recorded, and the modules called between the tw
   ("per-position head"). Whether that is what the model means is checked by filling the whole map with one
   position and running the model: its classifier must see what the head makes of that position alone.
 
-The hooks find modules by name in the module they are called on and own nothing but names, so copies of the
-model (deepcopy, pickle) vote with their own weights.
+The hooks share one _Voting with the handle. It holds names, numbers and the votes of the last forward, never
+the model, so copies of the model (deepcopy, pickle) vote with their own weights, and a handle copied together
+with the model belongs to the copy.
+
+The hooks and ``Handle.votes_of`` are traced by torch.compile with fullgraph=True, which (torch 2.13) takes no
+thread identities, loses what is written to a threading.local, knows no running backward, and recompiles for
+every value of a number that changes from call to call.
 """
 
 from __future__ import annotations
@@ -21,8 +26,10 @@ import contextlib
 import dataclasses
 import itertools
 import random
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +46,15 @@ GLOBAL_POOLING = "global pooling"
 CLASS_TOKEN = "class token"
 PER_POSITION = "per-position head"
 
+RETURNS = ("logits", "tuple")
+
 # Where the channels of a feature map are.
 MAP, MAP_CHANNELS_LAST, TOKENS = "NDHW", "NHWD", "NTD"
 
 PROBE_SAMPLES = 4  # rows of the example, or of the first batch, that the probe looks at
 PROBE_POSITIONS = 8  # positions per sample that run through the head in the probe
 MAX_PREFIX = 4  # prefix tokens tried where the model does not tell their number
+MAX_OPERATIONS = 100  # between the model's output and the logits of a loss
 
 # torchvision's classifiers: class -> (module whose output is the map, module that holds the last nn.Linear).
 TORCHVISION = {
@@ -86,25 +96,30 @@ class Plan:
         return text + "".join(f", deep {name} ({channels} channels)" for name, _, channels in self.deep)
 
 
-# The public function --------------------------------------------------------------------------------
+# The public functions -------------------------------------------------------------------------------
 
 
 def attach(
     model: nn.Module,
     *,
+    returns: str = "logits",
     feature: str | None = None,
     classifier: str | None = None,
     upsample: int = 1,
     deep: Sequence[str] = (),
     example: Tensor | tuple | dict | None = None,
 ) -> Handle:
-    """Make a classification model return its dense votes beside its logits, while it trains.
+    """Make a classification model vote while it trains; ``ZipfLoss(votes=handle)`` asks for the votes.
 
-    In training mode ``model(...)`` returns ``(logits, votes)``, or ``(logits, votes, deep_logits)`` with
-    ``deep``: what ``ZipfLoss`` takes as ``criterion(output, target)``. In eval mode it returns plain logits.
-    Its class, parameters and state_dict stay as they are (but for the deep heads); deepcopy, pickle,
-    torch.save and torch.compile work. Attach before wrapping the model (DDP, torch.compile) and, with
-    ``deep``, before building the optimizer; FSDP2's fully_shard may come before or after.
+    The model returns what it returned: logits, or an object with ``.logits``. Its class, parameters and
+    state_dict stay as they are (but for the deep heads); deepcopy, pickle, torch.save and torch.compile work.
+    Attach before wrapping the model (DDP, torch.compile) and, with ``deep``, before building the optimizer;
+    FSDP2's fully_shard may come before or after. Attaching again replaces: the earlier handle says so when it
+    is used, and deep heads of the same names and shapes stay.
+
+    A forward in training mode with gradient enabled leaves its votes in the handle, in place of those of the
+    one before; other forwards (validation, update_bn, a teacher's) neither leave nor disturb any. Votes are
+    given out for the output of that forward alone: see :meth:`Handle.votes_of`.
 
     Map and classifier are found for timm models (``forward_features`` and ``get_classifier``) and for the
     torchvision classes in ``TORCHVISION``. The classifier that votes is the one that is trained; what stands
@@ -112,7 +127,9 @@ def attach(
     random state put back. Dropout does not touch the votes, and no gradient flows through them.
 
     Args:
-        model: returns logits (N, C) in eval mode.
+        model: returns logits (N, C), or an object whose ``.logits`` they are.
+        returns: "logits" leaves the output as it is. "tuple" makes the model return ``(logits, votes)`` in
+            training mode, or ``(logits, votes, deep_logits)`` with ``deep``, and plain logits in eval mode.
         feature: name of the module whose output is the dense map, (N, D, H, W) or (N, H, W, D), or tokens
             (N, T, D). Needed, like ``classifier``, for models of other kinds.
         classifier: name of the nn.Linear that gives the logits.
@@ -125,9 +142,10 @@ def attach(
             fullgraph=True, and for ``deep`` unless timm's ``feature_info`` knows the channels of the stages.
 
     Returns:
-        A handle: ``handle.remove()`` undoes it all, ``handle.plan`` and its repr tell what the probe decided.
-        The model's votes are (N, P) int32 on the logits' device, P the positions of the map followed by those
-        of the deep maps; ``deep_logits`` is a tuple with one (N, C) for each name in ``deep``.
+        The handle, for ``ZipfLoss(votes=handle)``; ``handle.remove()``, like ``zls.detach(model)``, undoes it
+        all, ``handle.plan`` and its repr tell what the probe decided. Votes are (N, P) int32 on the logits'
+        device, P the positions of the map followed by those of the deep maps; ``deep_logits`` is a tuple with
+        one (N, C) for each name in ``deep``.
 
     Raises:
         TypeError, ValueError: a bad argument, by name. RuntimeError: the positions of this model cannot vote,
@@ -137,6 +155,8 @@ def attach(
     the cross-entropy of the deep heads.
     """
     _check_model(model)
+    if returns not in RETURNS:
+        raise ValueError(f"returns must be 'logits' or 'tuple', got {returns!r}")
     if isinstance(upsample, bool) or upsample not in (1, 2):
         raise ValueError(f"upsample must be 1 or 2, got {upsample!r}")
     if isinstance(deep, str) or not all(isinstance(name, str) for name in deep):
@@ -155,93 +175,236 @@ def attach(
             f"classifier must give at least 2 classes, {classifier!r} gives {linear.out_features}"
         )
 
-    voting = _Voting(feature or _find_feature(model), classifier, upsample, tuple(deep))
+    voting = _Voting(feature or _find_feature(model), classifier, upsample, tuple(deep), returns)
     plan = None if example is None else voting.probe(model, *_as_call(example))
+    heads = None
     if deep:
         channels = [d[2] for d in plan.deep] if plan else [_known_channels(model, name) for name in deep]
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        with torch.inference_mode(False):  # parameters made in inference mode cannot be trained
-            model.zipf_heads = nn.ModuleList(nn.Linear(d, linear.out_features, **like) for d in channels)
-    model.register_forward_pre_hook(voting.before, with_kwargs=True)
+        heads = _deep_heads(model, voting, channels, linear)
+    old = _voting_of(model)
+    if old is not None:
+        _undo(model, old, "replaced by a later attach(model), whose handle has the votes")
+    if heads is not None:
+        model.zipf_heads = heads
+    model.register_forward_pre_hook(_Before(voting), with_kwargs=True)
     # Also after an error, to keep no tensors; before other hooks, so that FSDP2 has not resharded the head.
-    model.register_forward_hook(voting.after, always_call=True, prepend=True)
+    model.register_forward_hook(_After(voting), always_call=True, prepend=True)
     if plan:
         voting.follow(model, plan)
     return Handle(model, voting)
 
 
+def detach(model: nn.Module) -> bool:
+    """Undo ``attach``, deep heads included, without the handle: on copies and loaded models too.
+
+    Returns:
+        Whether the model was attached.
+
+    Raises:
+        TypeError: not an nn.Module, or one that wraps the attached model.
+    """
+    _check_unwrapped(model)
+    voting = _voting_of(model)
+    if voting is None:
+        return False
+    _undo(model, voting, "detached; attach(model) again gives another handle")
+    return True
+
+
 class Handle:
-    """What ``attach`` returns: ``remove()`` undoes it, ``plan`` is what the probe decided, None before it."""
+    """What ``attach`` returns: it has the votes of the last training forward. It does not own the model.
+
+    A handle copied or pickled with its model belongs to the copy; copied without it, to no model.
+    """
 
     def __init__(self, model: nn.Module, voting: _Voting) -> None:
-        self._model, self._voting = model, voting
+        self._model, self._voting = weakref.ref(model), voting
+
+    def __getstate__(self) -> dict:
+        return {"_model": None, "_voting": self._voting}  # the model of a copy cannot be known here
 
     @property
     def plan(self) -> Plan | None:
+        """What the probe decided; None before it."""
         return self._voting.plan
 
     def remove(self) -> None:
         """Give back the model as it was, deep heads removed. A second call does nothing."""
-        if _voting_of(self._model) is not self._voting:
-            return
-        for module in self._model.modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for key in [k for k, hook in hooks.items() if _is_ours(hook)]:
-                    del hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
-                    module._forward_hooks_always_called.pop(key, None)
-            module.__dict__.pop("_zipf_kept", None)
-        if self._voting.deep:
-            del self._model.zipf_heads
+        if self._model is None:
+            raise RuntimeError("this handle is a copy, which does not know its model: zls.detach(model)")
+        model = self._model()
+        if model is not None and _voting_of(model) is self._voting:
+            detach(model)
+
+    def votes_of(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The votes (N, P) that belong to ``logits``, and the deep logits: what ``ZipfLoss`` asks for.
+
+        ``logits`` are what the model returned from its last training forward with gradient, known by
+        identity, for any number of calls. Another tensor that is computed from them (``.float()``, a slice of
+        classes, what DDP hands on) is taken if it has as many rows and one such forward has run since the
+        last call.
+
+        Raises:
+            ValueError: no votes belong to ``logits``, with the cause. RuntimeError: the handle was replaced,
+            or the model detached.
+        """
+        voting = self._voting
+        if voting.ended is not None:
+            raise RuntimeError(f"attach: this handle gives no votes: its model was {voting.ended}")
+        if voting.latest is None:
+            raise ValueError(f"attach: no training forward has left votes for these logits. {CAUSES}")
+        outputs, votes, deep_logits = voting.latest
+        if not any(output is logits for output in outputs):
+            self._check_substitute(logits, outputs[0], votes)
+            voting.latest = ((*outputs, logits), votes, deep_logits)
+        voting.unasked = voting.several = False
+        return votes, deep_logits
+
+    def _check_substitute(self, logits: Tensor, output: Tensor, votes: Tensor) -> None:
+        """Whether ``logits``, not the output itself, can only be computed from it."""
+        voting = self._voting
+        if not voting.unasked:
+            raise ValueError(
+                "attach: these logits are not the output of the last training forward, whose votes have been "
+                f"used, and no other has run since. {CAUSES}"
+            )
+        if voting.several:
+            raise ValueError(
+                "attach: two training forwards or more have run since the last loss, and these logits are "
+                "not the output of the last: compute each loss right after its forward, run forwards without "
+                "a loss under torch.no_grad(), or attach(..., returns='tuple') and pass the votes along"
+            )
+        if len(logits) != len(votes):
+            raise ValueError(
+                f"attach: logits have {len(logits)} rows, and the last training forward, whose votes there "
+                f"are, had {len(votes)}. {CAUSES}"
+            )
+        if not torch.compiler.is_compiling() and not _computed_from(logits, output):
+            raise ValueError(
+                f"attach: these logits are not computed from the last training forward's output. {CAUSES}"
+            )
 
     def __repr__(self) -> str:
+        model = None if self._model is None else self._model()
+        ended = f", {self._voting.ended}" if self._voting.ended else ""
         plan = self.plan or "to be probed on the first training batch"
-        return f"Attached({type(self._model).__name__}, {plan})"
+        return f"Attached({'a model' if model is None else type(model).__name__}, {plan}{ended})"
+
+
+CAUSES = (
+    "Possible causes: they are of an earlier forward; of a forward in eval mode (call model.train() first) "
+    "or without gradient; of model.forward(x), which runs no hooks (call model(x)); of another model (a copy "
+    "needs a handle of its own: attach it); of torch.utils.checkpoint with use_reentrant=True "
+    "(use_reentrant=False works)"
+)
+
+
+def _computed_from(x: Tensor, output: Tensor) -> bool:
+    """Whether the graph of ``x`` leads to that of ``output`` within a few operations."""
+    goal, edge, seen = output.grad_fn, [x.grad_fn], set()
+    while edge and len(seen) < MAX_OPERATIONS:
+        node = edge.pop(0)
+        if node is goal:
+            return goal is not None
+        if node is not None and node not in seen:
+            seen.add(node)
+            edge.extend(following for following, _ in node.next_functions)
+    return False
 
 
 # The hooks ------------------------------------------------------------------------------------------
 
 
 class _Voting:
-    """The two hooks on the model and the names they go by; copied and pickled along with the model."""
+    """The names that the hooks go by and the votes of the last forward; shared with the handle."""
 
-    def __init__(self, feature: str | None, classifier: str, upsample: int, deep: tuple[str, ...]) -> None:
+    def __init__(
+        self, feature: str | None, classifier: str, upsample: int, deep: tuple[str, ...], returns: str
+    ) -> None:
         self.feature = feature  # None: the output of timm's forward_features
         self.classifier = classifier
         self.upsample = upsample
         self.deep = deep
+        self.returns = returns
         self.plan: Plan | None = None
         self.warned = False  # of maps of one position
+        self.ended: str | None = None  # what became of the attachment
+        self.forget()
 
-    def before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook: tell the modules that matter to keep their tensors, in training mode alone."""
-        if not model.training:
+    def forget(self) -> None:
+        """Drop what belongs to a forward."""
+        # The forward that runs: its thread (None where torch.compile traced its start) and its maps.
+        self.running: tuple[int | None, dict[tuple[str, str], Tensor]] | None = None
+        # Of the last forward: what is known to be its logits, votes, deep logits.
+        self.latest: tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]] | None = None
+        self.unasked = False  # no votes were asked for since that forward
+        self.several = False  # nor between it and the one before
+
+    def __getstate__(self) -> dict:
+        names = ("running", "latest", "unasked", "several")
+        return {k: v for k, v in vars(self).items() if k not in names}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.forget()
+
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """At the start of a forward: keep the maps of one that votes."""
+        if not model.training or not (torch.is_grad_enabled() or self.returns == "tuple"):
+            if self.is_running():
+                self.running = None  # left by a forward that was interrupted
             return
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "attach: DataParallel runs replicas of the model, whose votes would be lost: use "
+                "torch.nn.parallel.DistributedDataParallel"
+            )
+        if self.running is not None and not self.is_running():
+            raise RuntimeError(
+                "attach: the model runs in another thread already; one forward at a time votes: give each "
+                "thread a copy of the model, with a handle of its own"
+            )
         if self.plan is None:
             _probe_first_batch(self, model, args, kwargs)
-        for name in _seats(self.plan):
-            model.get_submodule(name)._zipf_kept = {}
+        self.running = None if torch.compiler.is_compiling() else threading.get_ident(), {}
 
-    def after(self, model: nn.Module, args: tuple, output: Tensor) -> tuple | None:
-        """Forward hook: let the positions of the kept maps vote."""
-        if self.plan is None:
+    def is_running(self) -> bool:
+        """Whether a forward that keeps maps runs in this thread."""
+        if self.running is None:
+            return False
+        return torch.compiler.is_compiling() or self.running[0] in (None, threading.get_ident())
+
+    def end(self, model: nn.Module, output: object) -> object:
+        """At the end of a forward, or after its error (``output`` is None): let the kept maps vote."""
+        if not self.is_running():
             return None
-        kept = {}
-        for name in _seats(self.plan):
-            module = model.get_submodule(name)
-            kept[name] = getattr(module, "_zipf_kept", None)
-            if kept[name] is None:  # eval mode
-                return None
-            module._zipf_kept = None  # nothing is kept in the second forward of activation checkpointing
-        if output is None:  # the forward raised an error
+        kept = self.running[1]
+        self.running = None  # nothing is kept in the second forward of activation checkpointing
+        if output is None:
             return None
-        if not isinstance(output, Tensor):
+        logits = output if self.returns == "tuple" else _logits_of(output)
+        if not isinstance(logits, Tensor):
+            or_object = "" if self.returns == "tuple" else " or an object with .logits"
             raise RuntimeError(
                 f"attach: in training mode the model returns a {type(output).__name__}, not logits (N, C)"
+                f"{or_object}"
             )
-        return self.vote(model, kept, output)
+        votes, deep_logits = self.vote(model, kept)
+        if self.returns == "tuple":
+            return (logits, votes, deep_logits) if deep_logits else (logits, votes)
+        if deep_logits:
+            # Rows of none of the deep logits: a graph that is followed from the logits (as DDP does to find
+            # unused parameters) leads to the deep heads, whose gradients come by way of the loss.
+            logits = torch.cat([logits, *(d[:0].to(logits.dtype) for d in deep_logits)])
+            output = _with_logits(output, logits)
+        # The second forward of checkpointing runs in a backward, and its logits are given to nothing.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self.latest = ((logits,), votes, deep_logits)
+            self.several, self.unasked = self.unasked, True
+        return output if deep_logits else None
 
-    def vote(self, model: nn.Module, kept: dict[str, dict[str, Tensor]], logits: Tensor) -> tuple:
+    def vote(self, model: nn.Module, kept: dict) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Votes (N, P) of all maps, and deep logits."""
         plan = self.plan
         linear = model.get_submodule(plan.classifier)
         features = _kept(kept, plan.seat, plan.side).detach()
@@ -258,7 +421,7 @@ class _Voting:
             all_votes.append(_vote(features.detach(), head, self.upsample))
         if not torch.compiler.is_compiling():
             self.warn_of_one_position(plan, max(v.shape[1] for v in all_votes) // self.upsample**2)
-        return (logits, torch.cat(all_votes, 1), tuple(deep_logits)) if plan.deep else (logits, votes)
+        return (torch.cat(all_votes, 1) if deep_logits else votes), tuple(deep_logits)
 
     def warn_of_one_position(self, plan: Plan, positions: int) -> None:
         """Warn, once, where no map has more than one position; ``positions`` is the number of the largest."""
@@ -294,27 +457,51 @@ class _Voting:
 
     def follow(self, model: nn.Module, plan: Plan) -> None:
         """Set the hooks that keep the plan's tensors."""
-        for name in _seats(plan):
-            model.get_submodule(name)._zipf_kept = None
         seat = model.get_submodule(plan.seat)
         if plan.side == "input":
-            seat.register_forward_pre_hook(_keep_input)
+            seat.register_forward_pre_hook(_KeepInput(self, plan.seat))
         else:
-            seat.register_forward_hook(_keep_output)
-        for name, _, _ in plan.deep:
+            seat.register_forward_hook(_KeepOutput(self, plan.seat))
+        for name in dict.fromkeys(name for name, _, _ in plan.deep):
             if (name, "output") != (plan.seat, plan.side):
-                model.get_submodule(name).register_forward_hook(_keep_output)
+                model.get_submodule(name).register_forward_hook(_KeepOutput(self, name))
         self.plan = plan
 
 
-def _keep_input(module: nn.Module, args: tuple) -> None:
-    if module._zipf_kept is not None:
-        module._zipf_kept["input"] = args[0]
+class _Hook:
+    """One hook of an attached model, known by its class."""
+
+    def __init__(self, voting: _Voting, name: str = "") -> None:
+        self.voting, self.name = voting, name
+
+    @property
+    def __name__(self) -> str:
+        """torch.jit.script asks for it first, and can do nothing with the hooks."""
+        raise AttributeError(
+            "attach: torch.jit.script cannot compile the hooks of an attached model: zls.detach(model) first"
+        )
 
 
-def _keep_output(module: nn.Module, args: tuple, output: Tensor) -> None:
-    if module._zipf_kept is not None:
-        module._zipf_kept["output"] = output
+class _Before(_Hook):
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.voting.begin(model, args, kwargs)
+
+
+class _After(_Hook):
+    def __call__(self, model: nn.Module, args: tuple, output: object) -> object:
+        return self.voting.end(model, output)
+
+
+class _KeepInput(_Hook):
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if self.voting.is_running():
+            self.voting.running[1][self.name, "input"] = args[0]
+
+
+class _KeepOutput(_Hook):
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.voting.is_running():
+            self.voting.running[1][self.name, "output"] = output
 
 
 @compiling.eager(
@@ -325,27 +512,57 @@ def _probe_first_batch(voting: _Voting, model: nn.Module, args: tuple, kwargs: d
     voting.follow(model, voting.probe(model, args, kwargs))
 
 
-def _is_ours(hook: Callable) -> bool:
-    return hook in (_keep_input, _keep_output) or isinstance(getattr(hook, "__self__", None), _Voting)
-
-
 def _voting_of(model: nn.Module) -> _Voting | None:
-    owners = (getattr(hook, "__self__", None) for hook in model._forward_hooks.values())
-    return next((o for o in owners if isinstance(o, _Voting)), None)
+    return next((hook.voting for hook in model._forward_hooks.values() if isinstance(hook, _After)), None)
 
 
-def _seats(plan: Plan) -> list[str]:
-    """Names of the modules that keep a tensor, each once."""
-    return list(dict.fromkeys([plan.seat, *(name for name, _, _ in plan.deep)]))
+def _undo(model: nn.Module, voting: _Voting, reason: str) -> None:
+    """Take hooks and deep heads away; ``reason`` is what the handle then says."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, h in hooks.items() if isinstance(h, _Hook) and h.voting is voting]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
+    if voting.deep:
+        del model.zipf_heads
+    voting.ended = reason
+    voting.forget()
 
 
-def _kept(kept: dict[str, dict[str, Tensor]], name: str, side: str) -> Tensor:
-    if side not in kept[name]:
+def _deep_heads(model: nn.Module, voting: _Voting, channels: list[int], linear: nn.Linear) -> nn.ModuleList:
+    """A linear head for each deep map; those of an earlier attach where maps and shapes are the same."""
+    shapes = [(linear.out_features, d) for d in channels]
+    old = _voting_of(model)
+    if old and old.deep == voting.deep and [tuple(h.weight.shape) for h in model.zipf_heads] == shapes:
+        return model.zipf_heads
+    like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    with torch.inference_mode(False):  # parameters made in inference mode cannot be trained
+        return nn.ModuleList(nn.Linear(d, classes, **like) for classes, d in shapes)
+
+
+def _logits_of(output: object) -> object:
+    """The logits of what a model returns: a tensor, or an object with ``.logits``."""
+    return output if isinstance(output, Tensor) else getattr(output, "logits", output)
+
+
+def _with_logits(output: object, logits: Tensor) -> object:
+    """``output`` with other logits."""
+    if isinstance(output, Tensor):
+        return logits
+    if hasattr(output, "_replace"):  # a namedtuple
+        return output._replace(logits=logits)
+    output.logits = logits
+    return output
+
+
+def _kept(kept: dict[tuple[str, str], Tensor], name: str, side: str) -> Tensor:
+    if (name, side) not in kept:
         raise RuntimeError(
             f"attach: the module {name!r} has no map to vote: it did not run in this forward, or another "
-            "took its place (then remove() the handle and attach again)"
+            "took its place (then attach again)"
         )
-    return kept[name][side]
+    return kept[name, side]
 
 
 # Positions ------------------------------------------------------------------------------------------
@@ -562,7 +779,7 @@ class _Probe:
 
     def check_classifier(self, calls: list[_Call], logits: object) -> _Call:
         """The classifier's one call, after checking that it gives the logits."""
-        name = self.voting.classifier
+        name, logits = self.voting.classifier, _logits_of(logits)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise self.refusal(f"in eval mode it returns {got}, and logits (N, C) are needed")
@@ -609,9 +826,8 @@ class _Probe:
         if out.dim() == 3 and self.voting.upsample == 2:
             raise self.refusal(f"upsample=2 needs a map, and deep={name!r} gives tokens (N, T, D)")
         channels = {TOKENS: out.shape[2]} if out.dim() == 3 else self.channels_by_aspect(out)
-        heads = getattr(self.model, "zipf_heads", None)
-        if heads is not None:  # made already, where feature_info told the channels
-            known = heads[self.voting.deep.index(name)].in_features
+        if _voting_of(self.model) is self.voting:  # its heads are made, where feature_info told the channels
+            known = self.model.zipf_heads[self.voting.deep.index(name)].in_features
             channels = {layout: D for layout, D in channels.items() if known == D}
             if not channels:
                 raise self.refusal(
@@ -810,7 +1026,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 # Arguments ------------------------------------------------------------------------------------------
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_unwrapped(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     wrappers = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
@@ -818,9 +1034,12 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(
             f"model must be the model itself: attach first, then wrap it in {type(model).__name__}"
         )
-    if _voting_of(model) is not None:
-        raise RuntimeError("model is attached already; remove() the first handle before attaching again")
-    if hasattr(model, "zipf_heads"):
+
+
+def _check_model(model: nn.Module) -> None:
+    _check_unwrapped(model)
+    old = _voting_of(model)
+    if hasattr(model, "zipf_heads") and not (old and old.deep):
         raise RuntimeError("model has an attribute zipf_heads already, the name attach needs for deep heads")
 
 
