@@ -32,6 +32,7 @@ from .expected import (
     loss_deviations,
     problem,
     rounding,
+    roundings_of,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -83,20 +84,21 @@ def invoke(operator: str, backend: str, case: LossCase, p: Problem) -> Results:
 
 
 def compare(
-    operator: str, case: LossCase, dtype: torch.dtype, results: Results, rows: Rows = ...
+    operator: str, backend: str, case: LossCase, dtype: torch.dtype, results: Results, rows: Rows = ...
 ) -> Iterator[Deviation]:
     """Deviations of what ``invoke`` returned; ``rows`` needs results of each sample."""
-    x = expected_loss(case, dtype)
+    x, roundings = expected_loss(case, dtype), roundings_of(backend, case.C)
     if operator == "rank_fwd":
         check_dtype("rank", results[0], torch.int32)
         yield deviation("rank", results[0][rows], x.ranks[rows], 0.0)
     elif operator == "label_fwd":
         check_dtype("label", results[0], dtype)
         label = x.label[rows]
-        yield deviation("label", results[0][rows], label, rounding(label, label, dtype))
+        yield deviation("label", results[0][rows], label, rounding(label, label, dtype, roundings))
     else:
         *parts, grad, scale = results
-        yield from loss_deviations(x, dtype, parts, [grad], scale if scale.numel() else 1.0, rows=rows)
+        scale = scale if scale.numel() else 1.0
+        yield from loss_deviations(x, dtype, parts, [grad], scale, rows=rows, roundings=roundings)
 
 
 def operator_row(device, backend, operator, dtype, case: LossCase) -> Prepared:
@@ -105,7 +107,10 @@ def operator_row(device, backend, operator, dtype, case: LossCase) -> Prepared:
     p = problem(case, of).to(device)
     if operator == "rank_fwd":
         p = p._replace(votes=p.votes.to(dtype))
-    return lambda: invoke(operator, backend, case, p), lambda results: compare(operator, case, of, results)
+    return (
+        lambda: invoke(operator, backend, case, p),
+        lambda results: compare(operator, backend, case, of, results),
+    )
 
 
 BAD = (("target", 12), ("target", -1), ("votes", 12), ("votes", 2**31 - 1), ("logits", torch.nan))
@@ -145,7 +150,7 @@ def bad_row(device, backend, operator, dtype, case: LossCase) -> Prepared:
                     raise AssertionError(
                         "the results of a sample out of range, or with a NaN, are not NaN (rank: 0)"
                     )
-            yield from compare(operator, case, dtype, one, others)
+            yield from compare(operator, backend, case, dtype, one, others)
 
     return call, judge
 
@@ -172,8 +177,9 @@ def public_row(device, backend, operator, dtype, case: LossCase) -> Prepared:
 
     def judge(results: Results) -> Iterator[Deviation]:
         if name == "zipf_cross_entropy":
-            return loss_deviations(expected_loss(case, dtype), dtype, results[:3], results[3:], upstream=3.0)
-        return compare(STAGES[name], case, dtype, results)
+            x, roundings = expected_loss(case, dtype), roundings_of(backend, case.C)
+            return loss_deviations(x, dtype, results[:3], results[3:], upstream=3.0, roundings=roundings)
+        return compare(STAGES[name], backend, case, dtype, results)
 
     return call, judge
 
