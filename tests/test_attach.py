@@ -72,7 +72,31 @@ class Arch:
     def make(self):
         if self.library == "timm":
             return timm().create_model(self.name, num_classes=CLASSES, **self.options)
-        return getattr(torchvision().models, self.name)(num_classes=CLASSES, **self.options)
+        models = torchvision().models
+        make = SMALL.get(self.name, lambda models, **options: getattr(models, self.name)(**options))
+        return make(models, num_classes=CLASSES, **self.options)
+
+
+def small_convnext(models, **options):
+    Stage = models.convnext.CNBlockConfig
+    stages = [Stage(24, 48, 1), Stage(48, 96, 1), Stage(96, 192, 1), Stage(192, None, 1)]
+    return models.ConvNeXt(stages, **options)
+
+
+# torchvision's larger models, of its own classes with fewer and narrower layers.
+SMALL = {
+    "resnext50_32x4d": lambda models, **options: models.ResNet(
+        models.resnet.Bottleneck, [1, 1, 1, 1], groups=32, width_per_group=4, **options
+    ),
+    "densenet121": lambda models, **options: models.DenseNet(16, (2, 2, 2, 2), 32, **options),
+    "convnext_tiny": small_convnext,
+    "swin_t": lambda models, **options: models.SwinTransformer(
+        [4, 4], 24, [1, 1, 1, 1], [1, 2, 4, 8], [2, 2], **options
+    ),
+    "vit_b_16": lambda models, **options: models.VisionTransformer(
+        patch_size=16, num_layers=2, num_heads=2, hidden_dim=48, mlp_dim=96, **options
+    ),
+}
 
 
 def torchvision():
@@ -95,7 +119,7 @@ ARCHS = [
     Arch("timm", "resnet18", GLOBAL_POOLING, size=(64, 96)),
     Arch("timm", "resnet18", PER_POSITION, {"global_pool": "max"}),
     Arch("timm", "resnet18", PER_POSITION, {"global_pool": "catavgmax"}),
-    Arch("timm", "resnext50_32x4d", GLOBAL_POOLING),
+    Arch("timm", "resnext50_32x4d", GLOBAL_POOLING, {"layers": (1, 1, 1, 1)}),
     Arch("timm", "densenet121", GLOBAL_POOLING),
     Arch("timm", "mobilenetv2_050", GLOBAL_POOLING),
     Arch("timm", "mobilenetv3_small_050", PER_POSITION, {"drop_rate": 0.5}),
