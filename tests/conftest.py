@@ -15,6 +15,7 @@ from workers import (  # noqa: F401
     pytest_sessionfinish,
     pytest_terminal_summary,
     pytest_testnodedown,
+    pytest_warning_recorded,
 )
 
 import zipfls_cuda as zls

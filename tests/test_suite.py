@@ -20,7 +20,7 @@ ROOT = TESTS.parent
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make, whose command is looked at")
 
 DYING = """
-import ctypes, os, signal, pytest
+import ctypes, os, signal, warnings, pytest
 
 @pytest.mark.parametrize("i", range(8))
 def test_before(i): pass
@@ -31,6 +31,9 @@ def test_hangs_in_c(): ctypes.PyDLL(None).sleep(600)  # holds the interpreter's 
 
 @pytest.mark.parametrize("i", range(8))
 def test_after(i): pass
+
+def test_warns():
+    warnings.warn("of a class", type("Strange", (UserWarning,), {"__module__": "not_to_be_imported"}))
 
 def test_exits_last(): os._exit(0)
 """
@@ -54,8 +57,9 @@ def test_tests_that_die_or_hang_are_named(tmp_path):
     assert done.returncode == 1, done.stdout
     failed = set(re.findall(r"^FAILED test_dying.py::(\S+) - worker .* crashed", done.stdout, re.M))
     assert failed == {"test_segmentation_fault", "test_killed", "test_hangs_in_c", "test_exits_last"}
-    assert "4 failed, 16 passed" in done.stdout
+    assert "4 failed, 17 passed" in done.stdout
     assert "INTERNALERROR" not in done.stdout + done.stderr
+    assert "UserWarning: Strange: of a class" in done.stdout
     assert re.search(r"Timeout .*in test_hangs_in_c", done.stderr, re.S)  # stacks
 
 

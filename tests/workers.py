@@ -40,6 +40,17 @@ def pytest_sessionfinish(session):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_warning_recorded(warning_message):
+    """A warning goes to the controller as its builtin class: the controller would import any other's module,
+    and end the run where it cannot."""
+    message = warning_message.message
+    builtin = next(c for c in type(message).__mro__ if c.__module__ == "builtins")
+    if isinstance(message, Warning) and type(message) is not builtin:
+        warning_message.message = builtin(f"{type(message).__name__}: {message}")
+        warning_message.category = builtin
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
     if error:
