@@ -285,11 +285,12 @@ NONE = {"asked": "", "built": "none", "reasons": {"cpu": "there is no C++ compil
         (record(asked="cpu"), b"no ELF", "is built but does not load ("),
         # The module would fail to load, and the message would say so: it was not tried.
         (record(torch="2.9.1+cu126"), b"no ELF", f"was built for torch 2.9, and this is torch {MINOR}."),
-        (record(cuda="9.2"), b"no ELF", "was built for CUDA 9, and this torch is built "),
+        (record(cuda="9.2"), b"no ELF", "was built for CUDA 9, and this torch for CUDA 13"),
         (record(torch="2.9.1", module="_C.cpython-39.so"), b"no ELF", "is built but does not load ("),
     ],
 )  # fmt: skip
-def test_one_warning_says_what_is_wrong_with_the_extension(package, built, module, says):
+def test_one_warning_says_what_is_wrong_with_the_extension(package, monkeypatch, built, module, says):
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if built and built.get("cuda") else None)
     loaded, seen = package(built, module)
     assert loaded.MODULE is None
     assert loaded.REASON

@@ -41,10 +41,8 @@ def _mismatch(built_for: dict) -> str:
     if there != here:
         return f"was built for torch {there}, and this is torch {torch.__version__}"
     there, here = (_versions(v, 1) for v in (built_for["cuda"], torch.version.cuda))
-    if there and there != here:
-        return (
-            f"was built for CUDA {there}, and this torch is built {f'for CUDA {here}' if here else 'without'}"
-        )
+    if there and here and there != here:  # a torch without CUDA has no library for it to load
+        return f"was built for CUDA {there}, and this torch for CUDA {here}"
     return ""
 
 
