@@ -31,7 +31,7 @@ def pytest_addoption(parser):
 
 
 # Cases of each test over Triton's interpreter that are not slow.
-INTERPRETED_CASES = 3
+INTERPRETED_CASES = 2
 
 
 def _abridged(config) -> bool:

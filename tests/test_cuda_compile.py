@@ -27,7 +27,13 @@ import nvcc_report  # noqa: E402
     "arch",
     [pytest.param(a, marks=[] if a == "90a" else [pytest.mark.slow]) for a in nvcc_report.ARCHITECTURES],
 )
-@pytest.mark.parametrize("source", nvcc_report.sources(), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in ("loss", "vote_sm80") else [])
+        for p in nvcc_report.sources()
+    ],
+)
 def test_source_compiles_without_spills_and_with_16_byte_accesses(tmp_path, source, arch):
     cubin, error = nvcc_report.compile_one(source, arch, tmp_path)
     assert not error, f"{source.name} for sm_{arch}: {error}"
@@ -63,7 +69,13 @@ def cuda_include() -> Path | None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the bindings with")
-@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc" / "cuda").glob("*.cpp")))
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(p.name, marks=[] if p.name == "register.cpp" else [pytest.mark.slow])
+        for p in sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
+    ],
+)
 def test_bindings_compile_against_torch(source):
     cuda = cuda_include()
     if cuda is None:

@@ -659,7 +659,9 @@ def cuobjdump() -> Path | None:
 @pytest.mark.parametrize(
     ("file", "arch", "kernels", "wanted"),
     [
-        ("vote_sm80", "80", 18, ("HMMA.", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128")),
+        pytest.param(
+            "vote_sm80", "80", 18, ("HMMA.", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"), marks=pytest.mark.slow
+        ),
         ("vote_sm90", "90a", 6, ("HGMMA.64x", "UTMALDG.2D", "SYNCS.PHASECHK", "USETMAXREG")),
     ],
 )

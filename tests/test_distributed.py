@@ -725,7 +725,7 @@ def fsdp2(rank, world):
     )
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_distributed(tmp_path, world):
     spawn(process, (world, str(tmp_path)), world)
     problems = [

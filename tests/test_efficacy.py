@@ -139,6 +139,7 @@ def test_a_run_is_trained_and_can_be_repeated(tmp_path):
     assert str(tmp_path) not in text
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_the_same_runs(tmp_path):
     """Processes of one thread each give what one after the other gives, and every run its record."""
     found = []

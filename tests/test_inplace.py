@@ -84,6 +84,7 @@ def test_every_form_of_label(backend, device, kind):
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize(("C", "P"), [(5000, 320), (33000, 49), (70001, 49)])
 def test_long_rows(backend, device, C, P):
     for dtype in (torch.float32, torch.bfloat16):

@@ -79,6 +79,7 @@ def free_memory() -> int:
     return int(table["MemAvailable"].split()[0]) * 1024
 
 
+@pytest.mark.slow
 def test_more_than_2_31_elements():
     """64-bit offsets (7): the last row of a (3, 2^30) matrix comes out as it does alone."""
     if "cpu" not in zls.backends():

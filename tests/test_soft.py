@@ -164,6 +164,7 @@ def test_no_mass_is_uniform(backend, device):
     np.testing.assert_allclose(got[3].cpu().numpy(), exact[3], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize("C", [100, 9973])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_soft_error_budget(backend, device, dtype, C):
@@ -503,6 +504,7 @@ def test_soft_float16_mean_does_not_underflow(backend, device):
 # Autograd, transforms, compile --------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_soft_gradcheck(backend, device, reduction):
     case = make(4, 7, 6, dtype=torch.float64, device=device)

@@ -68,8 +68,8 @@ def test_tests_that_die_or_hang_are_named(tmp_path):
     "when",
     [
         "os._exit(0)",
-        "def pytest_collection(): time.sleep(600)",
-        "def pytest_sessionfinish(): time.sleep(600)",
+        pytest.param("def pytest_collection(): time.sleep(600)", marks=pytest.mark.slow),
+        pytest.param("def pytest_sessionfinish(): time.sleep(600)", marks=pytest.mark.slow),
     ],
     ids=["dies at its start", "hangs while it collects", "hangs after its tests"],
 )

@@ -334,7 +334,7 @@ def test_soft_options(soft_kernel, options):
     assert_same_soft(soft_args(3, 83, dtype=torch.float64, **options))
 
 
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("least", ["first", "last", "edge", "one", "all", "NaN", "falling"])
 def test_soft_least_classes_anywhere(soft_kernel, dense, least):
     """S met early, late, or not before the elements outside whole vectors; smaller than two classes; all."""
@@ -401,7 +401,11 @@ def test_soft_only_correct_beyond_a_tile():
     assert 0 < number.item() < 8
 
 
-@pytest.mark.parametrize("view", ["rows", "phase", "columns", "unaligned", "expanded", "transposed"])
+@pytest.mark.parametrize(
+    "view",
+    ["rows", "unaligned", "transposed"]
+    + [pytest.param(v, marks=pytest.mark.slow) for v in ("phase", "columns", "expanded")],
+)
 def test_soft_views_of_target(soft_kernel, view):
     """Rows of the target at any distance and alignment, beside rows of logits at any other."""
     t = torch.randint(0, 3, (8, 101)) / 4
