@@ -65,12 +65,13 @@ def test_label_dtypes_strides_and_ignored(backend, device, int_dtype):
     assert (plain.cpu().gather(1, target.clamp(min=0)[:, None]) == 0).all()
 
 
-def test_label_survives_masses_that_underflow(backend, device):
-    """alpha = 150, the target alone at rank 1: float32 masses of the others, 2^-150 and less, are all 0."""
+@pytest.mark.parametrize("alpha", [150.0, 2000.0])
+def test_label_survives_masses_that_underflow(backend, device, alpha):
+    """The target alone at rank 1: the masses of the others, 2^-alpha and less, are 0 in float32, or float64."""
     target = torch.tensor([0], device=device)
     votes = torch.tensor([[0, 0, 0, 1, 1, 2]], dtype=torch.int32, device=device)
-    label = zls.zipf_label(target, votes, 5, alpha=150.0, backend=backend)
-    exact = [0, 1, (2 / 3) ** 150, 0.5**150, 0.5**150]
+    label = zls.zipf_label(target, votes, 5, alpha=alpha, backend=backend)
+    exact = [0, 1, (2 / 3) ** alpha, 0.5**alpha, 0.5**alpha]
     np.testing.assert_allclose(label[0].cpu().numpy(), np.array(exact) / sum(exact), rtol=2e-5, atol=1e-37)
 
 
