@@ -67,7 +67,7 @@ def test_label_dtypes_strides_and_ignored(backend, device, int_dtype):
 
 @pytest.mark.parametrize("alpha", [150.0, 2000.0])
 def test_label_survives_masses_that_underflow(backend, device, alpha):
-    """The target alone at rank 1: the masses of the others, 2^-alpha and less, are 0 in float32, or float64."""
+    """The target alone at rank 1: the others, of mass 2^-alpha and less, have 0 in float32, or in float64."""
     target = torch.tensor([0], device=device)
     votes = torch.tensor([[0, 0, 0, 1, 1, 2]], dtype=torch.int32, device=device)
     label = zls.zipf_label(target, votes, 5, alpha=alpha, backend=backend)
