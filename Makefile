@@ -1,5 +1,5 @@
 # make demo   train on real images with three losses and draw what happened
-# make test   prove the package right, in ten minutes on two cores (sets up everything it needs, as every target does)
+# make test   prove the package right (sets up everything it needs, as every target does)
 # make test-all   that, and what takes longer: all cases of the interpreted kernels, builds of every kind, type checks
 
 PYTHON ?= python3

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import nvcc_report  # noqa: E402
 
+DEAR = ("loss", "soft_loss", "vote_sm80")  # to compile
+
 
 @pytest.mark.skipif(nvcc_report.nvcc() is None, reason="no nvcc to compile the CUDA sources with")
 @pytest.mark.skipif(
@@ -29,10 +31,7 @@ import nvcc_report  # noqa: E402
 )
 @pytest.mark.parametrize(
     "source",
-    [
-        pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in ("loss", "vote_sm80") else [])
-        for p in nvcc_report.sources()
-    ],
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in DEAR)) for p in nvcc_report.sources()],
 )
 def test_source_compiles_without_spills_and_with_16_byte_accesses(tmp_path, source, arch):
     cubin, error = nvcc_report.compile_one(source, arch, tmp_path)
