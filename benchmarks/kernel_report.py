@@ -574,7 +574,7 @@ def print_model(rows: list[Row]) -> None:
     for N, C, dtype, P in LOSS_SHAPES:
         itemsize, row = dtype.itemsize, compiled.get(loss_case(N, C, dtype, P).name)
         if loss_file.is_long(C, itemsize, loss_file.LONGEST_ROW):
-            R, warps = 1, loss_file.long_tile(C, itemsize)[1]
+            R, warps = 1, loss_file.long_tile(C, itemsize, 1)[1]
         else:
             R, warps = loss_file.row_tile(N, C, label_file.vote_tile(P)[0])[1:]
         fit = resident(row) if row else None

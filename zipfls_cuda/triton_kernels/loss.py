@@ -56,6 +56,7 @@ LONGEST_ROW = 4096  # classes a program keeps in registers (float64: half): 16 f
 PROGRAMS = loss_mean.MOST_PROGRAMS  # more rows than that are walked through
 # Up to so many classes -> (elements a step, warps) of a long row. A multiprocessor holds seven programs or
 # more of 4 warps, and its L1 most of their rows up to 30 KB; longer rows come again from L2, two at a time.
+# Beside a mass for every class the longer step spilled on sm_100 (make kernel-report).
 LONG_TILES = ((32768, (2048, 4)), (float("inf"), (4096, 8)))
 
 # Power-of-two row length -> (rows per program, warps).
@@ -74,9 +75,9 @@ FEW_ROWS = 4096  # below, latency counts: a row per program, and more warps for 
 FEW_ROW_TILES = {16: (1, 2), 32: (1, 2), 64: (1, 2), 128: (1, 4), 256: (1, 4), 512: (1, 4), 1024: (1, 4)}
 
 
-def long_tile(C: int, itemsize: int) -> tuple[int, int]:
-    """(elements a step, warps) for a row read twice."""
-    return next(tile for most, tile in LONG_TILES if most >= C or itemsize == 8)
+def long_tile(C: int, itemsize: int, label: int) -> tuple[int, int]:
+    """(elements a step, warps) for a row read twice; ``label``: 2 beside a mass for every class."""
+    return next(tile for most, tile in LONG_TILES if most >= C or itemsize == 8 or label == 2)
 
 
 def is_long(C: int, itemsize: int, longest: int) -> bool:
@@ -212,7 +213,8 @@ def _plan(
     N = logits.shape[0]
     label = log_mass.dim() if zipf_weight != 0 else 0
     P = 0 if votes is None else votes.shape[1]
-    rows = cut_rows(logits, P, label, LONGEST_ROW, long_tile(logits.shape[1], logits.element_size()))
+    tile = long_tile(logits.shape[1], logits.element_size(), label)
+    rows = cut_rows(logits, P, label, LONGEST_ROW, tile)
     scaled = reduction == "mean" and gradient != NO_GRADIENT and logits.dtype == torch.float16
     totals = 0 if reduction != "mean" else 1 if N <= loss_mean.SCAN_ROWS else 2
     constants = (
