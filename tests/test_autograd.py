@@ -33,9 +33,10 @@ def test_gradcheck(backend, device, reduction, options):
     if "weight" in options:
         options = {"weight": torch.rand(7, device=device)}
     f = loss_of(case, backend, reduction=reduction, **options)
-    assert torch.autograd.gradcheck(f, (case.leaf(),))
+    fast = backend == "triton"  # interpreted: one random projection of the Jacobian, not all of its entries
+    assert torch.autograd.gradcheck(f, (case.leaf(),), fast_mode=fast)
     by_logits = lambda x: zls.zipf_loss(x, case.target, reduction=reduction, backend=backend)  # noqa: E731
-    assert torch.autograd.gradcheck(by_logits, (case.leaf(),))
+    assert torch.autograd.gradcheck(by_logits, (case.leaf(),), fast_mode=fast)
 
 
 def test_gradient_of_the_differentiable_reference(backend, device):

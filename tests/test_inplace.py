@@ -49,7 +49,11 @@ def check_equal(case, upstream=None, function=zls.zipf_cross_entropy, **options)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_equals_out_of_place(backend, device, reduction, dtype):
-    for C, kind in itertools.product((2, 7, 12, 53, 300), ("peaked", "distinct", "none")):
+    if backend == "triton" and ops.triton_interpreted():
+        cases = ((7, "peaked"), (12, "none"), (300, "distinct"))
+    else:
+        cases = itertools.product((2, 7, 12, 53, 300), ("peaked", "distinct", "none"))
+    for C, kind in cases:
         case = make(6, C, 20, dtype, device, kind=kind)
         upstream = torch.rand(6 if reduction == "none" else (), device=device)
         check_equal(case, reduction=reduction, backend=backend)

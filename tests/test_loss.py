@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from cases import DTYPES, KINDS, error, make, rms
 
 import zipfls_cuda as zls
+from zipfls_cuda import ops
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -472,8 +473,9 @@ class Jagged(zls.Distribution):
 
 def test_a_row_does_not_depend_on_those_before_it(backend, device):
     """The same rows in another order: bitwise the same losses and gradients."""
-    case = make(256, 40, 30, device=device)
-    order = torch.randperm(256, device=device)
+    N = 64 if backend == "triton" and ops.triton_interpreted() else 256
+    case = make(N, 40, 30, device=device)
+    order = torch.randperm(N, device=device)
     law = Jagged()
     one = run(case.logits, case.target, case.votes, backend=backend, distribution=law, reduction="none")
     shuffled = (x[order] for x in (case.logits, case.target, case.votes))

@@ -518,7 +518,8 @@ def test_soft_gradcheck(backend, device, reduction):
         def f(x, t=t, options=options):
             return zls.zipf_cross_entropy(x, t, case.votes, backend=backend, reduction=reduction, **options)
 
-        assert torch.autograd.gradcheck(f, (case.leaf(),))
+        # Interpreted, one random projection of the Jacobian in place of all of its entries.
+        assert torch.autograd.gradcheck(f, (case.leaf(),), fast_mode=backend == "triton")
 
 
 def test_soft_autograd(backend, device):
