@@ -1,8 +1,7 @@
 """What nvcc makes of csrc/cuda: registers, spills, shared memory, 16-byte accesses, tensor-core instructions.
 
-``compile_all`` compiles every csrc/cuda/*.cu for a list of architectures, ``rows`` takes the results apart,
-one row a kernel and architecture. No GPU and no torch; nvcc, and the disassemblers that come with it or with
-Triton.
+One row a kernel and architecture. Needs nvcc and the disassemblers of its toolkit, or of Triton's package;
+neither a GPU nor torch.
 
     python benchmarks/nvcc_report.py [--arch 80 90a 100] [--jobs 2] [--only loss]
 """
@@ -24,9 +23,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
+PRODUCTS = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "DMMA")
+OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Row:
     """One kernel for one architecture."""
 
@@ -41,18 +42,15 @@ class Row:
     read_only: int  # loads past coherence (ld.global.nc): wrong where a kernel may write what it reads
     wide_stores: int  # STG of 16 bytes
     stores: int
-    bulk: int  # bulk tensor copies
+    tma: int  # bulk tensor copies
     tensor: str  # tensor-core instruction
     instructions: int
 
     @property
     def faults(self) -> list[str]:
         """What fails a report."""
-        return (
-            [f"{self.spills} spill instructions, {self.stack} bytes of stack"]
-            if self.spills or self.stack
-            else []
-        )
+        spilled = self.spills or self.stack
+        return [f"{self.spills} spill instructions, {self.stack} bytes of stack"] if spilled else []
 
 
 def nvcc() -> str | None:
@@ -77,28 +75,10 @@ def sources() -> list[Path]:
 def compile_one(source: Path, arch: str, folder: Path) -> tuple[Path, str]:
     """(cubin, what nvcc said); the text is empty if it compiled without a warning."""
     cubin = folder / f"{source.stem}.sm_{arch}.cubin"
-    command = [
-        nvcc(),
-        *FLAGS,
-        "-gencode",
-        f"arch=compute_{arch},code=sm_{arch}",
-        "-cubin",
-        "-o",
-        cubin,
-        source,
-    ]
+    target = f"arch=compute_{arch},code=sm_{arch}"
+    command = [nvcc(), *FLAGS, "-gencode", target, "-cubin", "-o", cubin, source]
     done = subprocess.run(command, capture_output=True, text=True)
     return cubin, (done.stdout + done.stderr).strip() if done.returncode else ""
-
-
-def compile_all(
-    folder: Path, architectures: tuple[str, ...] = ARCHITECTURES, jobs: int = 2, only: str = ""
-) -> dict[tuple[str, str], tuple[Path, str]]:
-    """(source's stem, architecture) -> (cubin, error)."""
-    pairs = [(s, a) for s, a in itertools.product(sources(), architectures) if only in s.stem]
-    with ThreadPoolExecutor(jobs) as pool:
-        done = pool.map(lambda pair: compile_one(*pair, folder), pairs)
-        return {(s.stem, a): result for (s, a), result in zip(pairs, done, strict=True)}
 
 
 def run(*command: str) -> str:
@@ -114,87 +94,70 @@ def readable(name: str) -> str:
 def rows(cubin: Path, arch: str) -> list[Row]:
     """A row for each kernel of a cubin."""
     cuobjdump, filt = tool("cuobjdump"), tool("cu++filt") or shutil.which("c++filt")
-    usage = re.findall(
-        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)",
-        run(cuobjdump, "--dump-resource-usage", str(cubin)),
-    )
+    usage = run(cuobjdump, "--dump-resource-usage", str(cubin))
     parts = re.split(r"Function : (\S+)", run(cuobjdump, "-sass", str(cubin)))
-    code = dict(zip(parts[1::2], parts[2::2], strict=True))
-    found = []
-    for name, registers, stack, shared in usage:
-        opcodes = re.findall(
-            r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code[name], re.MULTILINE
+    opcodes = {name: OPCODE.findall(code) for name, code in zip(parts[1::2], parts[2::2], strict=True)}
+
+    def row(name: str, registers: str, stack: str, shared: str) -> Row:
+        def count(pattern: str) -> int:
+            return sum(bool(re.match(pattern, opcode)) for opcode in opcodes[name])
+
+        return Row(
+            kernel=readable(run(filt, name).strip()) if filt else name,
+            arch=arch,
+            registers=int(registers),
+            stack=int(stack),
+            spills=count(r"(LDL|STL)\b"),
+            shared=int(shared),
+            wide_loads=count(r"(LDG|LDGSTS)\..*\b128\b"),
+            loads=count(r"(LDG|LDGSTS)\b"),
+            read_only=count(r"LDG\..*\bCONSTANT\b"),
+            wide_stores=count(r"STG\..*\b128\b"),
+            stores=count(r"STG\b"),
+            tma=count(r"(UTMALDG|UTMASTG)\b"),
+            tensor=next((p for p in PRODUCTS if count(rf"{p}\b")), ""),
+            instructions=len(opcodes[name]),
         )
 
-        def count(pattern: str, opcodes: list[str] = opcodes) -> int:
-            return sum(bool(re.match(pattern, opcode)) for opcode in opcodes)
-
-        products = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "DMMA")
-        found.append(
-            Row(
-                kernel=readable(run(filt, name).strip()) if filt else name,
-                arch=arch,
-                registers=int(registers),
-                stack=int(stack),
-                spills=count(r"(LDL|STL)\b"),
-                shared=int(shared),
-                wide_loads=count(r"(LDG|LDGSTS)\..*\b128\b"),
-                loads=count(r"(LDG|LDGSTS)\b"),
-                read_only=count(r"LDG\..*\bCONSTANT\b"),
-                wide_stores=count(r"STG\..*\b128\b"),
-                stores=count(r"STG\b"),
-                bulk=count(r"(UTMALDG|UTMASTG)\b"),
-                tensor=next((p for p in products if count(rf"{p}\b")), ""),
-                instructions=len(opcodes),
-            )
-        )
-    return sorted(found, key=lambda row: row.kernel)
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    return sorted((row(*numbers) for numbers in found), key=lambda row: row.kernel)
 
 
-def report(
-    architectures: tuple[str, ...] = ARCHITECTURES, jobs: int = 2, only: str = ""
-) -> tuple[list[Row], list[str]]:
-    """All rows, and what is wrong: compiler's complaints, spills."""
+def report(architectures: list[str], jobs: int, only: str) -> tuple[list[Row], list[str]]:
+    """All rows, and what is wrong: what the compiler refuses, what spills."""
     found, wrong = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for (stem, arch), (cubin, error) in compile_all(Path(folder), architectures, jobs, only).items():
-            if error:
-                wrong.append(f"{stem}.cu for sm_{arch}: {error}")
-                continue
-            for row in rows(cubin, arch):
-                found.append(row)
-                wrong += [f"{row.kernel} for sm_{arch}: {fault}" for fault in row.faults]
+    pairs = [(s, a) for s, a in itertools.product(sources(), architectures) if only in s.stem]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        results = pool.map(lambda pair: compile_one(*pair, Path(folder)), pairs)
+        for (source, arch), (cubin, error) in zip(pairs, results, strict=True):
+            found += [] if error else rows(cubin, arch)
+            wrong += [f"{source.name} for sm_{arch}: {error}"] if error else []
+    wrong += [f"{row.kernel} for sm_{row.arch}: {fault}" for row in found for fault in row.faults]
     return found, wrong
 
 
-def table(found: list[Row]) -> str:
-    """The rows as text."""
-    lines = [
-        f"{'kernel':58} {'sm':>5} {'reg':>4} {'stack':>5} {'spill':>5} {'LDG.128':>8} {'STG.128':>8} tensor"
-    ]
-    for row in found:
-        loads, stores = f"{row.wide_loads}/{row.loads}", f"{row.wide_stores}/{row.stores}"
-        lines.append(
-            f"{row.kernel[:58]:58} {row.arch:>5} {row.registers:4} {row.stack:5} {row.spills:5} "
-            f"{loads:>8} {stores:>8} {row.tensor}"
-        )
-    return "\n".join(lines)
+HEAD = f"{'kernel':58} {'sm':>5} {'reg':>4} {'stack':>5} {'spill':>5} {'LDG.128':>8} {'STG.128':>8} tensor"
+
+
+def line(row: Row) -> str:
+    loads, stores = f"{row.wide_loads}/{row.loads}", f"{row.wide_stores}/{row.stores}"
+    return (
+        f"{row.kernel[:58]:58} {row.arch:>5} {row.registers:4} {row.stack:5} {row.spills:5} "
+        f"{loads:>8} {stores:>8} {row.tensor}"
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="sources whose name contains this")
-    args = parser.parse_args()
+    options = parser.parse_args()
     if nvcc() is None or tool("cuobjdump") is None:
         print("nvcc_report needs nvcc and cuobjdump")
         return 2
-    found, wrong = report(tuple(args.arch), args.jobs, args.only)
-    print(table(found))
-    print("\n".join(wrong))
+    found, wrong = report(options.arch, options.jobs, options.only)
+    print("\n".join([HEAD, *map(line, found), *wrong]))
     return 1 if wrong else 0
 
 

@@ -5,7 +5,6 @@ Compiling needs Triton without its interpreter, so the report runs in processes 
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import subprocess
@@ -155,32 +154,6 @@ def test_report_reaches_every_configuration(monkeypatch):
     launching.plans.clear()
 
 
-def test_specialization_is_judged_by_the_rows_multiplied():
-    dots = [f"%{i} = ttng.warp_group_dot %a, %b, %c : !x * !y -> tensor<64x256xf32, #mma>" for i in range(2)]
-    group = "ttg.warp_specialize(%0)\n"
-    assert kernel_report.judged("\n".join(dots), 128) == "ignored"
-    assert kernel_report.judged(group + "\n".join(dots), 128) == ""
-    assert "128 rows" in kernel_report.judged(group + "\n".join(dots), 64)
-    for box in ("128x64xbf16, #s>", "tensor<128x64xbf16, #s>>"):  # of Triton 3.9, and of 3.6
-        copy = (
-            f"ttng.async_tma_copy_global_to_local %f : !tt.tensordesc<{box}, !b -> !ttg.memdesc<64x64xbf16>\n"
-        )
-        assert "into a buffer of 64" in kernel_report.judged(group + copy + "\n".join(dots), 128)
-
-
-@compiles
-def test_specialization_on_hopper_is_no_good_yet():
-    """When this fails, a new Triton does what was asked for: see WARP_GROUPS, and vote.TUNING."""
-    program = (
-        f"import sys; sys.path[:0] = {[str(ROOT / 'benchmarks'), str(ROOT)]}; import kernel_report as k; "
-        "print([k.specialization(config) for config in k.WARP_GROUPS])"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "" not in ast.literal_eval(done.stdout), done.stdout
-
-
 @compiles
 def test_gradient_may_lie_over_the_logits():
     """All reads of a row, then a barrier, then each logit read again only to be written, then the patches.
@@ -203,12 +176,3 @@ def test_gradient_may_lie_over_the_logits():
     assert len(lines) == len(names)
     for line in lines:
         assert re.fullmatch(r"\w+_kernel L+B(L?S)+BSB", line), line
-
-
-def test_model_knows_waves_and_tails():
-    whole = kernel_report.vote_model(256 * 49, 2048, 1000, 128, 256, 132)
-    assert whole["tiles"] == 392
-    assert 2.9 < whole["waves"] < 3.0
-    assert 60e-6 < whole["ideal"] < 70e-6
-    half = kernel_report.vote_model(128 * 49, 2048, 1000, 128, 256, 132)
-    assert half["tail"] > 0.3 * half["ideal"]  # one and a half waves take two
