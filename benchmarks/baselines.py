@@ -7,12 +7,14 @@ packages are used through their public functions, where they are installed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import clock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,12 +42,12 @@ CUT = "cut-cross-entropy"
 
 
 def ours(backend: str) -> str:
-    """The name of one of our backends among the contestants."""
+    """The name of one of our backends among those compared."""
     return f"zipfls_cuda, {backend}"
 
 
 def kernels(names: Iterable[str]) -> list[str]:
-    """Our backends among contestants, plain PyTorch left out where there is another."""
+    """Our backends among those compared, plain PyTorch left out where there is another."""
     found = [name for name in names if name.startswith("zipfls_cuda")]
     return [name for name in found if name != ours("reference")] or found
 
@@ -78,12 +80,8 @@ class Loss:
 # Losses --------------------------------------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, target: Tensor, votes: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target)
-
-
-def label_smoothing(logits: Tensor, target: Tensor, votes: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target, label_smoothing=0.1)
+def cross_entropy(logits: Tensor, target: Tensor, votes: Tensor, smoothing: float = 0.0) -> Tensor:
+    return F.cross_entropy(logits, target, label_smoothing=smoothing)
 
 
 def plain_zipf(
@@ -139,7 +137,7 @@ def losses(device: str, tiny: bool = False) -> dict[str, Loss]:
     found = {ours(b): Loss(fused(b), whole=True) for b in our_backends(device)}
     found[CROSS_ENTROPY] = Loss(cross_entropy)
     found[COMPILED_CROSS_ENTROPY] = Loss(compiled(cross_entropy, tiny))
-    found[SMOOTHING] = Loss(label_smoothing)
+    found[SMOOTHING] = Loss(functools.partial(cross_entropy, smoothing=0.1))
     found[REFERENCE] = Loss(plain_zipf, whole=True)
     found[COMPILED_REFERENCE] = Loss(compiled(plain_zipf, tiny), whole=True)
     if installed("scipy"):
@@ -150,36 +148,41 @@ def losses(device: str, tiny: bool = False) -> dict[str, Loss]:
 
 
 @functools.cache
-def _packages() -> tuple[dict[str, Loss], dict[str, str]]:
-    """Cross-entropies of other packages, and why some are missing."""
-    found, missing = {}, {}
-    try:
+def _packages() -> tuple[dict[str, Loss], dict[str, Callable], dict[str, str]]:
+    """Losses and heads of other packages, and why some are missing."""
+    found, heads, missing = {}, {}, {}
+
+    @contextlib.contextmanager
+    def using(name: str, package: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"[:160]
+            missing[name] = reason if installed(package) else "not installed"
+
+    with using(LIGER, "liger_kernel"):
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
         liger = LigerCrossEntropyLoss()
         found[LIGER] = Loss(lambda logits, target, votes: liger(logits, target), in_place=True, sync=True)
-    except Exception as error:
-        missing[LIGER] = _why("liger_kernel", error)
-    try:
+    with using(QUACK, "quack"):
         from quack import cross_entropy as quack
 
-        module = importlib.import_module("quack.cross_entropy")
+        forward = importlib.import_module("quack.cross_entropy").cross_entropy_fwd
         found[QUACK] = Loss(lambda logits, target, votes: quack(logits, target).mean())
-        forward = module.cross_entropy_fwd
         if "return_dx" in inspect.signature(forward).parameters:
             found[QUACK_IN_FORWARD] = Loss(
                 lambda logits, target, votes: forward(logits.detach(), target, return_dx=True), backward=False
             )
         else:
             missing[QUACK_IN_FORWARD] = "this QuACK has no gradient in forward"
-    except Exception as error:
-        missing[QUACK] = _why("quack", error)
-    return found, missing
+    with using(CUT, "cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
 
-
-def _why(package: str, error: Exception) -> str:
-    """Why a package could not be used."""
-    return f"{type(error).__name__}: {error}"[:160] if installed(package) else "not installed"
+        heads[CUT] = lambda features, weight, target: linear_cross_entropy(
+            features.mean((2, 3)), weight, target
+        )
+    return found, heads, missing
 
 
 def absent(device: str) -> dict[str, str]:
@@ -188,7 +191,7 @@ def absent(device: str) -> dict[str, str]:
     if not hasattr(F, "linear_cross_entropy"):
         missing[LINEAR_CROSS_ENTROPY] = "not in this PyTorch"
     if device == "cuda":
-        missing |= _packages()[1] | _cut_cross_entropy()[1]
+        missing |= _packages()[2]
     return missing
 
 
@@ -219,7 +222,6 @@ def matmul_argmax(features: Tensor, weight: Tensor, upsample: int = 1) -> Tensor
     if upsample == 2:
         scores = scores.view(N, *features.shape[2:], -1).permute(0, 3, 1, 2)
         scores = F.interpolate(scores, scale_factor=2, mode="bilinear", align_corners=False)
-        return scores.argmax(1).view(N, -1)
     return scores.argmax(1).view(N, -1)
 
 
@@ -240,37 +242,54 @@ def votes(
 # The whole head: pooled features to loss and to the gradients of features and weight ---------------------
 
 
-def head_fused(backend: str) -> Callable:
-    """Votes, logits and the whole loss from the feature map."""
-    return lambda features, weight, target: zls.zipf_head_loss(
-        features, weight, None, target, zipf_weight=1.0, backend=backend
-    )
-
-
 def head_cross_entropy(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(features.mean((2, 3)), weight), target)
 
 
 def heads(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """All heads, (features (N, D, H, W), weight, target) -> mean loss; only ours have the Zipf term."""
-    found: dict[str, Callable] = {ours(b): head_fused(b) for b in our_backends(device)}
+    found: dict[str, Callable] = {
+        ours(b): lambda features, weight, target, backend=b: zls.zipf_head_loss(
+            features, weight, None, target, zipf_weight=1.0, backend=backend
+        )
+        for b in our_backends(device)
+    }
     found[LINEAR_THEN_CROSS_ENTROPY] = head_cross_entropy
     if hasattr(F, "linear_cross_entropy"):
         found[LINEAR_CROSS_ENTROPY] = lambda features, weight, target: F.linear_cross_entropy(
             features.mean((2, 3)), weight, target
         )
     if device == "cuda":
-        found |= _cut_cross_entropy()[0]
+        found |= _packages()[1]
     return found
 
 
-@functools.cache
-def _cut_cross_entropy() -> tuple[dict[str, Callable], dict[str, str]]:
-    """The head of cut-cross-entropy, or why it is missing."""
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except Exception as error:
-        return {}, {CUT: _why("cut_cross_entropy", error)}
-    return {
-        CUT: lambda features, weight, target: linear_cross_entropy(features.mean((2, 3)), weight, target)
-    }, {}
+# Inputs --------------------------------------------------------------------------------------------
+
+
+def seeded(seed: int) -> dict:
+    """Options of torch.randn and the like: drawn on the device that benchmarks run on."""
+    device = clock.device()
+    return {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+
+
+def loss_inputs(N: int, C: int, P: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (N, C) that want a gradient, target (N,) int64, votes (N, P) int32 that favour a few classes."""
+    drawn = seeded(seed)
+    logits = torch.randn(N, C, **drawn).mul_(2).to(dtype).requires_grad_()
+    target = torch.randint(C, (N,), **drawn)
+    spread = (torch.rand(N, P, **drawn).pow_(4) * C).long()
+    return logits, target, ((target[:, None] + spread) % C).to(torch.int32)
+
+
+def vote_inputs(
+    N: int, H: int, W: int, D: int, C: int, dtype: torch.dtype, layout: str, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D, H, W), channels_last or NCHW, or (N, H*W, D), tokens; weight (C, D)."""
+    drawn = seeded(seed)
+    features = torch.randn(N, H * W, D, **drawn).to(dtype)
+    weight = (torch.randn(C, D, **drawn) / D**0.5).to(dtype)
+    if layout != "tokens":
+        features = features.view(N, H, W, D).permute(0, 3, 1, 2)
+        features = features.contiguous() if layout == "NCHW" else features
+    return features, weight

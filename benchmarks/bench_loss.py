@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import baselines
-import harness
+import clock
 import pytest
 import torch
-from harness import TINY, Entry
+from clock import TINY, Entry
+from records import Records, Where
 
-ON_GPU = harness.device().type == "cuda"
-LOSSES = baselines.losses(harness.device().type, TINY)
+ON_GPU = clock.device().type == "cuda"
+LOSSES = baselines.losses(clock.device().type, TINY)
 OURS = [name for name in LOSSES if name.startswith("zipfls_cuda")]
 KERNELS = baselines.kernels(LOSSES)
 BRIEF = [*OURS[:2], baselines.CROSS_ENTROPY]  # for sweeps
@@ -37,13 +39,9 @@ class Case:
     sweep: str = ""  # the name of the sweep it belongs to
     clock: str = ""  # "host" for host time on a GPU
 
-    def __str__(self) -> str:
-        parts = [f"{self.N}x{self.C} P{self.P}", self.dtype, self.mode, self.sweep, self.clock]
-        return " ".join(part for part in parts if part)
-
     @property
     def names(self) -> list[str]:
-        """Contestants: all at the main shapes, few elsewhere."""
+        """What is compared: all at the main shapes, few elsewhere."""
         if self.sweep in ("C", "N", "P"):
             return BRIEF
         if self.sweep == "compiled":
@@ -59,13 +57,27 @@ class Case:
         return [*[n for n in names if small or n != baselines.PUBLISHED], baselines.COPY]
 
     @property
-    def timer(self) -> harness.HostClock | harness.DeviceClock:
-        return harness.DeviceClock() if ON_GPU and self.clock != "host" else harness.HostClock()
+    def timer(self) -> clock.HostClock | clock.DeviceClock:
+        return clock.HostClock() if self.clock == "host" else clock.best_clock()
 
     @property
-    def where(self) -> harness.Where:
+    def where(self) -> Where:
         described = {k: v for k, v in asdict(self).items() if k not in ("mode", "clock")}
-        return harness.Where("loss", described, self.mode, self.timer.name)
+        return Where("loss", described, self.mode, self.timer.name)
+
+    def run(self, records: Records) -> clock.Comparison:
+        torch.compiler.reset()  # past a few shapes torch.compile would silently stop compiling
+        main = self.mode == "both" and not self.sweep and not self.clock
+        passes = 2 if self.mode in ("both", "forward") else 1
+        return records.compare(
+            self.where,
+            entries(self),
+            self.timer,
+            passes * getattr(torch, self.dtype).itemsize * self.N * self.C,
+            ours=OURS,
+            seconds=2.5 if main else 0.8,
+            memory=main or self.sweep == "compiled",
+        )
 
 
 def cpu_cases() -> list[Case]:
@@ -107,92 +119,58 @@ def gpu_cases() -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    main = [
-        Case(4, 10),
-        Case(4, 10, dtype="bfloat16"),
-        Case(4, 10, mode="backward"),
-        Case(4, 10, mode="infer"),
-    ]
-    return [
-        *main,
-        Case(4, 10, sweep="compiled"),
-        Case(4, 20, sweep="C"),
-        Case(4, 8, 4, sweep="host"),
-        Case(4, 10, clock="host"),
-    ]
+    varied = ({}, {"dtype": "bfloat16"}, {"mode": "backward"}, {"mode": "infer"}, {"sweep": "compiled"})
+    cases = [Case(4, 10, **options) for options in varied]
+    return [*cases, Case(4, 20, sweep="C"), Case(4, 8, 4, sweep="host"), Case(4, 10, clock="host")]
 
 
 CASES = tiny_cases() if TINY else gpu_cases() if ON_GPU else cpu_cases()
 
 
 def entries(case: Case) -> list[Entry]:
-    """The contestants of a case, over as many copies of its inputs as the caches ask for."""
+    """What a case compares, over as many copies of its inputs as the caches ask for."""
     dtype = getattr(torch, case.dtype)
-    size = 2 * case.N * case.C * dtype.itemsize
-    seeds = range(harness.copies(size))
-    inputs = [harness.loss_inputs(case.N, case.C, case.P, dtype, seed) for seed in seeds]
+    seeds = range(clock.copies(2 * case.N * case.C * dtype.itemsize))
+    inputs = [baselines.loss_inputs(case.N, case.C, case.P, dtype, seed) for seed in seeds]
     made = []
     for name in case.names:
         if name == baselines.COPY:
-            out = [torch.empty_like(z, requires_grad=False) for z, _, _ in inputs]
-            calls = [functools.partial(o.copy_, z.detach()) for o, (z, _, _) in zip(out, inputs)]
-            made.append(Entry(name, calls))
+            logits = [z.detach() for z, *_ in inputs]
+            made.append(Entry(name, [functools.partial(torch.empty_like(z).copy_, z) for z in logits]))
             continue
-        loss = LOSSES[name]
-        own = (
-            [(z.detach().clone().requires_grad_(), *rest) for z, *rest in inputs] if loss.in_place else inputs
-        )
-        made.append(entry(name, loss, case.mode, own))
+        own = inputs
+        if LOSSES[name].in_place:
+            own = [(z.detach().clone().requires_grad_(), *rest) for z, *rest in inputs]
+        made.append(entry(name, LOSSES[name], case.mode, own))
     return made
 
 
 def entry(name: str, loss: baselines.Loss, mode: str, inputs: list[tuple]) -> Entry:
-    """One contestant in one mode."""
-
-    def hand_over(x: tuple, out: torch.Tensor) -> None:
-        x[0].grad = None  # of another call on the same logits that was prepared together with this one
-        out.backward()
-
-    def both(x: tuple) -> None:
-        x[0].grad = None
-        out = loss.call(*x)
-        if loss.backward:
-            out.backward()
+    """One implementation in one mode."""
 
     def forward(x: tuple) -> torch.Tensor:
         x[0].grad = None
         return loss.call(*x)
 
-    def infer(x: tuple) -> torch.Tensor:
-        with torch.no_grad():
-            return loss.call(*x)
+    def both(x: tuple) -> None:
+        out = forward(x)
+        if loss.backward:
+            out.backward()
+
+    def backward(x: tuple, out: torch.Tensor) -> None:
+        x[0].grad = None  # of another call on the same logits that was prepared together with this one
+        out.backward()
 
     def clear() -> None:
         for x in inputs:
             x[0].grad = None
 
-    if mode == "backward":
-        prepare = [functools.partial(forward, x) for x in inputs]
-        calls = [functools.partial(hand_over, x) for x in inputs]
-        return Entry(name, calls, prepare, waits=loss.sync, clear=clear)
-    call = {"both": both, "forward": forward, "infer": infer}[mode]
-    return Entry(name, [functools.partial(call, x) for x in inputs], waits=loss.sync, clear=clear)
+    def of_each(function: Callable) -> list[Callable]:
+        return [functools.partial(function, x) for x in inputs]
 
-
-def run(case: Case, book: harness.Book) -> harness.Result:
-    torch.compiler.reset()  # past a few shapes torch.compile would silently stop compiling
-    main = case.mode == "both" and not case.sweep and not case.clock
-    size = getattr(torch, case.dtype).itemsize * case.N * case.C
-    passes = {"both": 2, "forward": 2, "infer": 1, "backward": 1}[case.mode]
-    return book.race(
-        case.where,
-        entries(case),
-        case.timer,
-        passes * size,
-        ours=OURS,
-        seconds=2.5 if main else 0.8,
-        memory=main or case.sweep == "compiled",
-    )
+    modes = {"both": both, "forward": forward, "backward": backward, "infer": torch.no_grad()(forward)}
+    prepare = of_each(forward) if mode == "backward" else None
+    return Entry(name, of_each(modes[mode]), prepare, waits=loss.sync, clear=clear)
 
 
 # Launches and synchronisations ---------------------------------------------------------------------------
@@ -207,10 +185,10 @@ def count(loss: baselines.Loss, inputs: tuple) -> dict[str, int]:
     one = torch.ones((), device=inputs[0].device)  # else autograd launches a kernel to make it
 
     def launched(call: functools.partial) -> tuple[int, torch.Tensor | None]:
-        harness.synchronize()
+        clock.synchronize()
         with profile(activities=activities) as seen:
             result = call()
-            harness.synchronize()
+            clock.synchronize()
         return sum(e.device_type == DeviceType.CUDA for e in seen.events()), result
 
     for _ in range(3):  # whatever is made once is made here
@@ -237,14 +215,11 @@ COUNTED = [(4, 10)] if TINY else [(256, 1000), (1024, 1000), (128, 100)] if ON_G
 
 
 @pytest.mark.parametrize("N,C", COUNTED)
-@pytest.mark.parametrize("name", [name for name in OURS if ON_GPU or TINY])
+@pytest.mark.parametrize("name", OURS if COUNTED else [])
 def bench_launches(N: int, C: int, name: str, fact) -> None:
-    where = harness.Where("launches", {"N": N, "C": C, "P": 49, "dtype": "bfloat16", "sweep": ""})
-    fact(where, name, lambda: count(LOSSES[name], harness.loss_inputs(N, C, 49, torch.bfloat16)))
+    where = Where("launches", {"N": N, "C": C, "P": 49, "dtype": "bfloat16", "sweep": ""})
+    fact(where, name, lambda: count(LOSSES[name], baselines.loss_inputs(N, C, 49, torch.bfloat16)))
 
 
-@pytest.mark.parametrize(
-    "case,name", [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in case.names]
-)
 def bench_loss(case: Case, name: str, report) -> None:
-    report(case.where, case.names, name, functools.partial(run, case))
+    report(case, name)

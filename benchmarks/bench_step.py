@@ -11,17 +11,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import baselines
-import harness
-import pytest
+import clock
 import torch
 import torch.nn.functional as F
-from harness import TINY, Entry
+from clock import TINY, Entry
+from records import Records, Where
 from torch import Tensor, nn
 
 import zipfls_cuda as zls
 
-ON_GPU = harness.device().type == "cuda"
-CLOCK = harness.DeviceClock() if ON_GPU else harness.HostClock()
+ON_GPU = clock.device().type == "cuda"
+CLOCK = clock.best_clock()
 
 
 class Bottleneck(nn.Module):
@@ -90,7 +90,7 @@ def with_published(features: Tensor, fc: nn.Linear, target: Tensor) -> Tensor:
 
 
 def criteria() -> dict[str, Callable]:
-    device = harness.device().type
+    device = clock.device().type
     found: dict[str, Callable] = {
         baselines.ours(b): functools.partial(with_zipf, backend=b) for b in baselines.our_backends(device)
     }
@@ -99,6 +99,20 @@ def criteria() -> dict[str, Callable]:
     if baselines.installed("scipy"):
         found[baselines.PUBLISHED] = with_published
     return found
+
+
+NAMES = list(criteria())
+HEADS = baselines.heads(clock.device().type)
+
+
+@functools.lru_cache(maxsize=1)
+def network(blocks: tuple[int, ...], width: int, small: bool, compiled: bool) -> nn.Module:
+    """Kept from one case to the next, so that the classes can change without compiling again."""
+    torch.manual_seed(0)
+    model = ResNet(blocks, width, small).to(clock.device(), memory_format=torch.channels_last)
+    if compiled:
+        model.forward = baselines.compiled(model.forward, TINY)
+    return model
 
 
 @dataclass(frozen=True)
@@ -114,12 +128,40 @@ class Case:
     compiled: bool = False
     what: str = ""
 
-    def __str__(self) -> str:
-        return f"{self.what} {self.N}x{self.size}x{self.size} C{self.C}{' compiled' if self.compiled else ''}"
+    names = NAMES
 
     @property
-    def where(self) -> harness.Where:
-        return harness.Where("step", asdict(self), "step", CLOCK.name)
+    def where(self) -> Where:
+        return Where("step", asdict(self), "step", CLOCK.name)
+
+    def run(self, records: Records) -> clock.Comparison:
+        device, dtype = clock.device(), getattr(torch, self.dtype)
+        torch.backends.cudnn.benchmark = True
+        model = network(self.blocks, self.width, self.size <= 64, self.compiled)
+        fc = nn.Linear(model.channels, self.C).to(device)
+        parameters = [*model.parameters(), *fc.parameters()]
+        optimizer = torch.optim.SGD(parameters, 1e-3, momentum=0.9, foreach=True)
+        drawn = baselines.seeded(0)
+        images = torch.randn(self.N, 3, self.size, self.size, **drawn)
+        images = images.contiguous(memory_format=torch.channels_last)
+        target = torch.randint(self.C, (self.N,), **drawn)
+
+        def step(criterion: Callable) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = criterion(model(images), fc, target)
+            loss.backward()
+            optimizer.step()
+
+        made = functools.partial(Entry, deep=True, clear=optimizer.zero_grad)
+        entries = [
+            made(name, [functools.partial(step, f)], waits=name == baselines.PUBLISHED)
+            for name, f in criteria().items()
+        ]
+        ours = [name for name in NAMES if name.startswith("zipfls_cuda")]
+        ours += [name for name in (baselines.PUBLISHED, baselines.SMOOTHING) if name in NAMES]
+        seconds = 30.0 if ON_GPU else 10.0
+        return records.compare(self.where, entries, CLOCK, ours=ours, seconds=seconds, memory=True)
 
 
 @dataclass(frozen=True)
@@ -132,102 +174,40 @@ class Head:
     C: int
     dtype: str
 
-    def __str__(self) -> str:
-        return f"{self.N}x{self.H}x{self.H} D{self.D} C{self.C} {self.dtype}"
+    names = tuple(HEADS)
 
     @property
-    def where(self) -> harness.Where:
-        return harness.Where("head", asdict(self), "both", CLOCK.name)
+    def where(self) -> Where:
+        return Where("head", asdict(self), "both", CLOCK.name)
+
+    def run(self, records: Records) -> clock.Comparison:
+        shape = self.N, self.H, self.H, self.D, self.C
+        made = baselines.vote_inputs(*shape, getattr(torch, self.dtype), "channels_last")
+        features, weight = (x.requires_grad_() for x in made)
+        target = torch.randint(self.C, (self.N,), **baselines.seeded(1))
+
+        def clear() -> None:
+            features.grad = weight.grad = None
+
+        def both(head: Callable) -> None:
+            clear()
+            head(features, weight, target).backward()
+
+        entries = [Entry(name, [functools.partial(both, f)], clear=clear) for name, f in HEADS.items()]
+        ours = [name for name in HEADS if name.startswith("zipfls_cuda")]
+        return records.compare(self.where, entries, CLOCK, ours=ours, seconds=2.0, memory=True)
 
 
-if TINY:
-    CASES = [Case(2, 5, 16, (1, 1), 8, "float32", what="tiny")]  # 8: MIN_WIDTH of examples/train.py
-    HEADS = [Head(2, 2, 8, 10, "float32")]
+if TINY:  # 8 channels: MIN_WIDTH of examples/train.py
+    CASES = [Case(2, 5, 16, (1, 1), 8, "float32", what="tiny"), Head(2, 2, 8, 10, "float32")]
 elif ON_GPU:
     resnet50 = functools.partial(Case, 256, size=224, blocks=(3, 4, 6, 3), width=64, dtype="bfloat16")
     CASES = [resnet50(C=C, compiled=c, what="ResNet-50") for c in (False, True) for C in (1000, 10000)]
-    HEADS = [Head(256, 7, 2048, C, "bfloat16") for C in (1000, 10000)]
+    CASES += [Head(256, 7, 2048, C, "bfloat16") for C in (1000, 10000)]
 else:
-    CASES = [Case(32, 100, 32, (1, 1, 1), 16, "float32", what="small ResNet")]
-    HEADS = [Head(64, 7, 512, 1000, "float32")]
-NAMES = list(criteria())
-HEAD_NAMES = list(baselines.heads(harness.device().type))
+    small = Case(32, 100, 32, (1, 1, 1), 16, "float32", what="small ResNet")
+    CASES = [small, Head(64, 7, 512, 1000, "float32")]
 
 
-@functools.lru_cache(maxsize=1)
-def network(blocks: tuple[int, ...], width: int, small: bool, compiled: bool) -> nn.Module:
-    """Kept from one case to the next, so that the classes can change without compiling again."""
-    torch.manual_seed(0)
-    model = ResNet(blocks, width, small).to(harness.device(), memory_format=torch.channels_last)
-    if compiled:
-        model.forward = baselines.compiled(model.forward, TINY)
-    return model
-
-
-def run(case: Case, book: harness.Book) -> harness.Result:
-    device, dtype = harness.device(), getattr(torch, case.dtype)
-    torch.backends.cudnn.benchmark = True
-    model = network(case.blocks, case.width, case.size <= 64, case.compiled)
-    fc = nn.Linear(model.channels, case.C).to(device)
-    parameters = [*model.parameters(), *fc.parameters()]
-    optimizer = torch.optim.SGD(parameters, 1e-3, momentum=0.9, foreach=True)
-    drawn = {"generator": harness.seeded(0), "device": device}
-    images = torch.randn(case.N, 3, case.size, case.size, **drawn)
-    images = images.contiguous(memory_format=torch.channels_last)
-    target = torch.randint(case.C, (case.N,), **drawn)
-
-    def step(criterion: Callable) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = criterion(model(images), fc, target)
-        loss.backward()
-        optimizer.step()
-
-    entries = [
-        Entry(
-            name,
-            [functools.partial(step, f)],
-            waits=name == baselines.PUBLISHED,
-            deep=True,
-            clear=optimizer.zero_grad,
-        )
-        for name, f in criteria().items()
-    ]
-    ours = [name for name in NAMES if name.startswith("zipfls_cuda")]
-    ours += [name for name in (baselines.PUBLISHED, baselines.SMOOTHING) if name in NAMES]
-    return book.race(case.where, entries, CLOCK, ours=ours, seconds=30.0 if ON_GPU else 10.0, memory=True)
-
-
-def run_head(case: Head, book: harness.Book) -> harness.Result:
-    dtype = getattr(torch, case.dtype)
-    features, weight = harness.vote_inputs(case.N, case.H, case.H, case.D, case.C, dtype, "channels_last")
-    features, weight = features.requires_grad_(), weight.requires_grad_()
-    target = torch.randint(case.C, (case.N,), generator=harness.seeded(1), device=features.device)
-
-    def clear() -> None:
-        features.grad = weight.grad = None
-
-    def both(head: Callable) -> None:
-        clear()
-        head(features, weight, target).backward()
-
-    entries = [
-        Entry(name, [functools.partial(both, f)], clear=clear)
-        for name, f in baselines.heads(harness.device().type).items()
-    ]
-    ours = [name for name in HEAD_NAMES if name.startswith("zipfls_cuda")]
-    return book.race(case.where, entries, CLOCK, ours=ours, seconds=2.0, memory=True)
-
-
-@pytest.mark.parametrize(
-    "case,name", [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in NAMES]
-)
-def bench_step(case: Case, name: str, report) -> None:
-    report(case.where, NAMES, name, functools.partial(run, case))
-
-
-@pytest.mark.parametrize(
-    "case,name", [pytest.param(case, name, id=f"{case}-{name}") for case in HEADS for name in HEAD_NAMES]
-)
-def bench_head(case: Head, name: str, report) -> None:
-    report(case.where, HEAD_NAMES, name, functools.partial(run_head, case))
+def bench_step(case: Case | Head, name: str, report) -> None:
+    report(case, name)

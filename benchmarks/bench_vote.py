@@ -10,13 +10,13 @@ import functools
 from dataclasses import asdict, dataclass, replace
 
 import baselines
-import harness
-import pytest
+import clock
 import torch
-from harness import TINY, Entry
+from clock import TINY, Entry
+from records import Records, Where
 
-ON_GPU = harness.device().type == "cuda"
-CLOCK = harness.DeviceClock() if ON_GPU else harness.HostClock()
+ON_GPU = clock.device().type == "cuda"
+CLOCK = clock.best_clock()
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,14 @@ class Case:
     sweep: str = ""
     what: str = ""
 
-    def __str__(self) -> str:
-        up = "up2" if self.upsample == 2 else ""
-        parts = [f"{self.N}x{self.H}x{self.W} D{self.D} C{self.C}", self.dtype, self.layout, up, self.sweep]
-        return " ".join(part for part in parts if part)
-
     @property
-    def where(self) -> harness.Where:
-        return harness.Where("vote", asdict(self), "forward", CLOCK.name)
+    def where(self) -> Where:
+        return Where("vote", asdict(self), "forward", CLOCK.name)
 
     @property
     def votes(self) -> dict:
-        """Contestants that take features and weight: fewer in sweeps."""
-        found = baselines.votes(harness.device().type, self.upsample, self.layout)
+        """What takes features and weight: fewer in sweeps."""
+        found = baselines.votes(clock.device().type, self.upsample, self.layout)
         if self.sweep:
             names = [*baselines.kernels(found), baselines.MATMUL, baselines.MATMUL_ARGMAX]
             return {name: found[name] for name in names}
@@ -56,6 +51,29 @@ class Case:
     def names(self) -> list[str]:
         alone = not self.sweep and self.upsample == 1
         return [*self.votes, *([baselines.ARGMAX] if alone else [])]
+
+    def run(self, records: Records) -> clock.Comparison:
+        dtype, P = clock.dtype_of(self.dtype), self.H * self.W
+        size = (self.N * P + self.C) * self.D * dtype.itemsize
+        shape = self.N, self.H, self.W, self.D, self.C, dtype, self.layout
+        inputs = [baselines.vote_inputs(*shape, seed) for seed in range(clock.copies(size))]
+        with torch.no_grad(), clock.precision(self.dtype):
+            entries = [
+                Entry(name, [functools.partial(f, *x) for x in inputs]) for name, f in self.votes.items()
+            ]
+            if baselines.ARGMAX in self.names:
+                calls = [functools.partial(torch.argmax, baselines.matmul_alone(*x), 1) for x in inputs]
+                entries.append(Entry(baselines.ARGMAX, calls))
+            return records.compare(
+                self.where,
+                entries,
+                CLOCK,
+                nbytes=size + 4 * self.N * P * self.upsample**2,
+                flops=2 * self.N * P * self.D * self.C,
+                ours=[name for name in self.votes if name.startswith("zipfls_cuda")],
+                seconds=0.8 if self.sweep else 1.5,
+                memory=not self.sweep,
+            )
 
 
 RESNET18, RESNET50, VIT, INAT, STAGE1, STAGE2, WIDE = (
@@ -104,47 +122,18 @@ def gpu_cases() -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    return [
-        Case(2, 2, 2, 8, 10),
-        Case(2, 2, 2, 8, 10, "bfloat16", "NCHW"),
-        Case(2, 2, 2, 8, 10, layout="tokens"),
-        Case(2, 2, 2, 8, 10, upsample=2),
-        Case(2, 2, 2, 8, 10, sweep="D"),
-    ]
+    varied = (
+        {},
+        {"dtype": "bfloat16", "layout": "NCHW"},
+        {"layout": "tokens"},
+        {"upsample": 2},
+        {"sweep": "D"},
+    )
+    return [Case(2, 2, 2, 8, 10, **options) for options in varied]
 
 
 CASES = tiny_cases() if TINY else gpu_cases() if ON_GPU else cpu_cases()
 
 
-def run(case: Case, book: harness.Book) -> harness.Result:
-    dtype = harness.dtype_of(case.dtype)
-    P = case.H * case.W
-    size = (case.N * P + case.C) * case.D * dtype.itemsize
-    inputs = [
-        harness.vote_inputs(case.N, case.H, case.W, case.D, case.C, dtype, case.layout, seed)
-        for seed in range(harness.copies(size))
-    ]
-    nbytes = size + 4 * case.N * P * case.upsample**2
-    flops = 2 * case.N * P * case.D * case.C
-    with torch.no_grad(), harness.precision(case.dtype):
-        entries = [Entry(name, [functools.partial(f, *x) for x in inputs]) for name, f in case.votes.items()]
-        if baselines.ARGMAX in case.names:
-            scores = [baselines.matmul_alone(*x) for x in inputs]
-            entries.append(Entry(baselines.ARGMAX, [functools.partial(torch.argmax, s, 1) for s in scores]))
-        return book.race(
-            case.where,
-            entries,
-            CLOCK,
-            nbytes,
-            flops,
-            ours=[name for name in case.votes if name.startswith("zipfls_cuda")],
-            seconds=0.8 if case.sweep else 1.5,
-            memory=not case.sweep,
-        )
-
-
-@pytest.mark.parametrize(
-    "case,name", [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in case.names]
-)
 def bench_vote(case: Case, name: str, report) -> None:
-    report(case.where, case.names, name, functools.partial(run, case))
+    report(case, name)

@@ -1,12 +1,13 @@
-"""pytest-benchmark around the harness: it collects, selects and prints; ``harness.race`` takes the samples.
+"""pytest-benchmark around clock.compare: it collects, selects and prints; ``compare`` takes the samples.
 
-A benchmark is one test per case and contestant. The first of a case runs its race, all contestants
-interleaved; each test then hands its own samples to pytest-benchmark through a timer that plays them back, so
-that its tables show them side by side, and the records go to benchmarks/results/<device>.json. What has a
-record of this code on this device is skipped (harness.Book: ZIPFLS_BENCH_AGAIN=all measures it again).
+A benchmark is one test per case and implementation: a file's CASES, each with ``where`` (its place in the
+records), ``names`` (what it compares) and ``run(records)``. The first test of a case takes all the samples,
+interleaved; each test then hands its own to pytest-benchmark through a timer that plays them back, and the
+records go to benchmarks/results/<device>.json. What has a record of this code on this device is skipped
+(ZIPFLS_BENCH_AGAIN=all measures it again).
 
-A contestant that ends the CUDA context is put on record, and the process starts itself anew: it goes on with
-what has no record, without that contestant.
+Where an implementation ends the CUDA context, that is put on record, and the process starts itself anew: it
+goes on with what has no record, without that implementation.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import baselines
-import harness
+import clock
 import pytest
+import records
 
 
 class Playback:
@@ -35,8 +37,14 @@ class Playback:
 
 
 PLAYBACK = Playback()
-_races: dict[str, harness.Result] = {}
+_compared: dict[str, clock.Comparison] = {}
 _lost: list[str] = []  # what ended the CUDA context
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        pairs = [(case, name) for case in metafunc.module.CASES for name in case.names]
+        metafunc.parametrize("case,name", pairs, ids=[f"{case.where}-{name}" for case, name in pairs])
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
@@ -45,49 +53,49 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 
 
 def pytest_report_header() -> str:
-    return f"zipfls_cuda benchmarks on {harness.book().environment['device']}; records: {harness.book().path}"
+    ours = records.of_this_run()
+    return f"zipfls_cuda benchmarks on {ours.environment['device']}; records: {ours.path}"
 
 
 def pytest_benchmark_generate_machine_info() -> dict:
     """What pytest-benchmark tells about the machine: what the records tell (its own way takes seconds)."""
-    return harness.book().environment
+    return records.of_this_run().environment
 
 
 def pytest_benchmark_generate_commit_info() -> dict:
-    return {"id": harness.book().environment["commit"], "dirty": harness.book().environment["dirty"]}
+    return {"id": records.of_this_run().environment["commit"]}
 
 
 def pytest_unconfigure() -> None:
     """Start anew where the CUDA context is lost; what this run measured is not measured again."""
     if _lost:
         sys.stdout.flush()
-        again = {"ZIPFLS_BENCH_AGAIN": str(harness.book().since)}
+        again = {"ZIPFLS_BENCH_AGAIN": str(records.of_this_run().since)}
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **again})
 
 
 @pytest.fixture(scope="session")
-def machine() -> None:
+def machine() -> records.Records:
     """Note which peers are absent; measure the ceilings before anything else in the same run."""
-    book = harness.book()
-    for name, reason in baselines.absent(harness.device().type).items():
-        book.fact(harness.Where("absent", {}), name, {"reason": reason})
-    clock = harness.DeviceClock() if harness.device().type == "cuda" else harness.HostClock()
-    for case, result, nbytes, flops in harness.ceilings(clock):
-        book.add("ceiling", case, "", clock.name, result, nbytes, flops)
+    ours, timer = records.of_this_run(), clock.best_clock()
+    for name, reason in baselines.absent(clock.device().type).items():
+        ours.fact(records.Where("absent", {}), name, {"reason": reason})
+    for case, *measured in clock.ceilings(timer):
+        ours.add(records.Where("ceiling", case, "", timer.name), *measured)
+    return ours
 
 
 @pytest.fixture
 def fact(benchmark, request) -> Callable:
-    """``fact(where, name, count)``: put on record what ``count()`` finds of a contestant."""
+    """``fact(where, name, count)``: put on record what ``count()`` finds of an implementation."""
 
-    def play(where: harness.Where, name: str, count: Callable[[], dict]) -> None:
+    def play(where: records.Where, name: str, count: Callable[[], dict]) -> None:
         _skip_known(where, [name], name)
-        request.getfixturevalue("machine")
-        book, result = harness.book(), harness.Result()
-        with _ending(), book.noting(where), result.trying(name):
-            book.fact(where, name, benchmark.pedantic(count))
+        ours, result = request.getfixturevalue("machine"), clock.Comparison()
+        with _ending(), ours.noting(where), result.trying(name):
+            ours.fact(where, name, benchmark.pedantic(count))
         if name in result.failed:
-            book.fail(where, name, result.failed[name])
+            ours.fail(where, name, result.failed[name])
             _refuse(name, result.failed[name])
 
     return play
@@ -95,18 +103,16 @@ def fact(benchmark, request) -> Callable:
 
 @pytest.fixture
 def report(benchmark, request) -> Callable:
-    """``report(where, names, name, run)``: one contestant of a race that ``run(book)`` holds once."""
+    """``report(case, name)``: one implementation of a comparison that is made once."""
 
-    def play(
-        where: harness.Where, names: list[str], name: str, run: Callable[[harness.Book], harness.Result]
-    ) -> None:
-        key = " ".join(str(x) for x in (where.bench, *where.case.values(), where.mode, where.clock) if x)
-        if key not in _races:
-            _skip_known(where, names, name)
-            request.getfixturevalue("machine")
+    def play(case, name: str) -> None:
+        key = str(case.where)
+        if key not in _compared:
+            _skip_known(case.where, case.names, name)
+            ours = request.getfixturevalue("machine")
             with _ending():
-                _races[key] = run(harness.book())
-        result = _races[key]
+                _compared[key] = case.run(ours)
+        result = _compared[key]
         _refuse(name, result.failed.get(name, ""))
         samples = result.taken(name)
         benchmark.group = key
@@ -116,10 +122,11 @@ def report(benchmark, request) -> Callable:
     return play
 
 
-def _skip_known(where: harness.Where, names: list[str], name: str) -> None:
+def _skip_known(where: records.Where, names: list[str], name: str) -> None:
     """Skip what is on record; what failed there fails again."""
-    if harness.book().measured(where, names):
-        _refuse(name, harness.book().reason(where, name))
+    ours = records.of_this_run()
+    if ours.measured(where, names):
+        _refuse(name, ours.reason(where, name))
         pytest.skip("measured already")
 
 
@@ -128,14 +135,12 @@ def _ending() -> Iterator[None]:
     """End the session where the CUDA context is lost."""
     try:
         yield
-    except harness.ContextLost as lost:
+    except clock.ContextLost as lost:
         _lost.append(str(lost))
         pytest.exit(f"the CUDA context is lost, by {lost}; starting anew without it")
 
 
 def _refuse(name: str, reason: str) -> None:
-    """A contestant without a figure: ours fails, a peer is skipped."""
-    if reason and name.startswith("zipfls_cuda"):
-        pytest.fail(reason)
+    """An implementation without a figure: ours fails, a peer is skipped."""
     if reason:
-        pytest.skip(reason)
+        (pytest.fail if name.startswith("zipfls_cuda") else pytest.skip)(reason)

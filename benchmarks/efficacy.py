@@ -27,14 +27,16 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import harness
 import torch
+from clock import TINY as TINY_RUN
+from records import RESULTS, dump, environment, load
+from sources import ROOT
 
-sys.path.append(str(harness.ROOT / "examples"))
+sys.path.append(str(ROOT / "examples"))
 
 import train
 
-FOLDER = harness.RESULTS / "efficacy"
+FOLDER = RESULTS / "efficacy"
 
 BASELINE, SMOOTHING, ZIPF = "cross-entropy", "label smoothing, 0.1", "Zipf, ranks by dense votes"
 METHODS = {  # what is compared, with its options; the laws of the paper's Table 6 come after Zipf's
@@ -152,10 +154,10 @@ def run_all(plan: Plan, path: Path, cache: Path, least: int = 0, jobs: int = 1) 
     """Do the runs of a plan that have no record in the file, writing it after each; returns their number."""
     runs, records = {}, []
     if path.exists():
-        records = harness.load(path)
+        records = load(path)
         runs = {r["run"]: r.pop("env") for r in records}
     here = str(1 + max(map(int, runs), default=0))
-    runs[here] = {k: v for k, v in harness.environment().items() if k not in ("others", "tiny")}
+    runs[here] = {k: v for k, v in environment().items() if k not in ("others", "tiny")}
     todo = plan.runs(least)
     have = {r["command"] for r in records}
     missing = [run for run in todo if run["command"] not in have]
@@ -164,7 +166,7 @@ def run_all(plan: Plan, path: Path, cache: Path, least: int = 0, jobs: int = 1) 
     for i, found in enumerate(run_some(missing, cache, jobs), 1):
         record = {"run": here} | found
         records.append(record)
-        harness.dump(path, runs, records)
+        dump(path, runs, records)
         name = f"{record['data']}, {record['method']}, seed {record['seed']}"
         passed = time.monotonic() - start
         print(f"{i}/{len(missing)}  {name}: {100 * record['last']:.2f} %  ({passed:.0f} s)", flush=True)
@@ -230,13 +232,13 @@ def main() -> None:
     parser.add_argument("--preset", choices=PLANS, default="cpu", help="which plan (default: cpu)")
     parser.add_argument("--seeds", type=int, default=0, metavar="N", help="at least N seeds of each data set")
     parser.add_argument("--records", type=Path, metavar="FILE", help="(default: the plan's own)")
-    parser.add_argument("--cache", type=Path, default=harness.ROOT / ".data", metavar="FOLDER")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".data", metavar="FOLDER")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     args = parser.parse_args()
     if args.preset == "cpu":
         torch.set_num_threads(1)  # an accuracy must not depend on how many there are
-    plan = TINY if harness.TINY else PLANS[args.preset]
-    records = args.records or FOLDER / f"{'tiny' if harness.TINY else args.preset}.json"
+    plan = TINY if TINY_RUN else PLANS[args.preset]
+    records = args.records or FOLDER / f"{'tiny' if TINY_RUN else args.preset}.json"
     run_all(plan, records, args.cache, args.seeds, args.jobs)
 
 

@@ -1,9 +1,9 @@
-"""Put a machine with an NVIDIA GPU to the proof: build, tests, sanitizer, benchmarks, a training.
+"""Everything a machine with an NVIDIA GPU can show: build, tests, sanitizer, benchmarks, a training.
 
     make gpu-check OUT=DIR [PART=cuda,triton] [SECONDS=560] [AGAIN=1] [DRY=1]
 
 Uses the Python that runs it, its torch and triton, and nvcc; installs nothing, fetches nothing. It ends
-within SECONDS, whatever hangs, and says what it had no time for. Called again with the same DIR it goes on:
+within SECONDS, whatever hangs, and says what it had no time for. Called again with the same DIR it resumes:
 what has passed with the same sources is not repeated unless AGAIN=1, and records add up. Where one call
 cannot last for all of it, ask in turn for
 
@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -46,7 +45,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from sources import ROOT, digest
+
 HERE = Path(__file__).resolve().parent
 PARTS = {  # in order, with the seconds that each is given at least, where they are left
     "ceilings": 40, "exercise": 50, "cuda": 160, "triton": 180, "memcheck": 80, "loss": 350, "vote": 160,
@@ -54,7 +54,6 @@ PARTS = {  # in order, with the seconds that each is given at least, where they 
 }  # fmt: skip
 BUILD = 240
 RECORDED = ("ceilings", "loss", "vote", "tune", "step", "train")  # what is on record they do not repeat
-SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh")
 SPARE = 8  # seconds for ending what runs, and for the table
 PATIENCE = 120  # seconds for a single test: Triton and torch.compile compile within one
 LEAST = 15  # seconds that a part is begun with
@@ -80,15 +79,8 @@ class Child:
     def __init__(self, command: list[str], environment: dict[str, str]):
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
         self.output, self.read = "", 0
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self.file,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-        )
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": self.file, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0, **pipes)
 
     def wait(self, seconds: float) -> int | None:
         try:
@@ -100,8 +92,9 @@ class Child:
         """What was printed since the last time."""
         more = os.pread(self.file.fileno(), 1 << 24, self.read)
         self.read += len(more)
-        self.output += more.decode(errors="replace")
-        return more.decode(errors="replace")
+        text = more.decode(errors="replace")
+        self.output += text
+        return text
 
     def kill(self, patience: float = 0) -> None:
         """End it and what it started; ``patience`` seconds to say what it knows come first.
@@ -126,11 +119,11 @@ class Check:
         self.end = self.start + seconds - SPARE
         self.children: list[Child] = []
         out.mkdir(parents=True, exist_ok=True)
-        self.log = (out / "log.txt").open("a")
+        self.log = (out / "log.txt").open("a", buffering=1)
         self.records = self.out / "records.json"
         old = out / "checks.json"
         self.checks: dict[str, dict] = json.loads(old.read_text()) if old.exists() else {}
-        self.source = digest()
+        self.source = digest(("zipfls_cuda", "csrc", "tests"), ("setup.py", "benchmarks/gpu_check.py"))
         self.usable: list[str] = []
         self.python = [sys.executable]
 
@@ -138,7 +131,6 @@ class Check:
         line = f"[{time.monotonic() - self.start:6.1f} s] {text}"
         print(line, flush=True)
         self.log.write(line + "\n")
-        self.log.flush()
 
     def note(self, name: str, ok: bool | None, text: str, failed: Iterable[str] = ()) -> None:
         """Record the outcome of a check; ``ok`` is None where nothing was checked, or not to its end."""
@@ -148,6 +140,10 @@ class Check:
         part.replace(self.out / "checks.json")
         self.say(f"{name}: {text}")
         self.write_table()
+
+    def note_run(self, name: str, status: int, words: str) -> None:
+        """Record how a program ended: right, wrong, or cut short."""
+        self.note(name, None if status == 124 else status == 0, cut(status, words))
 
     def passed(self, name: str) -> bool:
         """Whether a check need not be repeated."""
@@ -163,17 +159,15 @@ class Check:
         return min(self.left(), max(PARTS[part], self.left() * PARTS[part] / sum(later)))
 
     def environment(self, **more: str) -> dict[str, str]:
-        found = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **more}
+        found = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ZIPFLS_BACKEND")}
         ninja, nvcc = Path(sys.executable).parent, Path(found.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
         found["PATH"] = os.pathsep.join([str(ninja), found.get("PATH", os.defpath), str(nvcc)])
-        found["ZIPFLS_BENCH_RECORDS"] = str(self.records)
-        for name in ("TRITON_INTERPRET", "ZIPFLS_BACKEND"):  # settings of a caller that would mislead
-            found.pop(name, None)
+        found |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "ZIPFLS_BENCH_RECORDS": str(self.records)}
         if self.again:
             found["ZIPFLS_BENCH_AGAIN"] = "all"
         if self.dry:  # one thread: on a busy machine two wait for each other most of the time
             found |= {"ZIPFLS_BENCH": "tiny", "OMP_NUM_THREADS": "1"}
-        return found
+        return found | more
 
     def start_process(self, command: list[str], **environment: str) -> Child:
         self.say("$ " + " ".join(Path(c).name if c == sys.executable else c for c in command))
@@ -192,7 +186,6 @@ class Check:
                 child.kill(patience)
                 status = 124
             self.log.write(child.news())
-            self.log.flush()
             if time.monotonic() >= refresh:
                 self.write_table()
                 refresh = time.monotonic() + 20
@@ -201,8 +194,6 @@ class Check:
 
     def run(self, command: list[str], limit: float, **environment: str) -> tuple[int, str]:
         return self.finish(self.start_process(command, **environment), limit)
-
-    # The table ------------------------------------------------------------------------------------------
 
     def write_table(self) -> str:
         """table.md from whatever is there by now."""
@@ -222,29 +213,17 @@ class Check:
         if "build" not in self.checks:
             return "\n".join(lines) + "\n"
         sys.path[:0] = [p for p in (str(ROOT), str(HERE)) if p not in sys.path]
-        import harness
+        import records
         import report
         import targets
 
-        records = harness.load(self.records) if self.records.exists() else []
-        if records:
-            lines += ["", report.provenance(records) + "."]
-        verdicts = targets.judge(records, "cuda")
-        lines += ["", report.target_table(verdicts), ""]
+        found = records.load(self.records) if self.records.exists() else []
+        verdicts = targets.judge(found, "cuda")
+        lines += ["", report.provenance(found) + "."] if found else []
         met = [v.met for v in verdicts if v.target != "-"]
         counts = f"{met.count(True)} met, {met.count(False)} not met, {met.count(None)} not measured"
-        return "\n".join([*lines, f"{len(met)} targets: {counts}.", ""])
-
-
-def digest() -> str:
-    """Of the sources that a check is about: what passed with others must pass again."""
-    found = hashlib.sha256()
-    paths = [ROOT / "setup.py", Path(__file__)]
-    for folder in ("zipfls_cuda", "csrc", "tests"):
-        paths += [p for p in sorted((ROOT / folder).rglob("*")) if p.suffix in SOURCES]
-    for path in paths:
-        found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return found.hexdigest()[:12]
+        lines += ["", report.target_table(verdicts), "", f"{len(met)} targets: {counts}.", ""]
+        return "\n".join(lines)
 
 
 def last_line(output: str) -> str:
@@ -389,7 +368,7 @@ def plain_exercise(check: Check) -> None:
     running = {name: check.start_process(c) for name, c in todo.items() if not check.passed(name)}
     for name, child in running.items():
         status, output = check.finish(child, max(1, end - time.monotonic()))
-        check.note(name, None if status == 124 else status == 0, cut(status, last_line(output)))
+        check.note_run(name, status, last_line(output))
 
 
 def reports(output: str) -> list[str]:
@@ -460,8 +439,7 @@ def bench(*names: str, only: str = "") -> Callable[[Check], None]:
         status, output = check.run(
             [*command, *(["-k", only] if only else [])], check.share(name.split(",")[0])
         )
-        words = cut(status, last_line(output).strip("= "))
-        check.note(name, None if status == 124 else status == 0, words)
+        check.note_run(name, status, last_line(output).strip("= "))
 
     return part
 
@@ -474,7 +452,7 @@ def tune(check: Check) -> None:
     command = [*check.python, str(HERE / "tune.py"), "--out", str(check.out / "tune.json")]
     status, output = check.run([*command, "--arch", architecture().replace(".", "")], check.share("tune"))
     words = "tables in log.txt, rows in tune.json" if status == 0 else last_line(output)
-    check.note("tune", None if status == 124 else status == 0, cut(status, words))
+    check.note_run("tune", status, words)
 
 
 def train(check: Check) -> None:
@@ -488,8 +466,7 @@ def train(check: Check) -> None:
     for record in json.loads(records.read_text())["records"] if records.exists() else []:
         by_method.setdefault(record["method"], []).append(100 * record["last"])
     words = "; ".join(f"{m}: {sum(a) / len(a):.2f} % of {len(a)}" for m, a in by_method.items())
-    words = words or last_line(output)
-    check.note("train", None if status == 124 else status == 0, cut(status, words))
+    check.note_run("train", status, words or last_line(output))
 
 
 RUN: dict[str, Callable[[Check], None]] = {
@@ -512,79 +489,22 @@ RUN: dict[str, Callable[[Check], None]] = {
 
 
 def exercise(backend: str) -> None:
-    """Every operator of a backend at small, ragged shapes, against plain PyTorch on the CPU."""
+    """Every operator of a backend against float64: the rows of `python -m zipfls_cuda check --quick`."""
     import torch
-    import torch.nn.functional as F
 
-    import zipfls_cuda as zls
+    from zipfls_cuda import check, check_rows
 
-    torch.backends.cuda.matmul.allow_tf32 = True  # backend "cuda" serves float32 votes by TF32 alone
-    device = "cpu" if backend == "cpu" else "cuda"
-    calls = 0
-    g = torch.Generator().manual_seed(0)
-
-    def done(*what: object) -> None:
-        nonlocal calls
-        calls += 1
-        print(backend, *what, flush=True)
-
-    def loss(z: torch.Tensor, y: torch.Tensor, votes: torch.Tensor | None, **options) -> None:
-        found = []
-        for where, name in ((device, backend), ("cpu", "reference")):
-            x = z.to(where).detach().requires_grad_()
-            logits, rest = (
-                x * 1 if "inplace" in options else x,
-                [t if t is None else t.to(where) for t in (y, votes)],
-            )
-            value = zls.zipf_cross_entropy(logits, *rest, zipf_weight=1.0, backend=name, **options)
-            (3 * value.sum()).backward()
-            found.append((value.detach().cpu(), x.grad.cpu()))
-        for ours, exact in zip(*found, strict=True):
-            torch.testing.assert_close(ours, exact, rtol=2e-2, atol=1e-3, equal_nan=True)
-        done("loss", tuple(z.shape), z.dtype, *("soft" for _ in range(y.dim() - 1)), options)
-
-    def vote(features: torch.Tensor, weight: torch.Tensor, upsample: int = 1) -> None:
-        """Small integers: every score is exact, and ties are real."""
-        exact = zls.dense_vote(features.float(), weight.float(), upsample=upsample, backend="reference")
-        x = torch.empty_strided(features.shape, features.stride(), dtype=features.dtype, device=device)
-        x.copy_(features)
-        found = zls.dense_vote(x, weight.to(device), upsample=upsample, backend=backend)
-        assert torch.equal(found.cpu(), exact)
-        done("votes", tuple(features.shape), features.stride(), features.dtype, len(weight), upsample)
-
-    def integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randint(-3, 4, shape, generator=g).to(dtype)
-
-    for dtype in (torch.float32, torch.bfloat16):
-        for N, C, P in ((3, 5, 4), (5, 130, 9), (2, 1000, 49), (2, 10007, 300), (1, 50021, 49)):
-            z = torch.randn(N, C, generator=g).to(dtype)
-            y = torch.randint(C, (N,), generator=g)
-            soft = F.one_hot(y, C) * 0.9 + 0.1 / C
-            votes = torch.randint(C, (N, P), generator=g).int()
-            for options in ({}, {"reduction": "none"}, {"only_correct": True}, {"label_smoothing": 0.1}):
-                loss(z, y, votes, **options)
-            loss(z, y, None)
-            loss(z, y, votes, inplace=True)
-            loss(z, soft, votes, only_correct=True)
-            loss(z, soft, votes, inplace=True)
-            for call, args in ((zls.rank_votes, (votes, C)), (zls.zipf_label, (y, votes, C))):
-                on_device = [a.to(device) if torch.is_tensor(a) else a for a in args]
-                ours, exact = call(*on_device, backend=backend), call(*args, backend="reference")
-                torch.testing.assert_close(ours.cpu(), exact)
-                done(call.__name__, N, C, P)
-        for H, D, C in ((3, 20, 11), (4, 72, 130), (9, 24, 70)):
-            features, weight = integers(2, D, H, H, dtype=dtype), integers(C, D, dtype=dtype)
-            for x in (features, features.to(memory_format=torch.channels_last)):
-                vote(x, weight)
-                vote(x, weight, 2)
-            vote(features.flatten(2).transpose(1, 2), weight)
-    for N, D, H, C in ((65, 200, 7, 1000), (128, 264, 7, 100)):  # wide and narrow wgmma, and folding
-        if device == "cuda":
-            features = integers(N, D, H, H, dtype=torch.bfloat16)
-            weight = integers(C, D, dtype=torch.bfloat16)
-            vote(features.to(memory_format=torch.channels_last), weight)
-            vote(features, weight)
-    print(f"{calls} calls right on {backend} ({device})")
+    check.RUNS = check.RUNS_INTERPRETED = 1
+    device = torch.device("cpu" if backend == "cpu" else "cuda")
+    rows = [row for row in check_rows.rows_of(device, quick=True) if row.backend == backend]
+    for row in rows:
+        if getattr(row.case, "N", 0) > 1000:  # as many as fill a device: too slow under the sanitizer
+            row = row._replace(case=row.case._replace(N=67))
+        failure = check.check_row(row)["failure"]
+        print(*row.names().values(), failure, flush=True)
+        if failure:
+            sys.exit(1)
+    print(f"{len(rows)} calls right on {backend} ({device})")
 
 
 # Command line ----------------------------------------------------------------------------------------------

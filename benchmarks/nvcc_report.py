@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from sources import ROOT
+
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
 PRODUCTS = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "DMMA")

@@ -1,34 +1,35 @@
-"""From records to figures: the README's tables, and the pictures beside the records.
+"""From records to figures: the tables in README.md and docs/, and the pictures beside the records.
 
-    python benchmarks/report.py            write tables into README.md, draw the pictures
+    python benchmarks/report.py            write the tables, draw the pictures
     python benchmarks/report.py --check    say what in them does not follow from the records (exit status 1)
-    python benchmarks/report.py --choice [RECORDS]   say which backend was faster on a GPU, by regime
 
-A table goes between ``<!-- report:NAME -->`` and ``<!-- /report -->`` in README.md; the names are BLOCKS and
-EFFICACY. Every figure comes from a record in benchmarks/results; where there is none, the block says that
-nothing was measured, or stays empty if it is.
+A table goes between ``<!-- report:NAME -->`` and ``<!-- /report -->``; the names are those of BLOCKS. Every
+figure comes from a record in benchmarks/results; where there is none, the block says that nothing was
+measured, or stays empty if it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import baselines
 import efficacy
-import harness
+import records as files
 import targets
+from sources import ROOT
 from targets import find
 
-README = harness.ROOT / "README.md"
 MARKED = re.compile(r"<!-- report:([\w-]+) -->\n(.*?)<!-- /report -->", re.S)
 NOTHING = "*Not measured yet.*"
-BUSY = 0.10  # of the machine taken by others: figures from there are marked
+BUSY = 0.10  # of the machine taken by other processes: figures from there are marked
 
 
 # Text ------------------------------------------------------------------------------------------------
@@ -36,17 +37,13 @@ BUSY = 0.10  # of the machine taken by others: figures from there are marked
 
 def seconds(x: float) -> str:
     """A time in the unit that suits it, three digits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if x >= size:
-            return f"{digits(x / size)} {unit}"
-    return f"{digits(x / 1e-9)} ns"
+    unit, size = next((u for u in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)) if x >= u[1]), ("ns", 1e-9))
+    return f"{digits(x / size)} {unit}"
 
 
 def digits(x: float, n: int = 3) -> str:
     """``n`` significant digits, without an exponent."""
-    if x == 0:
-        return "0"
-    return f"{x:.{max(0, n - 1 - math.floor(math.log10(abs(x))))}f}"
+    return f"{x:.{max(0, n - 1 - math.floor(math.log10(abs(x))))}f}" if x else "0"
 
 
 def size(nbytes: float | None) -> str:
@@ -68,62 +65,60 @@ NOTES = {
 }
 
 
-def timed(r: dict) -> str:
-    """A record's time, marked where it is not the device's alone."""
-    return seconds(r["median"]) + MARKS.get(r["how"], "")
+def timed(r: dict | None) -> str:
+    """A record's time, marked where it is not the device's alone; "-" without a record."""
+    return seconds(r["median"]) + MARKS.get(r["how"], "") if r else "-"
 
 
-def times(records: list[dict], r: dict, peer: str) -> str:
-    """Our time over a peer's at a record's shape, marked as it was timed; "-" where the two did not meet."""
-    met = targets.meeting(records, r, peer)
+def times(records: list[dict], r: dict | None, peer: str) -> str:
+    """Our time over a peer's at a record's shape, marked as it was timed; "-" where they did not meet."""
+    met = targets.meeting(records, r, peer) if r else None
     if met is None:
         return "-"
     (ratio, _, _), how = met
     return digits(ratio, 3 if ratio >= 0.1 else 2) + MARKS.get(how, "")
 
 
+def one(records: list[dict], *where: str, **case) -> dict | None:
+    """The first record that agrees (targets.find)."""
+    return next(iter(find(records, *where, **case)), None)
+
+
 def noted(text: str) -> str:
     """A block with what its marks mean."""
-    notes = [f"{mark} {words}." for mark, words in NOTES.items() if mark in text]
-    return "\n\n".join([text, *([f"<sub>{' '.join(notes)}</sub>"] if notes else [])])
+    notes = " ".join(f"{mark} {words}." for mark, words in NOTES.items() if mark in text)
+    return f"{text}\n\n<sub>{notes}</sub>" if notes else text
 
 
 def missing(records: list[dict], among: Iterable[str]) -> str:
     """Which peers a table has no column or row of, and why; empty if it has all."""
-    found = {
-        r["name"]: r["facts"]["reason"] for r in records if r["bench"] == "absent" and r["name"] in among
-    }
+    absent = [r for r in records if r["bench"] == "absent" and r["name"] in among]
+    found = {r["name"]: r["facts"]["reason"] for r in absent}
     words = "; ".join(f"{name} ({reason})" for name, reason in found.items())
     return f"\n\nNot compared with: {words}." if words else ""
 
 
 def failures(records: list[dict], *benches: str) -> str:
-    """Which contestants could not be measured somewhere, and why."""
-    found: dict[tuple[str, str], int] = {}
-    for r in records:
-        if r["bench"] in [harness.FAILED + bench for bench in benches]:
-            key = r["name"], r["facts"]["reason"]
-            found[key] = found.get(key, 0) + 1
+    """What could not be measured somewhere, and why."""
+    failed = [r for r in records if r["bench"] in [files.FAILED + bench for bench in benches]]
+    found = Counter((r["name"], r["facts"]["reason"]) for r in failed)
     words = "; ".join(f"{name}, {count} of the races: {why}" for (name, why), count in found.items())
     return f"\n\nCould not be measured: {words}." if words else ""
 
 
 def provenance(records: list[dict]) -> str:
     """Where figures come from, in a line; several where they come from runs of different code or machines."""
-    lines = [_provenance(env) for env in {r["run"]: r["env"] for r in records}.values()]
-    return "; ".join(dict.fromkeys(lines))
+    environments = {r["run"]: r["env"] for r in records}.values()
+    return "; ".join(dict.fromkeys(map(_provenance, environments)))
 
 
 def _provenance(env: dict) -> str:
-    parts = [f"{env['device']} ({env['arch']})"]
-    parts += (
-        [f"{env['threads']} thread{'s' * (env['threads'] > 1)}"]
-        if env["kind"] == "cpu"
-        else [f"driver {env['driver']}"]
-    )
-    parts += [f"torch {env['torch']}", *([f"triton {env['triton']}"] if env["kind"] == "cuda" else [])]
-    parts += [env["compiler"], f"commit {env['commit']}{' with changes' if env['dirty'] else ''}"]
-    text = ", ".join(part for part in parts if part)
+    threads = f"{env['threads']} thread{'s' * (env['threads'] > 1)}"
+    gpu = env["kind"] == "cuda"
+    parts = [f"{env['device']} ({env['arch']})", f"driver {env['driver']}" if gpu else threads]
+    parts += [f"torch {env['torch']}", f"triton {env['triton']}" if gpu else "", env["compiler"]]
+    parts += [f"commit {env['commit']}{' with changes' if env['dirty'] else ''}"]
+    text = ", ".join(filter(None, parts))
     if env.get("others", 0) > BUSY:
         text += f". **The machine was busy: other programs took {100 * env['others']:.0f} % of it**"
     return text
@@ -140,6 +135,11 @@ def _backend(name: str) -> str:
     return name.removeprefix("zipfls_cuda, ")
 
 
+def clock_of(records: list[dict]) -> str:
+    """The clock that counts on the records' device."""
+    return "device" if records[0]["env"]["kind"] == "cuda" else "host"
+
+
 LOSS_PEERS = {
     baselines.COPY: "copying the logits",
     baselines.CROSS_ENTROPY: "`F.cross_entropy`",
@@ -153,63 +153,48 @@ LOSS_PEERS = {
 }
 
 
-def _clock(records: list[dict]) -> str:
-    return "device" if records[0]["env"]["kind"] == "cuda" else "host"
+def each_backend(records: list[dict], bench: str, write: Callable[[list[dict], str], str]) -> str:
+    """The tables of all our backends, and what could not be measured."""
+    texts = [write(records, name) for name in targets.names(records, bench)]
+    text = "\n\n".join(filter(None, texts))
+    if text and bench == "loss":
+        text += missing(records, LOSS_PEERS)
+    return text and text + failures(records, bench)
 
 
-def loss_block(records: list[dict], picture: Callable[[str], str]) -> str:
-    texts = [_loss_tables(records, name) for name in targets.names(records, "loss")]
-    text = "\n\n".join(t for t in texts if t)
-    if not text:
-        return ""
-    text += missing(records, LOSS_PEERS) + failures(records, "loss")
-    return text + picture("loss") + picture("growth")
-
-
-def _loss_tables(records: list[dict], name: str) -> str:
+def loss_tables(records: list[dict], name: str) -> str:
     """The loss on one backend: against its peers, and forward and backward apart."""
-    clock = _clock(records)
+    clock = clock_of(records)
     rows = find(records, "loss", name, "both", clock)
     if not rows:
         return ""
     peers = [p for p in LOSS_PEERS if any(targets.meeting(records, r, p) for r in rows)]
-    copies = dict.fromkeys(targets.ceiling(records, "copy", run=r["run"]) for r in rows)
-    of_copy = ["of the copy"] if clock == "device" else []
-    head = ["logits", "dtype", "time", "GB/s", *of_copy, *(LOSS_PEERS[p] for p in peers)]
+    copies = {r["run"]: targets.ceiling(records, "copy", run=r["run"]) for r in rows}
+    head = ["logits", "dtype", "time", "GB/s", *["of the copy"] * (clock == "device")]
     body = []
     for r in rows:
-        rate = r["bytes"] / r["median"]
-        copy = targets.ceiling(records, "copy", run=r["run"])
-        share = [f"{100 * rate / copy:.0f} %" if copy else "-"] if of_copy else []
-        body.append(
-            [_shape(r), r["case"]["dtype"], timed(r), f"{rate / 1e9:.3g}", *share]
-            + [times(records, r, p) for p in peers]
-        )
-    reached = " and ".join(f"{copy / 1e9:.3g}" for copy in copies if copy)
+        rate, copy = r["bytes"] / r["median"], copies[r["run"]]
+        share = [f"{100 * rate / copy:.0f} %" if copy else "-"] * (clock == "device")
+        cells = [_shape(r), r["case"]["dtype"], timed(r), f"{rate / 1e9:.3g}", *share]
+        body.append(cells + [times(records, r, p) for p in peers])
+    reached = " and ".join(f"{copy / 1e9:.3g}" for copy in dict.fromkeys(copies.values()) if copy)
     text = (
         f"`zipf_cross_entropy` ({_backend(name)} backend), value and gradient, P = {rows[0]['case']['P']} "
         f"votes a sample: its time, and **its time over that of** each other (below 1: ours is faster)."
         + (f" A copy of large tensors reached {reached} GB/s in the same run." if reached else "")
-        + f"\n\n{table(head, body)}"
+        + f"\n\n{table(head + [LOSS_PEERS[p] for p in peers], body)}"
     )
-    modes = []
-    for r in rows:
-        if r["case"]["dtype"] != ("bfloat16" if clock == "device" else "float32"):
-            continue
-        pairs = []
-        for mode in ("forward", "backward", "infer"):
-            mine, theirs = (
-                find(records, "loss", n, mode, clock, **r["case"]) for n in (name, baselines.CROSS_ENTROPY)
-            )
-            pairs += [timed(x[0]) if x else "-" for x in (mine, theirs)]
-        if any(p != "-" for p in pairs):
-            modes.append([_shape(r), *pairs])
-    if modes:
-        head = ["logits"]
-        for mode in ("forward", "backward", "no gradient wanted"):
-            head += [f"{mode}: ours", "`F.cross_entropy`"]
+    main = "bfloat16" if clock == "device" else "float32"
+    modes = {"forward": "forward", "backward": "backward", "infer": "no gradient wanted"}
+    body = []
+    for r in [r for r in rows if r["case"]["dtype"] == main]:
+        pairs = [(n, mode) for mode in modes for n in (name, baselines.CROSS_ENTROPY)]
+        cells = [timed(one(records, "loss", n, mode, clock, **r["case"])) for n, mode in pairs]
+        body += [[_shape(r), *cells]] if set(cells) != {"-"} else []
+    if body:
+        head = ["logits"] + [x for words in modes.values() for x in (f"{words}: ours", "`F.cross_entropy`")]
         text += "\n\nThe gradient is computed in forward; backward only hands it over.\n\n" + table(
-            head, modes
+            head, body
         )
     return noted(text)
 
@@ -222,20 +207,16 @@ VOTE_PEERS = {
 }
 
 
-def vote_block(records: list[dict], picture: Callable[[str], str]) -> str:
-    texts = [_vote_table(records, name) for name in targets.names(records, "vote")]
-    text = "\n\n".join(t for t in texts if t)
-    return text + failures(records, "vote") + picture("votes") if text else ""
-
-
-def _vote_table(records: list[dict], name: str) -> str:
+def vote_table(records: list[dict], name: str) -> str:
     """Dense votes on one backend."""
     rows = find(records, "vote", name)
+    if not rows:
+        return ""
     peers = [p for p in VOTE_PEERS if any(p in r["ratio"] for r in rows)]
     body = []
     for r in rows:
         c = r["case"]
-        dense = find(records, "vote", baselines.MATMUL_ARGMAX, **c)
+        dense = one(records, "vote", baselines.MATMUL_ARGMAX, **c)
         ceiling = targets.ceiling(records, "product", c["dtype"], r["run"])
         rate = r["flops"] / r["median"]
         body.append(
@@ -245,13 +226,11 @@ def _vote_table(records: list[dict], name: str) -> str:
                 c["dtype"],
                 c["layout"],
                 timed(r),
-                f"{rate / 1e9:.3g} ({100 * rate / ceiling:.0f} %)" if ceiling else f"{rate / 1e9:.3g}",
+                f"{rate / 1e9:.3g}" + (f" ({100 * rate / ceiling:.0f} %)" if ceiling else ""),
                 *(times(records, r, p) for p in peers),
-                f"{size(r['peak'])} ({size(dense[0]['peak']) if dense else '-'})",
+                f"{size(r['peak'])} ({size(dense['peak']) if dense else '-'})",
             ]
         )
-    if not body:
-        return ""
     head = ["votes", "NxP, D, C", "dtype", "layout", "time", "GFLOP/s (of a large product)"]
     head += [*(VOTE_PEERS[p] for p in peers), "extra memory (matmul + argmax's)"]
     parts = "the matrix product alone and of product and argmax"
@@ -266,133 +245,83 @@ def _vote_table(records: list[dict], name: str) -> str:
     )
 
 
-def host_block(records: list[dict], picture: Callable[[str], str]) -> str:
+def host_block(records: list[dict]) -> str:
     """Host time of each of our backends beside F.cross_entropy's."""
     ours = targets.names(records, "loss")
-    cases = {"sweep": "host"} if records[0]["env"]["kind"] == "cpu" else {}
+    on_gpu = records[0]["env"]["kind"] == "cuda"
+    modes = {"both": "forward + backward", "forward": "forward", "infer": "forward, no gradient wanted"}
     body = []
-    for mode, words in (
-        ("both", "forward + backward"),
-        ("forward", "forward"),
-        ("infer", "forward, no gradient wanted"),
-    ):
-        for other in find(records, "loss", baselines.CROSS_ENTROPY, mode, "host", **cases):
-            cells, ratios = [], []
-            for name in ours:
-                mine = find(records, "loss", name, mode, "host", **other["case"])
-                cells.append(seconds(mine[0]["median"]) if mine else "-")
-                ratios.append(times(records, mine[0], baselines.CROSS_ENTROPY) if mine else "-")
-            body.append([words, _shape(other), *cells, seconds(other["median"]), *ratios])
+    for mode, words in modes.items():
+        sweep = {} if on_gpu else {"sweep": "host"}
+        for other in find(records, "loss", baselines.CROSS_ENTROPY, mode, "host", **sweep):
+            mine = [one(records, "loss", name, mode, "host", **other["case"]) for name in ours]
+            ratios = [times(records, r, baselines.CROSS_ENTROPY) for r in mine]
+            body.append([words, _shape(other), *map(timed, mine), timed(other), *ratios])
     if not body:
         return ""
     several = len(ours) > 1
     head = ["call", "logits", *([_backend(n) for n in ours] if several else ["ours"]), "`F.cross_entropy`"]
     head += [f"{_backend(n)}, ratio" for n in ours] if several else ["ratio"]
-    what = (
-        "Host time of a call, where there is next to nothing to compute."
-        if cases
-        else "Host time of a call: what it takes to issue it."
-    )
-    return f"{what}\n\n{table(head, body)}"
+    what = "what it takes to issue it." if on_gpu else "where there is next to nothing to compute."
+    return f"Host time of a call{': ' if on_gpu else ', '}{what}\n\n{table(head, body)}"
 
 
-HEAD_PEERS = (baselines.LINEAR_CROSS_ENTROPY, baselines.CUT)
+def step_block(records: list[dict]) -> str:
+    cases = {(r["bench"], str(r["case"])): r["case"] for r in records if r["bench"] in PLAIN}
+    text = [
+        step_table(find(records, bench, **case), bench, case)
+        for bench in PLAIN
+        for (of, _), case in cases.items()
+        if of == bench
+    ]
+    absent = missing(records, (baselines.LINEAR_CROSS_ENTROPY, baselines.CUT))
+    return noted("\n\n".join(text)) + absent + failures(records, *PLAIN) if text else ""
 
 
-def step_block(records: list[dict], picture: Callable[[str], str]) -> str:
-    text = []
-    for bench, words in (
-        ("step", "A whole training step (forward, loss, backward, SGD): {}."),
-        ("head", "The head alone: pooling, classifier, loss, gradients of map and weight: {}."),
-    ):
-        cases = []
-        for r in records:
-            if r["bench"] == bench and r["case"] not in cases:
-                cases.append(r["case"])
-        for case in cases:
-            rows = find(records, bench, **case)
-            plain_name = baselines.CROSS_ENTROPY if bench == "step" else baselines.LINEAR_THEN_CROSS_ENTROPY
-            plain = next((r for r in rows if r["name"] == plain_name), None)
-            body = []
-            for r in rows:
-                ratio = r["ratio"].get(plain_name)
-                more = "-" if ratio is None else f"{100 * (ratio[0] - 1):+.2f} %"
-                if plain is r:
-                    more = "0"
-                body.append([r["name"], timed(r), more, size(r["peak"])])
-            head = ["loss", "time", f"against `{plain_name}`", "peak memory"]
-            text.append(words.format(_describe(bench, case)) + "\n\n" + table(head, body))
-    return noted("\n\n".join(text)) + missing(records, HEAD_PEERS) + failures(records, "step", "head")
+PLAIN = {"step": baselines.CROSS_ENTROPY, "head": baselines.LINEAR_THEN_CROSS_ENTROPY}  # what others add to
 
 
-def _describe(bench: str, case: dict) -> str:
+def step_table(rows: list[dict], bench: str, case: dict) -> str:
+    """Training steps, or heads, of one case."""
+    plain, body = PLAIN[bench], []
+    for r in rows:
+        ratio = r["ratio"].get(plain)
+        more = "0" if r["name"] == plain else "-" if ratio is None else f"{100 * (ratio[0] - 1):+.2f} %"
+        body.append([r["name"], timed(r), more, size(r["peak"])])
+    ends = f"C = {case['C']}, {case['dtype']}"
     if bench == "head":
-        return (
-            f"{case['N']} maps of {case['H']}x{case['H']}, D = {case['D']}, C = {case['C']}, {case['dtype']}"
-        )
-    compiled = ", compiled" if case["compiled"] else ""
-    return (
-        f"{case['what']}{compiled}, {case['N']} images of {case['size']}x{case['size']}, C = {case['C']}, "
-        f"{case['dtype']}"
-    )
-
-
-def target_block(records: list[dict], picture: Callable[[str], str]) -> str:
-    kind = records[0]["env"]["kind"]
-    text = target_table(targets.judge(records, kind))
-    choice = choice_table(records)
-    if choice:
-        text += f"\n\nOur two backends for GPUs, where both ran in one race:\n\n{choice}"
-    return text + picture("ceiling")
+        words = "The head alone: pooling, classifier, loss, gradients of map and weight"
+        what = f"{case['N']} maps of {case['H']}x{case['H']}, D = {case['D']}, {ends}"
+    else:
+        words = "A whole training step (forward, loss, backward, SGD)"
+        compiled = ", compiled" if case["compiled"] else ""
+        what = f"{case['what']}{compiled}, {case['N']} images of {case['size']}x{case['size']}, {ends}"
+    return f"{words}: {what}.\n\n" + table(["loss", "time", f"against `{plain}`", "peak memory"], body)
 
 
 def target_table(verdicts: list[targets.Verdict]) -> str:
     """A row a target; the backends judged side by side."""
     met = {True: "yes", False: "no", None: "-"}
-    names = [name for name in dict.fromkeys(v.backend for v in verdicts) if name] or [""]
+    names = list(dict.fromkeys(v.backend for v in verdicts if v.backend)) or [""]
     rows: dict[tuple[str, str], dict[str, targets.Verdict]] = {}
     for v in verdicts:
         rows.setdefault((f"{v.group}: {v.text}", v.target), {})[v.backend or names[0]] = v
-    head = ["", "target"]
-    for name in names:
-        head += [_backend(name) if len(names) > 1 else "measured", "met"]
+    heads = [_backend(name) for name in names] if len(names) > 1 else ["measured"]
     body = []
     for row, found in rows.items():
-        cells = [[found[n].measured, met[found[n].met]] if n in found else ["", ""] for n in names]
-        body.append([*row, *(cell for pair in cells for cell in pair)])
-    return table(head, body)
+        pairs = [(found[n].measured, met[found[n].met]) if n in found else ("", "") for n in names]
+        body.append([*row, *(cell for pair in pairs for cell in pair)])
+    return table(["", "target", *(cell for name in heads for cell in (name, "met"))], body)
 
 
-def choice_table(records: list[dict]) -> str:
-    """Which of our two backends for GPUs was faster, by regime; empty where they did not meet."""
-    rows = []
-    for c in targets.choice(records):
-        low, high = min(c.ratios), max(c.ratios)
-        spread = f"{digits(c.middle)} ({digits(low)} to {digits(high)}, {len(c.ratios)} races)"
-        rows.append([c.regime, c.clock, spread, c.faster + (f" ({c.doubt})" if c.doubt else "")])
-    return table(["regime", "time", "cuda's over triton's", "faster"], rows) if rows else ""
-
-
-BLOCKS: dict[str, tuple[str, str, Callable]] = {  # name -> kind of device, benchmark it needs, what writes it
-    f"{label}-{name}": (kind, bench, write)
-    for label, kind in (("cpu", "cpu"), ("gpu", "cuda"))
-    for name, bench, write in (
-        ("loss", "loss", loss_block),
-        ("vote", "vote", vote_block),
-        ("host", "loss", host_block),
-        ("step", "step", step_block),
-        ("targets", "loss", target_block),
-    )
-}
-
-
-EFFICACY = {f"efficacy-{preset}": preset for preset in efficacy.PLANS}  # name of a block -> its plan
+def target_block(records: list[dict]) -> str:
+    return target_table(targets.judge(records, records[0]["env"]["kind"]))
 
 
 def efficacy_block(preset: str, folder: Path) -> str:
     """Accuracy of every method, and its difference from cross-entropy, from the records of a plan."""
     plan, path = efficacy.PLANS[preset], folder / "efficacy" / f"{preset}.json"
-    records = efficacy.balanced(plan, harness.load(path) if path.exists() else [])
+    records = efficacy.balanced(plan, files.load(path) if path.exists() else [])
     if not records:
         return NOTHING
 
@@ -434,250 +363,145 @@ def efficacy_block(preset: str, folder: Path) -> str:
     )
 
 
-def block(name: str, results: dict[Path, list[dict]], folder: Path = harness.RESULTS) -> str:
+# Pictures: what is drawn, if there are records of it, and how ------------------------------------------
+
+INK, OURS, THEIRS, SOFT = "#22272e", "#d1495b", "#7d8ca3", "#d9dee6"
+COLOURS = (OURS, "#3a6ea5", "#8f9bb3", "#e0a458", "#5f9e7e")
+STYLE = {
+    "axes.edgecolor": SOFT, "axes.spines.right": False, "axes.spines.top": False,
+    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold", "legend.frameon": False,
+    "svg.fonttype": "none", "svg.hashsalt": "zipfls_cuda", "text.color": INK,
+}  # fmt: skip
+
+
+def figure_of(columns: int, width: float, height: float, lines: int = 1):
+    """A figure and its panels; a figure of its own needs no window and no closing."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update(STYLE)
+    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+    return figure, figure.subplots(lines, columns, squeeze=False).flatten()
+
+
+def loss_panels(records: list[dict]) -> list[dict]:
+    """At most six shapes whose loss was compared with peers."""
+    if not (ours := targets.names(records, "loss")):
+        return []
+    clock = clock_of(records)
+    dtype = "bfloat16" if clock == "device" else "float32"
+    rows = [r for r in find(records, "loss", ours[0], "both", clock, dtype=dtype) if len(r["ratio"]) > 3]
+    return [rows[i * len(rows) // 6] for i in range(6)] if len(rows) > 6 else rows
+
+
+def draw_loss(records: list[dict], panels: list[dict]):
+    """Bars: how many times faster the loss is than each peer, shape by shape, on each of our backends."""
+    ours = targets.names(records, "loss")
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    figure, axes = figure_of(columns, 4.9, 2.9 + 0.9 * (len(ours) - 1), -(-len(panels) // columns))
+    for ax in axes[len(panels) :]:
+        ax.axis("off")
+    for ax, r in zip(axes, panels):
+        mine = [one(records, "loss", name, "both", r["clock"], **r["case"]) for name in ours]
+        met = [{p: targets.meeting(records, m, p) for p in LOSS_PEERS if m} for m in mine]
+        peers = [p for p in LOSS_PEERS if p != baselines.COPY and any(found.get(p) for found in met)]
+        for k, found in enumerate(met):
+            for i, peer in enumerate(peers):
+                if not found.get(peer):
+                    continue
+                middle, low, high = (1 / x for x in found[peer][0])
+                plain = "cross_entropy" in peer or "CE" in LOSS_PEERS[peer]
+                bar = {"color": COLOURS[1] if plain else THEIRS, "alpha": 1 - 0.4 * k, "ecolor": INK}
+                at = i + 0.62 / len(ours) * (k - (len(ours) - 1) / 2)
+                error = [[max(0.0, middle - high)], [max(0.0, low - middle)]]
+                ax.barh(at, middle, 0.62 / len(ours), xerr=error, **bar)
+                ax.text(max(low, middle) * 1.08, at, f"{digits(middle, 2)}x", va="center", weight="bold")
+        ax.set_yticks(range(len(peers)), [LOSS_PEERS[p].replace("`", "") for p in peers])
+        ax.invert_yaxis()
+        ax.set_xscale("log")
+        ax.margins(x=0.3)
+        ax.axvline(1, color=OURS, lw=1.4, zorder=0)
+        ax.minorticks_off()
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
+        ax.set_title(f"{_shape(r)}: {seconds(r['median'])}")
+    shades = f"; dark {_backend(ours[0])}, light {_backend(ours[1])}" if len(ours) > 1 else ""
+    figure.suptitle(f"Loss and gradient: times faster than each peer (plain cross-entropy in blue{shades})")
+    return figure
+
+
+GROWING = {"C": "classes C", "N": "samples N", "P": "votes a sample P"}
+
+
+def growth_panels(records: list[dict]) -> list[str]:
+    return [key for key in GROWING if find(records, "loss", mode="both", sweep=key)]
+
+
+def draw_growth(records: list[dict], panels: list[str]):
+    """Lines: time of the loss against classes, samples and votes."""
+    figure, axes = figure_of(len(panels), 4.2, 3.4)
+    for ax, key in zip(axes, panels):
+        rows = sorted(find(records, "loss", mode="both", sweep=key), key=lambda r: r["case"][key])
+        for name, colour in zip(dict.fromkeys(r["name"] for r in rows), COLOURS):
+            mine = [r for r in rows if r["name"] == name]
+            x, median, low, high = zip(*((r["case"][key], r["median"], r["p20"], r["p80"]) for r in mine))
+            ax.fill_between(x, low, high, color=colour, alpha=0.15)
+            ax.plot(x, median, "o-", color=colour, ms=3.5, lw=1.8, label=name)
+        fixed = {k: {r["case"][k] for r in rows} for k in GROWING if k != key}
+        ax.set_title(", ".join(f"{k} = {min(v)}" for k, v in fixed.items() if len(v) == 1))
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlabel(GROWING[key])
+        ax.yaxis.set_major_formatter(lambda t, _: re.sub(r"\.0+ ", " ", seconds(t)) if t > 0 else "")
+        ax.grid(True, color=SOFT, lw=0.6)
+    axes[0].legend(fontsize=8.5)
+    figure.suptitle("Time of loss + gradient as the problem grows (band: 20 to 80 % quantiles)")
+    return figure
+
+
+PICTURES: dict[str, tuple[str, Callable, Callable]] = {  # name -> the block it stands below
+    "loss": ("loss", loss_panels, draw_loss),
+    "growth": ("loss", growth_panels, draw_growth),
+}
+
+# Writing and checking --------------------------------------------------------------------------------
+
+EFFICACY = {f"efficacy-{preset}": preset for preset in efficacy.PLANS}  # name of a block -> its plan
+BLOCKS: dict[str, Callable[[list[dict]], str]] = {
+    "loss": functools.partial(each_backend, bench="loss", write=loss_tables),
+    "vote": functools.partial(each_backend, bench="vote", write=vote_table),
+    "host": host_block,
+    "step": step_block,
+    "targets": target_block,
+}
+KINDS = {"cpu": "cpu", "gpu": "cuda"}
+NAMES = [f"{label}-{name}" for label in KINDS for name in BLOCKS]
+
+
+def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESULTS) -> str:
     """The Markdown of a block from all result files of its kind."""
     if name in EFFICACY:
         return efficacy_block(EFFICACY[name], folder)
-    kind, bench, write = BLOCKS[name]
+    label, what = name.split("-")
     parts = []
     for path, records in results.items():
-        source = [r for r in records if r["bench"] == bench and r["env"]["kind"] == kind]
-        if not source:
-            continue
-
-        def picture(what: str, path: Path = path, records: list[dict] = records) -> str:
-            drawn = PICTURES[what](records) is not None
-            return f"\n\n![{what}](benchmarks/results/{path.stem}-{what}.svg)" if drawn else ""
-
-        text = write(records, picture)
+        needed = what if what in ("vote", "step") else "loss"
+        source = [r for r in records if (r["bench"], r["env"]["kind"]) == (needed, KINDS[label])]
+        text = BLOCKS[what](records) if source else ""
         if text:
+            shown = [p for p, (of, choose, _) in PICTURES.items() if of == what and choose(records)]
+            text += "".join(f"\n\n![{p}](benchmarks/results/{path.stem}-{p}.svg)" for p in shown)
             parts.append(f"{text}\n\n<sub>{provenance(source)}.</sub>")
     return "\n\n".join(parts) or NOTHING
 
 
-# Pictures --------------------------------------------------------------------------------------------
-
-INK, OURS, THEIRS, SOFT = "#22272e", "#d1495b", "#7d8ca3", "#d9dee6"
-COLOURS = ("#d1495b", "#3a6ea5", "#8f9bb3", "#e0a458", "#5f9e7e")
-
-
-def _figure(columns: int, width: float = 4.6, height: float = 3.6, rows: int = 1):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {
-            "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
-            "axes.edgecolor": SOFT, "xtick.color": INK, "ytick.color": INK, "axes.titleweight": "bold",
-            "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
-            "axes.spines.right": False, "svg.fonttype": "none", "svg.hashsalt": "zipfls_cuda",
-            "figure.facecolor": "white", "legend.frameon": False, "axes.grid": False,
-        }
-    )  # fmt: skip
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained")
+def load_all(folder: Path = files.RESULTS) -> dict[Path, list[dict]]:
+    """The records of each file, tiny ones left out: they measure nothing."""
+    found = {path: files.load(path) for path in sorted(folder.glob("*.json"))}
+    return {path: [r for r in records if not r["env"]["tiny"]] for path, records in found.items()}
 
 
-def draw_loss(records: list[dict], draw: bool = False):
-    """Bars: how many times faster the loss is than each peer, shape by shape, on each of our backends."""
-    names = targets.names(records, "loss")
-    clock = _clock(records)
-    dtype = "bfloat16" if clock == "device" else "float32"
-    first = find(records, "loss", names[0], "both", clock, dtype=dtype) if names else []
-    rows = [r for r in first if len(r["ratio"]) > 3]
-    rows = [rows[i * len(rows) // 6] for i in range(6)] if len(rows) > 6 else rows
-    if not rows:
-        return None
-    if not draw:
-        return True
-    columns = min(3, len(rows)) if len(rows) != 4 else 2
-    lines = -(-len(rows) // columns)
-    figure, axes = _figure(columns, 4.9, 2.9 + 0.9 * (len(names) - 1), lines)
-    axes = [axes] if len(rows) == 1 else axes.flatten()
-    for ax in axes[len(rows) :]:
-        ax.axis("off")
-    for ax, r in zip(axes, rows):
-        met = [
-            {p: targets.meeting(records, mine, p) for p in LOSS_PEERS}
-            for name in names
-            for mine in find(records, "loss", name, "both", clock, **r["case"])
-        ]
-        peers = [p for p in LOSS_PEERS if p != baselines.COPY and any(found[p] for found in met)]
-        height, reaches = 0.62 / len(met), [2.0]
-        for k, found in enumerate(met):
-            bars = [(i, found[p][0]) for i, p in enumerate(peers) if found[p]]
-            y = [i + height * (k - (len(met) - 1) / 2) for i, _ in bars]
-            speed = [1 / x[0] for _, x in bars]
-            error = [[1 / x[0] - 1 / x[2] for _, x in bars], [1 / x[1] - 1 / x[0] for _, x in bars]]
-            plain = ["cross_entropy" in peers[i] or "CE" in LOSS_PEERS[peers[i]] for i, _ in bars]
-            ax.barh(
-                y,
-                speed,
-                height,
-                color=[COLOURS[1] if p else THEIRS for p in plain],
-                alpha=1 - 0.4 * k,
-                xerr=error,
-                error_kw={"ecolor": INK, "elinewidth": 0.8},
-            )
-            for at, s, high in zip(y, speed, error[1]):
-                reaches += [s + max(0.0, high), s]
-                ax.text((s + max(0.0, high)) * 1.08, at, f"{digits(s, 2)}x", va="center", fontweight="bold")
-        ax.set_yticks(range(len(peers)), [LOSS_PEERS[p].replace("`", "") for p in peers])
-        ax.invert_yaxis()
-        ax.set_xscale("log")
-        ax.set_xlim(min(0.3, *reaches) * 0.8, max(reaches) * 3)
-        ax.axvline(1, color=OURS, lw=1.4, zorder=0)
-        ax.tick_params(length=0)
-        ax.minorticks_off()
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
-        ax.set_title(f"{_shape(r)}: {seconds(r['median'])}")
-    shades = f"; dark {_backend(names[0])}, light {_backend(names[1])}" if len(names) > 1 else ""
-    figure.suptitle(
-        f"Loss and gradient: how many times faster than each peer (plain cross-entropy in blue{shades})",
-        fontsize=11,
-    )
-    return figure
-
-
-def draw_growth(records: list[dict], draw: bool = False):
-    """Lines: time of the loss against classes, samples and votes."""
-    panels = [
-        (key, words)
-        for key, words in (("C", "classes C"), ("N", "samples N"), ("P", "votes a sample P"))
-        if find(records, "loss", mode="both", sweep=key)
-    ]
-    if not panels:
-        return None
-    if not draw:
-        return True
-    figure, axes = _figure(len(panels), 4.2, 3.4)
-    for ax, (key, words) in zip(axes if len(panels) > 1 else [axes], panels):
-        rows = find(records, "loss", mode="both", sweep=key)
-        names = list(dict.fromkeys(r["name"] for r in rows))
-        for name, colour in zip(names, COLOURS):
-            mine = sorted((r for r in rows if r["name"] == name), key=lambda r: r["case"][key])
-            x = [r["case"][key] for r in mine]
-            ax.fill_between(x, [r["p20"] for r in mine], [r["p80"] for r in mine], color=colour, alpha=0.15)
-            ax.plot(x, [r["median"] for r in mine], "o-", color=colour, ms=3.5, lw=1.8, label=name)
-        rest = {k: v for k, v in rows[0]["case"].items() if k in "NCP" and k != key}
-        if key == "C" and len({r["case"]["N"] for r in rows}) > 1:
-            rest.pop("N")
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_xlabel(words)
-        ax.set_title(", ".join(f"{k} = {v}" for k, v in rest.items()))
-        ax.yaxis.set_major_formatter(lambda t, _: re.sub(r"\.0+ ", " ", seconds(t)) if t > 0 else "")
-        ax.minorticks_off()
-        ax.grid(True, color=SOFT, lw=0.6)
-    (axes[0] if len(panels) > 1 else axes).legend(fontsize=8.5)
-    figure.suptitle("Time of loss + gradient as the problem grows (band: 20 to 80 % quantiles)", fontsize=11)
-    return figure
-
-
-def draw_ceiling(records: list[dict], draw: bool = False):
-    """The loss's bandwidth against classes, with the copy's as the ceiling; memory beside it."""
-    names, clock = targets.names(records, "loss"), _clock(records)
-    rows = find(records, "loss", mode="both", clock=clock, sweep="C")
-    rows = sorted((r for r in rows if r["name"] in names), key=lambda r: r["case"]["C"])
-    held = [r for r in find(records, "loss", mode="both", clock=clock) if r["peak"] is not None]
-    copy = targets.ceiling(records, "copy", run=rows[0]["run"]) if rows else 0.0
-    if not rows or not copy or not held:
-        return None
-    if not draw:
-        return True
-    figure, (left, right) = _figure(2, 5.2, 3.5)
-    for colour, n in zip(COLOURS, [*names, baselines.CROSS_ENTROPY]):
-        mine = sorted(find(records, "loss", n, "both", clock, sweep="C"), key=lambda r: r["case"]["C"])
-        x = [r["case"]["C"] for r in mine]
-        rate = [r["bytes"] / r["median"] / 1e9 for r in mine]
-        left.plot(x, rate, "o-", color=colour, ms=4, lw=1.8, label=n)
-    left.axhline(copy / 1e9, color=INK, lw=1, ls="--", label=f"copy of large tensors, {copy / 1e9:.3g} GB/s")
-    left.set_xscale("log")
-    left.set_xlabel("classes C")
-    left.set_ylabel("GB/s")
-    left.set_ylim(0, 1.45 * max(copy / 1e9, *left.get_ylim()))
-    left.set_title("Logits read + gradient written, by the clock")
-    left.legend(fontsize=8.5, loc="upper left")
-    left.grid(True, color=SOFT, lw=0.6)
-    case = max(held, key=lambda r: r["bytes"])["case"]
-    shown = {**{name: name for name in names}, **LOSS_PEERS}
-    shown.pop(baselines.COPY)
-    chosen = [r for r in held if r["case"] == case and r["name"] in shown]
-    chosen = sorted(chosen, key=lambda r: r["peak"], reverse=True)
-    logits = chosen[0]["bytes"] / 2
-    y = range(len(chosen))
-    ours = [COLOURS[names.index(r["name"])] if r["name"] in names else THEIRS for r in chosen]
-    right.barh(y, [r["peak"] / logits for r in chosen], 0.62, color=ours)
-    for i, r in enumerate(chosen):
-        right.text(r["peak"] / logits, i, f" {r['peak'] / logits:.1f}", va="center")
-    right.set_yticks(y, [shown[r["name"]].replace("`", "") for r in chosen])
-    right.invert_yaxis()
-    right.tick_params(length=0)
-    right.set_xlim(0, 1.15 * max(r["peak"] for r in chosen) / logits)
-    right.set_xlabel("peak extra memory, multiples of the logits")
-    right.set_title(f"Memory at {case['N']} x {case['C']}, {case['dtype']}")
-    return figure
-
-
-def draw_votes(records: list[dict], draw: bool = False):
-    """Bars: time of dense votes, the matrix product alone as the unit, and their memory; ours by backend."""
-    names = targets.names(records, "vote")
-    first = find(records, "vote", names[0]) if names else []
-    rows = [r for r in first if baselines.MATMUL in r["ratio"] and baselines.MATMUL_ARGMAX in r["ratio"]]
-    if not rows:
-        return None
-    if not draw:
-        return True
-    figure, (left, right) = _figure(2, 5.6, (0.27 + 0.15 * len(names)) * len(rows) + 1.1)
-    labels = []
-    for r in rows:
-        c = r["case"]
-        extra = [x for x in (c["dtype"], c["layout"] if c["layout"] != "channels_last" else "") if x]
-        labels.append(f"{c['what']}{' x2' if c['upsample'] == 2 else ''}, {', '.join(extra)}")
-    height, pitch = 0.72 / (1 + len(names)), 0.8 / (1 + len(names))
-    ends = [0.5, 2.0]
-    most = 1.0
-    for k, name in enumerate([*names, baselines.MATMUL_ARGMAX]):
-        colour = COLOURS[k] if name in names else THEIRS
-        for i, r in enumerate(rows):
-            at, label = i + pitch * (k - len(names) / 2), name if i == 0 else None
-            mine = find(records, "vote", name, **r["case"])
-            if name in names:
-                time = mine[0]["ratio"].get(baselines.MATMUL, [0.0])[0] if mine else 0.0
-            else:
-                time = r["ratio"][baselines.MATMUL][0] / r["ratio"][name][0]
-            left.barh(at, time, height, color=colour, label=label)
-            if not mine or not time:
-                continue
-            ends.append(time)
-            left.text(time, at, f" {digits(time)}", va="center", fontsize=8.5)
-            peak = (mine[0]["peak"] or 0) / targets.MIB
-            most = max(most, peak)
-            right.barh(at, peak, height, color=colour)
-            right.text(peak, at, f" {size(mine[0]['peak'])}", va="center", fontsize=8.5)
-    left.axvline(1, color=INK, lw=1, ls="--")
-    left.set_title("Time, torch.matmul alone = 1")
-    left.set_xscale("log")
-    left.set_xlim(min(ends) * 0.8, 2 * max(ends))
-    left.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    left.minorticks_off()
-    right.set_title("Peak extra memory, MiB")
-    right.set_xlim(0, 1.35 * most)
-    for ax in (left, right):
-        ax.set_yticks(range(len(rows)), labels if ax is left else [""] * len(rows))
-        ax.invert_yaxis()
-        ax.tick_params(length=0)
-    figure.legend(loc="outside lower center", ncols=len(names) + 1)
-    return figure
-
-
-PICTURES: dict[str, Callable] = {
-    "loss": draw_loss,
-    "growth": draw_growth,
-    "ceiling": draw_ceiling,
-    "votes": draw_votes,
-}
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def digest(path: Path) -> str:
@@ -685,105 +509,58 @@ def digest(path: Path) -> str:
     return "records " + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def draw(path: Path, folder: Path, suffix: str = "svg") -> list[Path]:
-    """Draw all pictures of a result file into ``folder``."""
-    import matplotlib.pyplot as plt
-
-    records = load(path)
-    drawn = []
-    for what, picture in PICTURES.items():
-        figure = picture(records, draw=True) if records else None
-        if figure is None:
-            continue
-        target = folder / f"{path.stem}-{what}.{suffix}"
-        about = {"Date": None, "Description": digest(path)} if suffix == "svg" else None
-        figure.savefig(target, metadata=about, dpi=110)
-        plt.close(figure)
-        drawn.append(target)
-    return drawn
-
-
-# Writing and checking --------------------------------------------------------------------------------
-
-
-def load(path: Path) -> list[dict]:
-    """Records of a file, tiny ones left out: they measure nothing."""
-    return [r for r in harness.load(path) if not r["env"]["tiny"]]
-
-
-def load_all(folder: Path = harness.RESULTS) -> dict[Path, list[dict]]:
-    return {path: load(path) for path in sorted(folder.glob("*.json"))}
-
-
-def write(readme: Path = README, folder: Path = harness.RESULTS) -> None:
+def write(documents: Iterable[Path], folder: Path = files.RESULTS) -> None:
     """Write the tables and draw the pictures."""
     results = load_all(folder)
-    for path in results:
-        for picture in draw(path, folder):
-            print(picture.name)
-    if readme.exists():
-        text = readme.read_text()
-        readme.write_text(MARKED.sub(lambda m: _marked(m[1], m[2], results, folder), text))
+    for path, records in results.items():
+        for what, (_, choose, picture) in PICTURES.items():
+            if chosen := choose(records):
+                about = {"Date": None, "Description": digest(path)}
+                picture(records, chosen).savefig(folder / f"{path.stem}-{what}.svg", metadata=about)
+    for document in documents:
+        text = document.read_text()
+        document.write_text(MARKED.sub(lambda m: marked(m[1], m[2], results, folder), text))
 
 
-def _marked(name: str, old: str, results: dict[Path, list[dict]], folder: Path) -> str:
-    body = block(name, results, folder) if name in {*BLOCKS, *EFFICACY} else None
+def marked(name: str, old: str, results: dict[Path, list[dict]], folder: Path) -> str:
+    """A block between its marks; an empty one, of which nothing was measured, stays empty."""
+    body = block(name, results, folder) if name in {*NAMES, *EFFICACY} else None
     if body is not None and (old or body != NOTHING):
         old = body + "\n"
     return f"<!-- report:{name} -->\n{old}<!-- /report -->"
 
 
-def check(readme: Path = README, folder: Path = harness.RESULTS) -> list[str]:
-    """What in the README and the pictures does not follow from the records; empty if all does."""
-    problems = []
-    results = load_all(folder)
-    if readme.exists():
-        text = readme.read_text()
-        found = MARKED.findall(text)
-        opened = re.findall(r"<!-- report:([\w-]+) -->", text)
-        problems += [
-            f"{readme.name}: the block {n} is not closed" for n in set(opened) - {n for n, _ in found}
-        ]
-        for name, body in found:
-            if name not in {*BLOCKS, *EFFICACY}:
-                known = ", ".join([*BLOCKS, *EFFICACY])
-                problems.append(f"{readme.name}: there is no block {name}; there are {known}")
-                continue
-            follows = block(name, results, folder)
-            if body != follows + "\n" and not (follows == NOTHING and not body):
-                problems.append(f"{readme.name}: the block {name} differs from the records")
-        if any(results.values()) and not any(n in BLOCKS for n, _ in found):
-            problems.append(f"{readme.name}: shows none of the blocks {', '.join(BLOCKS)}")
+def check(documents: Iterable[Path], folder: Path = files.RESULTS) -> list[str]:
+    """What in the documents and pictures does not follow from the records; empty if all does."""
+    problems, shown, results = [], set(), load_all(folder)
+    for document in documents:
+        text = document.read_text()
+        for name in re.findall(r"<!-- report:([\w-]+) -->", MARKED.sub("", text)):
+            problems.append(f"{document.name}: the block {name} is not closed")
+        for name, body in MARKED.findall(text):
+            shown.add(name)
+            if name not in {*NAMES, *EFFICACY}:
+                known = ", ".join([*NAMES, *EFFICACY])
+                problems.append(f"{document.name}: there is no block {name}; there are {known}")
+            elif f"<!-- report:{name} -->\n{body}<!-- /report -->" != marked(name, body, results, folder):
+                problems.append(f"{document.name}: the block {name} differs from the records")
+    if any(results.values()) and not shown & {*NAMES}:
+        problems.append(f"no document shows any of the blocks {', '.join(NAMES)}")
     for path, records in results.items():
-        for what, picture in PICTURES.items():
+        for what, (_, choose, _) in PICTURES.items():
             file = folder / f"{path.stem}-{what}.svg"
-            if records and picture(records) is not None and digest(path) not in harness._read(str(file)):
+            if choose(records) and not (file.exists() and digest(path) in file.read_text()):
                 problems.append(f"{file.name}: not drawn from {path.name} as it is")
     return problems
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; say what is out of date")
-    parser.add_argument(
-        "--choice",
-        nargs="*",
-        type=Path,
-        metavar="RECORDS",
-        help="say which backend for GPUs was faster, by regime (default: in all records)",
-    )
-    arguments = parser.parse_args()
-    if arguments.choice is not None:
-        for path in arguments.choice or load_all():
-            text = choice_table(load(path))
-            print(f"{path.name}\n\n{text}\n" if text else f"{path.name}: cuda and triton did not meet")
+    if not parser.parse_args().check:
+        write(pages())
         return 0
-    if not arguments.check:
-        write()
-        return 0
-    problems = check()
+    problems = check(pages())
     print("\n".join(problems + (["run python benchmarks/report.py"] if problems else [])), file=sys.stderr)
     return bool(problems)
 

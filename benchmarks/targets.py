@@ -2,20 +2,22 @@
 
 ``judge`` gives for every row, and on a GPU for every backend of ours, what was measured and whether that
 meets the target. A row without records says so; nothing is filled in. Time on the device that was not taken
-with the host ahead of it (harness: ``how``) is shown and not judged. ``choice``: which backend was faster.
+with the host ahead of it (clock: ``how``) is shown and not judged.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import baselines
-import harness
+from clock import SURE
 
 MIB = 1 << 20
 GAP = "not measured"
+Select = Callable[[dict], bool]  # of records
 
 
 @dataclass(frozen=True)
@@ -27,45 +29,62 @@ class Verdict:
     target: str
     measured: str
     met: bool | None
-    backend: str = ""  # the contestant judged; empty where there is none
+    backend: str = ""  # the one judged; empty where there is none
 
 
-# A measurement: the figure that counts, how it reads, why it cannot be judged; or None for no records.
-Measured = tuple[float, str, str] | None
+@dataclass(frozen=True, order=True)
+class Figure:
+    """A figure, where it is from, how it was timed ("": not timed but counted)."""
+
+    value: float
+    where: str = ""
+    how: str = ""
+
+    @property
+    def doubt(self) -> str:
+        """Why the figure cannot be judged; empty if it can."""
+        return "" if self.how in ("", *SURE) else ": ".join(filter(None, (self.where, self.how)))
 
 
 @dataclass(frozen=True)
 class Target:
-    """A row: on which kind of device, what, and the bound that the measured figure must keep to."""
+    """A row: on which kind of device, what, and the bound that the worst of the figures must keep to."""
 
     kind: str
     group: str
     text: str
-    bound: float
-    target: str
-    measure: Callable[[list[dict], str], Measured]  # of records and the name of a backend of ours
-    above: bool = False
+    target: str  # as it reads: ">= 95 %", "<= 6 us", "-" for nothing to meet
+    form: str  # how a figure reads
+    figures: Callable[[list[dict], str], Iterable[Figure]]  # of records and the name of a backend of ours
+    bound: float | None = None  # where it is not the number in ``target``
+
+    def judge(self, records: list[dict], name: str) -> Verdict:
+        """The verdict on a backend."""
+        figures = list(self.figures(records, name)) if name or self.target == "-" else []
+        if not figures:
+            return Verdict(self.group, self.text, self.target, GAP, None, name)
+        above, met = self.target.startswith(">="), None
+        worst = (min if above else max)(figures)
+        text = self.form.format(worst.value) + (f" ({worst.where})" if worst.where else "")
+        if doubt := next((f.doubt for f in figures if f.doubt), ""):
+            text += f", not judged ({doubt})"
+        elif self.target != "-":
+            number = float(re.search(r"[\d.]+", self.target)[0])
+            bound = number if self.bound is None else self.bound
+            met = worst.value >= bound if above else worst.value <= bound
+        return Verdict(self.group, self.text, self.target, text, met, name)
 
 
 # Finding records -------------------------------------------------------------------------------------
 
 
-def default_name(records: Iterable[dict]) -> str:
-    """The name of the backend that a call without ``backend`` takes, among the contestants."""
-    records = list(records)
-    names = {r["name"] for r in records}
-    backends = next((r["env"]["backends"] for r in records), [])
-    return next((baselines.ours(b) for b in backends if baselines.ours(b) in names), "")
-
-
 def names(records: list[dict], bench: str = "") -> list[str]:
     """Our backends to show: on a GPU each but plain PyTorch, best first; on a CPU the one that serves."""
     records = [r for r in records if not bench or r["bench"] == bench]
-    if not records or records[0]["env"]["kind"] != "cuda":
-        return [name for name in [default_name(records)] if name]
-    known = dict.fromkeys(b for r in records for b in r["env"]["backends"])
     timed = {r["name"] for r in records}
-    return baselines.kernels(baselines.ours(b) for b in known if baselines.ours(b) in timed)
+    known = dict.fromkeys(baselines.ours(b) for r in records for b in r["env"]["backends"])
+    found = [name for name in known if name in timed]
+    return baselines.kernels(found) if records and records[0]["env"]["kind"] == "cuda" else found[:1]
 
 
 def find(
@@ -73,14 +92,13 @@ def find(
 ) -> list[dict]:
     """Records of a benchmark whose case agrees, those of sweeps left out unless ``sweep`` is asked for."""
     case = {"sweep": "", **case}
+    asked = {"name": name, "mode": mode, "clock": clock}
     return [
         r
         for r in records
         if r["bench"] == bench
-        and (not name or r["name"] == name)
-        and (not mode or r["mode"] == mode)
-        and (not clock or r["clock"] == clock)
-        and all(r["case"].get(k, v) == v for k, v in case.items())
+        and all(not value or r[key] == value for key, value in asked.items())
+        and all(r["case"].get(key, value) == value for key, value in case.items())
     ]
 
 
@@ -93,44 +111,19 @@ def ceiling(records: list[dict], name: str, dtype: str = "float32", run: str = "
 def meeting(records: list[dict], r: dict, peer: str) -> tuple[list[float], str] | None:
     """Our time over a peer's [median, 20 %, 80 %] at a record's shape, and how the two were timed at worst.
 
-    Peers that take long to compile have a race of their own at some shapes.
+    Peers that take long to compile have a comparison of their own at some shapes.
     """
     for sweep in (r["case"].get("sweep", ""), "compiled"):
         here = {**r["case"], "sweep": sweep}
         for mine in find(records, r["bench"], r["name"], r["mode"], r["clock"], **here):
             if peer in mine["ratio"]:
                 theirs = find(records, r["bench"], peer, r["mode"], r["clock"], **here)
-                hows = [x["how"] for x in (mine, *theirs) if x["how"] not in harness.SURE]
+                hows = [x["how"] for x in (mine, *theirs) if x["how"] not in SURE]
                 return mine["ratio"][peer], hows[0] if hows else mine["how"]
     return None
 
 
-# Measures --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, order=True)
-class Figure:
-    """A figure, where it is from, how it was timed ("": not timed but counted)."""
-
-    value: float
-    where: str = ""
-    how: str = ""
-
-
-def _worst(figures: Iterable[Figure], form: str, above: bool = False) -> Measured:
-    """The figure furthest from its target, and where; the first doubt among all of them."""
-    figures = list(figures)
-    if not figures:
-        return None
-    worst = (min if above else max)(figures)
-    doubts = [
-        f"{f.where}: {f.how}" if f.where else f.how for f in figures if f.how and f.how not in harness.SURE
-    ]
-    return (
-        worst.value,
-        form.format(worst.value) + (f" ({worst.where})" if worst.where else ""),
-        doubts[0] if doubts else "",
-    )
+# Figures ---------------------------------------------------------------------------------------------
 
 
 def _shape(r: dict) -> str:
@@ -138,122 +131,8 @@ def _shape(r: dict) -> str:
     return f"{c['N']}x{c['C']}" if "D" not in c else f"N {c['N']}, D {c['D']}, C {c['C']}, {c['dtype']}"
 
 
-def _anything(r: dict) -> bool:
+def _any(r: dict) -> bool:
     return True
-
-
-def ratio(peer: str, select: Callable[[dict], bool] = _anything, bench: str = "loss", **case):
-    """Our time over a peer's, the worst of the cases."""
-
-    def measure(records: list[dict], name: str) -> Measured:
-        met = [(r, meeting(records, r, peer)) for r in find(records, bench, name, **case) if select(r)]
-        met = [(r, *found) for r, found in met if found]
-        several = len({_shape(r) for r, _, _ in met}) > 1
-        return _worst([Figure(x[0], _shape(r) if several else "", how) for r, x, how in met], "{:.3g}")
-
-    return measure
-
-
-def faster(peer: str, **case):
-    """A peer's time over ours."""
-
-    def measure(records: list[dict], name: str) -> Measured:
-        met = [meeting(records, r, peer) for r in find(records, "vote", name, **case)]
-        return _worst([Figure(1 / x[0][0], "", x[1]) for x in met if x], "{:.3g}x", above=True)
-
-    return measure
-
-
-def of_copy(select: Callable[[dict], bool]):
-    """The loss's bandwidth as a share of the copy's in the same run, percent, the worst of the cases."""
-
-    def measure(records: list[dict], name: str) -> Measured:
-        rows = find(records, "loss", name, mode="both", clock="device", dtype="bfloat16")
-        shares = [
-            Figure(100 * r["bytes"] / r["median"] / copy, _shape(r), r["how"])
-            for r in rows
-            if select(r) and (copy := ceiling(records, "copy", run=r["run"]))
-        ]
-        return _worst(shares, "{:.1f} %", above=True)
-
-    return measure
-
-
-def microseconds(clock: str, select: Callable[[dict], bool] = _anything, bench: str = "loss", **case):
-    """Time of a call, the worst of the cases."""
-
-    def measure(records: list[dict], name: str) -> Measured:
-        rows = [r for r in find(records, bench, name, clock=clock, **case) if select(r)]
-        return _worst([Figure(1e6 * r["median"], _shape(r), r["how"]) for r in rows], "{:.3g} us")
-
-    return measure
-
-
-def launches(key: str):
-    """A count taken by the profiler."""
-
-    def measure(records: list[dict], name: str) -> Measured:
-        rows = [r for r in find(records, "launches", name) if key in r.get("facts", {})]
-        return _worst([Figure(r["facts"][key], _shape(r)) for r in rows], "{:.0f}")
-
-    return measure
-
-
-def peak(bench: str, per_logits: bool = False, **case):
-    """Peak extra memory in MiB, or as a multiple of the logits, the worst of the cases."""
-
-    def measure(records: list[dict], name: str) -> Measured:
-        rows = [r for r in find(records, bench, name, **case) if r["peak"] is not None]
-        if per_logits:
-            rows = [r for r in rows if r["bytes"] >= 2 * MIB]
-            return _worst([Figure(r["peak"] / (r["bytes"] / 2), _shape(r)) for r in rows], "{:.3f} x logits")
-        return _worst([Figure(r["peak"] / MIB, _shape(r)) for r in rows], "{:.2f} MiB")
-
-    return measure
-
-
-def layouts(records: list[dict], name: str) -> Measured:
-    """NCHW's rate as a share of channels_last's, percent."""
-    both = [
-        find(records, "vote", name, layout=layout, what="ResNet-50, ImageNet", N=256, dtype="bfloat16")
-        for layout in ("channels_last", "NCHW")
-    ]
-    if not all(both):
-        return None
-    (fast, *_), (slow, *_) = both
-    share = 100 * fast["median"] / slow["median"]
-    return _worst([Figure(share, "", r["how"]) for r in (fast, slow)], "{:.0f} %")
-
-
-def added(C: int, key: str = "median"):
-    """What our loss adds to a step with F.cross_entropy: percent of its time, or MiB of its peak memory."""
-
-    def measure(records: list[dict], name: str) -> Measured:
-        rows = find(records, "step", name, C=C, compiled=False)
-        if not rows:
-            return None
-        if key == "median":
-            met = meeting(records, rows[0], baselines.CROSS_ENTROPY)
-            return met and _worst([Figure(100 * (met[0][0] - 1), "", met[1])], "{:+.2f} %")
-        plain = find(records, "step", baselines.CROSS_ENTROPY, C=C, compiled=False)
-        if not plain or rows[0]["peak"] is None or plain[0]["peak"] is None:
-            return None
-        return _worst([Figure((rows[0]["peak"] - plain[0]["peak"]) / MIB)], "{:+.2f} MiB")
-
-    return measure
-
-
-def reached(of: str, dtype: str, unit: float, label: str):
-    """A ceiling; there is nothing to meet."""
-
-    def measure(records: list[dict], name: str) -> Measured:
-        value = ceiling(records, of, dtype)
-        return (value, f"{value / unit:.3g} {label}", "") if value else None
-
-    return measure
-
-
-# The rows --------------------------------------------------------------------------------------------
 
 
 def _is_small(r: dict) -> bool:
@@ -264,156 +143,185 @@ def _is_large(r: dict) -> bool:
     return r["bytes"] > 128e6
 
 
-def _targets() -> list[Target]:
-    both, bf16 = {"mode": "both", "dtype": "float32"}, {"dtype": "bfloat16"}
-    rows = []
+def _is_wide(r: dict) -> bool:
+    return r["case"]["C"] >= 4096 and r["case"]["C"] % 8 == 0
 
-    def cpu(group: str, text: str, bound: float, target: str, measure: Callable) -> None:
-        rows.append(Target("cpu", group, text, bound, target, measure))
 
+def _is_unaligned(r: dict) -> bool:
+    return r["case"]["C"] in (21841, 10007)
+
+
+def _has_many_rows(r: dict) -> bool:
+    return r["case"]["C"] == 1000 and r["case"]["N"] >= 32768
+
+
+def ratio(
+    records: list[dict], name: str, peer: str, select: Select = _any, bench: str = "loss", **case
+) -> list[Figure]:
+    """Our time over a peer's."""
+    met = [(r, meeting(records, r, peer)) for r in find(records, bench, name, **case) if select(r)]
+    met = [(r, *found) for r, found in met if found]
+    several = len({_shape(r) for r, _, _ in met}) > 1
+    return [Figure(x[0], _shape(r) if several else "", how) for r, x, how in met]
+
+
+def faster(records: list[dict], name: str, peer: str, **case) -> list[Figure]:
+    """A peer's time over ours, of votes."""
+    found = ratio(records, name, peer, bench="vote", **case)
+    return [Figure(1 / figure.value, "", figure.how) for figure in found]
+
+
+def of_copy(records: list[dict], name: str, *selects: Select) -> Iterator[Figure]:
+    """The loss's bandwidth as a share of the copy's in the same run, percent."""
+    for r in find(records, "loss", name, mode="both", clock="device", dtype="bfloat16"):
+        copy = ceiling(records, "copy", run=r["run"])
+        if copy and all(select(r) for select in selects):
+            yield Figure(100 * r["bytes"] / r["median"] / copy, _shape(r), r["how"])
+
+
+def microseconds(
+    records: list[dict], name: str, clock: str, select: Select = _any, bench: str = "loss", **case
+) -> list[Figure]:
+    """Time of a call."""
+    found = find(records, bench, name, clock=clock, **case)
+    return [Figure(1e6 * r["median"], _shape(r), r["how"]) for r in found if select(r)]
+
+
+def launches(records: list[dict], name: str, key: str) -> list[Figure]:
+    """A count taken by the profiler."""
+    found = [r for r in find(records, "launches", name) if key in r.get("facts", {})]
+    return [Figure(r["facts"][key], _shape(r)) for r in found]
+
+
+def peak(records: list[dict], name: str, bench: str, **case) -> list[Figure]:
+    """Peak extra memory in MiB."""
+    found = [r for r in find(records, bench, name, **case) if r["peak"] is not None]
+    return [Figure(r["peak"] / MIB, _shape(r)) for r in found]
+
+
+def peak_over_logits(records: list[dict], name: str, **case) -> list[Figure]:
+    """Peak extra memory as a multiple of the logits, where those are a MiB or more."""
+    found = [r for r in find(records, "loss", name, **case) if r["peak"] is not None]
+    return [Figure(2 * r["peak"] / r["bytes"], _shape(r)) for r in found if r["bytes"] >= 2 * MIB]
+
+
+def layouts(records: list[dict], name: str) -> list[Figure]:
+    """NCHW's rate as a share of channels_last's, percent."""
+    case = {"what": "ResNet-50, ImageNet", "N": 256, "dtype": "bfloat16"}
+    both = [find(records, "vote", name, layout=layout, **case)[:1] for layout in ("channels_last", "NCHW")]
+    if not all(both):
+        return []
+    (fast,), (slow,) = both
+    return [Figure(100 * fast["median"] / slow["median"], "", r["how"]) for r in (fast, slow)]
+
+
+def added_time(records: list[dict], name: str, C: int) -> list[Figure]:
+    """What our loss adds to the time of a step with F.cross_entropy, percent."""
+    rows = find(records, "step", name, C=C, compiled=False)[:1]
+    met = [meeting(records, r, baselines.CROSS_ENTROPY) for r in rows]
+    return [Figure(100 * (x[0][0] - 1), "", x[1]) for x in met if x]
+
+
+def added_peak(records: list[dict], name: str, C: int) -> list[Figure]:
+    """What our loss adds to the peak memory of a step with F.cross_entropy, MiB."""
+    rows = [find(records, "step", n, C=C, compiled=False)[:1] for n in (name, baselines.CROSS_ENTROPY)]
+    peaks = [r["peak"] for found in rows for r in found if r["peak"] is not None]
+    return [Figure((peaks[0] - peaks[1]) / MIB)] if len(peaks) == 2 else []
+
+
+def reached(records: list[dict], name: str, of: str, dtype: str, unit: float) -> list[Figure]:
+    """A ceiling."""
+    value = ceiling(records, of, dtype)
+    return [Figure(value / unit)] if value else []
+
+
+# The rows: group, text, target, form, figures ---------------------------------------------------------
+
+
+def cpu_targets() -> Iterator[tuple]:
     for N, C, bound in ((256, 10000, 0.45), (64, 131072, 0.12), (256, 1000, 0.8), (128, 100, 1.2)):
-        measure = ratio(baselines.CROSS_ENTROPY, N=N, C=C, **both)
-        cpu("CPU loss", f"time of F.cross_entropy, {N} x {C}", bound, f"<= {bound}", measure)
+        figures = partial(ratio, peer=baselines.CROSS_ENTROPY, N=N, C=C, mode="both", dtype="float32")
+        yield "CPU loss", f"time of F.cross_entropy, {N} x {C}", f"<= {bound}", "{:.3g}", figures
+    case = {"dtype": "float32", "upsample": 1, "layout": "channels_last"}
     for name in ("ResNet-18, ImageNet", "CIFAR-100, stage 1", "CIFAR-100, stage 2", "many classes"):
-        measure = ratio(
-            baselines.MATMUL, bench="vote", what=name, dtype="float32", upsample=1, layout="channels_last"
-        )
-        cpu("CPU vote", f"time of torch.matmul alone, {name}", 1.05, "<= 1.05", measure)
-    cpu("CPU vote", "peak extra memory, any shape", 64, "<= 64 MiB", peak("vote"))
+        figures = partial(ratio, peer=baselines.MATMUL, bench="vote", what=name, **case)
+        yield "CPU vote", f"time of torch.matmul alone, {name}", "<= 1.05", "{:.3g}", figures
+    yield "CPU vote", "peak extra memory, any shape", "<= 64 MiB", "{:.2f} MiB", partial(peak, bench="vote")
 
-    def gpu(group: str, text: str, bound: float, target: str, measure: Callable, above: bool = False) -> None:
-        rows.append(Target("cuda", group, text, bound, target, measure, above))
 
-    gpu("ceiling", "copy, bytes read and written", 0, "-", reached("copy", "float32", 1e12, "TB/s"), True)
-    product = reached("product", "bfloat16", 1e12, "TFLOP/s")
-    gpu("ceiling", "bf16 matrix product, random data", 0, "-", product, True)
-    share = "share of the copy bandwidth"
-    wide = of_copy(lambda r: _is_large(r) and r["case"]["C"] >= 4096 and r["case"]["C"] % 8 == 0)
-    gpu("loss", f"{share}, C >= 4096, logits > 64 MB", 95, ">= 95 %", wide, True)
-    short = of_copy(lambda r: r["case"]["C"] == 1000 and r["case"]["N"] >= 32768)
-    gpu("loss", f"{share}, C = 1000, N >= 32768", 90, ">= 90 %", short, True)
-    odd = of_copy(lambda r: r["case"]["C"] in (21841, 10007))
-    gpu("loss", f"{share}, C = 21841, 10007", 85, ">= 85 %", odd, True)
-    gpu("loss, small", "launches in forward", 1, "<= 1", launches("forward"))
-    gpu("loss, small", "launches in backward", 1, "<= 1", launches("backward"))
-    gpu("loss, small", "host synchronisations", 0, "0", launches("synchronisations"))
-    on_device = microseconds("device", _is_small, mode="both", **bf16)
-    gpu("loss, small", "time on the GPU", 6, "<= 6 us", on_device)
-    on_host = microseconds("host", _is_small, mode="both", **bf16)
-    gpu("loss, small", "host time, forward + backward", 25, "<= 25 us", on_host)
+def gpu_targets() -> Iterator[tuple]:
+    copy = partial(reached, of="copy", dtype="float32", unit=1e12)
+    yield "ceiling", "copy, bytes read and written", "-", "{:.3g} TB/s", copy
+    product = partial(reached, of="product", dtype="bfloat16", unit=1e12)
+    yield "ceiling", "bf16 matrix product, random data", "-", "{:.3g} TFLOP/s", product
+    for text, percent, *selects in (
+        ("C >= 4096, logits > 64 MB", 95, _is_large, _is_wide),
+        ("C = 1000, N >= 32768", 90, _has_many_rows),
+        ("C = 21841, 10007", 85, _is_unaligned),
+    ):
+        figures = partial(lambda records, name, chosen: of_copy(records, name, *chosen), chosen=selects)
+        yield "loss", f"share of the copy bandwidth, {text}", f">= {percent} %", "{:.1f} %", figures
+    for text, key, target in (
+        ("launches in forward", "forward", "<= 1"),
+        ("launches in backward", "backward", "<= 1"),
+        ("host synchronisations", "synchronisations", "0"),
+    ):
+        yield "loss, small", text, target, "{:.0f}", partial(launches, key=key)
+    both = {"mode": "both", "dtype": "bfloat16"}
+    for text, clock, target in (
+        ("time on the GPU", "device", "<= 6 us"),
+        ("host time, forward + backward", "host", "<= 25 us"),
+    ):
+        figures = partial(microseconds, clock=clock, select=_is_small, **both)
+        yield "loss, small", text, target, "{:.3g} us", figures
     for peer, bound in (
-        (baselines.CROSS_ENTROPY, 0.40),
-        (baselines.COMPILED_CROSS_ENTROPY, 0.60),
-        (baselines.COMPILED_REFERENCE, 0.10),
-        (baselines.LIGER, 0.80),
-        (baselines.QUACK_IN_FORWARD, 1.05),
+        (baselines.CROSS_ENTROPY, "0.40"),
+        (baselines.COMPILED_CROSS_ENTROPY, "0.60"),
+        (baselines.COMPILED_REFERENCE, "0.10"),
+        (baselines.LIGER, "0.80"),
+        (baselines.QUACK_IN_FORWARD, "1.05"),
     ):
-        measure = ratio(peer, _is_large, mode="both", clock="device", **bf16)
-        gpu("loss", f"time of {peer}", bound, f"<= {bound:.2f}", measure)
-    memory = peak("loss", per_logits=True, mode="both", clock="device", **bf16)
-    gpu("loss", "peak extra memory", 1.01, "1 x logits", memory)
-    for name, case, bound, times in (
-        ("ResNet-50, ImageNet", {"N": 256}, 1.02, 1.3),
-        ("ResNet-18, ImageNet", {}, 1.05, 1.8),
-        ("ViT-B/16, ImageNet", {}, 1.03, 1.6),
-        ("ResNet-50, iNat21", {}, 1.02, 1.25),
-    ):
-        case = {**case, **bf16, "what": name}
-        case["layout"] = "tokens" if name == "ViT-B/16, ImageNet" else "channels_last"
-        measure = ratio(baselines.MATMUL, bench="vote", **case)
-        gpu("vote", f"time of torch.matmul alone, {name}", bound, f"<= {bound}", measure)
-        measure = faster(baselines.MATMUL_ARGMAX, **case)
-        gpu("vote", f"speed over matmul + argmax, {name}", times, f">= {times}x", measure, True)
-    for stage in (1, 2):
-        case = {"what": f"CIFAR-100, stage {stage}", **bf16}
-        measure = microseconds("device", bench="vote", layout="channels_last", **case)
-        gpu("vote", f"CIFAR-100, stage {stage}, with and without upsampling", 6, "<= 6 us", measure)
-        measure = faster(baselines.MATMUL_ARGMAX, layout="channels_last", **case)
-        gpu("vote", f"speed over matmul + argmax, CIFAR-100, stage {stage}", 2, ">= 2x", measure, True)
-    gpu("vote", "NCHW, rate against channels_last", 85, ">= 85 %", layouts, True)
-    for name, bound in (("ResNet-50, ImageNet", 0.5), ("ResNet-50, iNat21", 4)):
-        measure = peak("vote", what=name, layout="channels_last", **bf16)
-        gpu("vote", f"peak extra memory, {name}", bound, f"<= {bound} MiB", measure)
-    for C, bound, name in ((1000, 0.1, "ImageNet"), (10000, 0.7, "iNat21")):
-        gpu("step", f"ResNet-50, {name}: added time", bound, f"<= +{bound} %", added(C))
-        gpu("step", f"ResNet-50, {name}: added peak memory", 0.5, "+0", added(C, "peak"))
-    return rows
+        figures = partial(ratio, peer=peer, select=_is_large, clock="device", **both)
+        yield "loss", f"time of {peer}", f"<= {bound}", "{:.3g}", figures
+    memory = partial(peak_over_logits, clock="device", **both)
+    yield "loss", "peak extra memory", "1 x logits", "{:.3f} x logits", memory, 1.01
+    yield from gpu_vote_targets()
+    for C, percent, name in ((1000, 0.1, "ImageNet"), (10000, 0.7, "iNat21")):
+        text, figures = f"ResNet-50, {name}: added", partial(added_time, C=C)
+        yield "step", f"{text} time", f"<= +{percent} %", "{:+.2f} %", figures
+        yield "step", f"{text} peak memory", "+0", "{:+.2f} MiB", partial(added_peak, C=C), 0.5
 
 
-TARGETS = _targets()
+def gpu_vote_targets() -> Iterator[tuple]:
+    for what, bound, times, case in (
+        ("ResNet-50, ImageNet", 1.02, 1.3, {"N": 256, "layout": "channels_last"}),
+        ("ResNet-18, ImageNet", 1.05, 1.8, {"layout": "channels_last"}),
+        ("ViT-B/16, ImageNet", 1.03, 1.6, {"layout": "tokens"}),
+        ("ResNet-50, iNat21", 1.02, 1.25, {"layout": "channels_last"}),
+    ):
+        case |= {"what": what, "dtype": "bfloat16"}
+        figures = partial(ratio, peer=baselines.MATMUL, bench="vote", **case)
+        yield "vote", f"time of torch.matmul alone, {what}", f"<= {bound}", "{:.3g}", figures
+        figures = partial(faster, peer=baselines.MATMUL_ARGMAX, **case)
+        yield "vote", f"speed over matmul + argmax, {what}", f">= {times}x", "{:.3g}x", figures
+    last = {"dtype": "bfloat16", "layout": "channels_last"}
+    for what in ("CIFAR-100, stage 1", "CIFAR-100, stage 2"):
+        figures = partial(microseconds, clock="device", bench="vote", what=what, **last)
+        yield "vote", f"{what}, with and without upsampling", "<= 6 us", "{:.3g} us", figures
+        figures = partial(faster, peer=baselines.MATMUL_ARGMAX, what=what, **last)
+        yield "vote", f"speed over matmul + argmax, {what}", ">= 2x", "{:.3g}x", figures
+    yield "vote", "NCHW, rate against channels_last", ">= 85 %", "{:.0f} %", layouts
+    for what, bound in (("ResNet-50, ImageNet", 0.5), ("ResNet-50, iNat21", 4)):
+        figures = partial(peak, bench="vote", what=what, **last)
+        yield "vote", f"peak extra memory, {what}", f"<= {bound} MiB", "{:.2f} MiB", figures
+
+
+TARGETS = [Target("cpu", *row) for row in cpu_targets()] + [Target("cuda", *row) for row in gpu_targets()]
 
 
 def judge(records: list[dict], kind: str) -> list[Verdict]:
     """Every row for a kind of device ("cpu", "cuda") against records from one, for each backend of ours."""
     timed = [r for r in records if r["env"]["kind"] == kind and r["bench"] in ("loss", "vote", "step")]
-    verdicts = []
-    for t in TARGETS:
-        if t.kind != kind:
-            continue
-        for name in [""] if t.target == "-" else names(timed) or [""]:
-            found = t.measure(records, name) if name or t.target == "-" else None
-            value, text, doubt = found or (0.0, GAP, "")
-            met = None
-            if doubt:
-                text = f"{text}, not judged ({doubt})"
-            elif found is not None and t.target != "-":
-                met = value >= t.bound if t.above else value <= t.bound
-            verdicts.append(Verdict(t.group, t.text, t.target, text, met, name))
-    return verdicts
-
-
-# Which backend serves --------------------------------------------------------------------------------
-
-REGIMES: dict[str, tuple[str, Callable[[dict], bool]]] = {  # words -> benchmark, which of its records
-    "loss, C >= 4096, C a multiple of 8": (
-        "loss",
-        lambda r: r["case"]["C"] >= 4096 and r["case"]["C"] % 8 == 0,
-    ),
-    "loss, C = 21841, 10007": ("loss", lambda r: r["case"]["C"] in (21841, 10007)),
-    "loss, C = 1000, N >= 32768": ("loss", lambda r: r["case"]["C"] == 1000 and r["case"]["N"] >= 32768),
-    "loss, small": ("loss", _is_small),
-    "votes, channels_last and tokens": (
-        "vote",
-        lambda r: r["case"]["layout"] != "NCHW" and r["case"]["dtype"] != "tf32",
-    ),
-    "votes, NCHW": ("vote", lambda r: r["case"]["layout"] == "NCHW"),
-    "votes, TF32": ("vote", lambda r: r["case"]["dtype"] == "tf32"),
-    "training step": ("step", _anything),
-}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A regime: which of two backends was faster, cuda's time over triton's race by race."""
-
-    regime: str
-    clock: str
-    faster: str
-    ratios: list[float]
-    doubt: str  # how a case was timed, where that does not decide
-
-    @property
-    def middle(self) -> float:
-        return statistics.median(self.ratios)
-
-
-def choice(records: list[dict]) -> list[Choice]:
-    """Per regime, which of cuda and triton was faster where both ran in one race; "either" within 2 %.
-
-    Evidence for the order of ``ops.BACKENDS``, which ``backend=None`` follows.
-    """
-    cuda, triton = baselines.ours("cuda"), baselines.ours("triton")
-    found = []
-    for regime, (bench, belongs) in REGIMES.items():
-        for clock in ("device", "host"):
-            races = [
-                r for r in find(records, bench, cuda, clock=clock) if belongs(r) and r["mode"] != "backward"
-            ]
-            met = [x for x in (meeting(records, r, triton) for r in races) if x]
-            ratios = [ratio[0] for ratio, _ in met]
-            doubt = next((how for _, how in met if how not in harness.SURE), "")
-            if ratios:
-                middle = statistics.median(ratios)
-                best = "either" if abs(middle - 1) < 0.02 else "cuda" if middle < 1 else "triton"
-                found.append(Choice(regime, clock, best, ratios, doubt))
-    return found
+    ours = names(timed) or [""]
+    rows = [target for target in TARGETS if target.kind == kind]
+    return [t.judge(records, name) for t in rows for name in ([""] if t.target == "-" else ours)]

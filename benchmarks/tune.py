@@ -4,8 +4,8 @@
 
 A variant is a few replacements in the text of csrc/cuda. Each is compiled into a library of its own without
 torch (seconds; all of them at once, on as many cores as there are), called through ctypes on the same inputs,
-compared with what the kernels as they stand compute, and raced against them (harness.race). What comes out is
-a table of times over theirs (below 1: the variant is faster), to choose the constants in tuning.h and
+compared with what the kernels as they stand compute, and timed interleaved with them. What comes out is a
+table of times over theirs (below 1: the variant is faster), to choose the constants in tuning.h and
 vote_tuning.h from.
 Where a stage is left out the results are wrong on purpose: the difference in time is what the stage costs.
 
@@ -27,10 +27,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import harness
+import clock
 import torch
+from sources import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "tune"
 SOURCES = {"loss": ("loss.cu",), "vote": ("vote.cu", "vote_sm80.cu", "vote_sm90.cu")}
@@ -109,27 +109,15 @@ MAPS = {  # N, D, side, C, channels_last
 }
 
 
-class LossCall(ctypes.Structure):
-    """tune.cu has the same."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("logits", "target", "votes", "log_mass")]
-    _fields_ += [(name, ctypes.c_int64) for name in "NCP"]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("parts", "grad", "scratch", "arrivals")]
-
-
-class VoteCall(ctypes.Structure):
-    """tune.cu has the same."""
-
-    _fields_ = [("features", ctypes.c_void_p)]
-    _fields_ += [
-        (n, ctypes.c_int64) for n in ("N", "D", "H", "W", "stride_n", "stride_d", "stride_h", "stride_w")
-    ]
-    _fields_ += [("weight", ctypes.c_void_p), ("C", ctypes.c_int64), ("votes", ctypes.c_void_p)]
-    _fields_ += [("scratch", ctypes.c_void_p), ("room", ctypes.c_int64)]
-    _fields_ += [("arrivals", ctypes.c_void_p), ("counters", ctypes.c_int64)]
+CALLS = {  # the fields of tune.cu's structures: pointers and integers, 8 bytes each
+    "loss": "logits target votes log_mass N C P parts grad scratch arrivals",
+    "vote": "features N D H W stride_n stride_d stride_h stride_w weight C votes "
+    "scratch room arrivals counters",
+}
 
 
-CALLS = {"loss": LossCall, "vote": VoteCall}
+def call_bytes(kind: str) -> int:
+    return 8 * len(CALLS[kind].split())
 
 
 def varied(kernels: Path, variant: Variant) -> None:
@@ -143,11 +131,10 @@ def varied(kernels: Path, variant: Variant) -> None:
 
 def command(kind: str, arch: str, kernels: Path) -> list[str]:
     """nvcc's, for tune.cu over a copy of csrc/cuda; the sources of kernels are still to follow."""
-    call = CALLS[kind]
     return [
         *(shutil.which("nvcc"), "-std=c++17", "-O3", "-Xcompiler", "-fPIC"),
         *("-gencode", f"arch=compute_{arch},code=sm_{arch}", f"-I{kernels}"),
-        *(f"-DTUNE_{kind.upper()}", f"-DTUNE_CALL_BYTES={ctypes.sizeof(call)}"),
+        *(f"-DTUNE_{kind.upper()}", f"-DTUNE_CALL_BYTES={call_bytes(kind)}"),
         str(Path(__file__).with_suffix(".cu")),
     ]
 
@@ -161,61 +148,53 @@ def compiled(kind: str, variant: Variant, arch: str) -> Path | str:
     varied(folder / "cuda", variant)
     library = folder / "kernels.so"
     sources = [folder / "cuda" / source for source in SOURCES[kind]]
-    done = subprocess.run(
-        [*command(kind, arch, folder / "cuda"), *sources, "-shared", "-o", library],
-        capture_output=True,
-        text=True,
-    )
+    whole = [*command(kind, arch, folder / "cuda"), *sources, "-shared", "-o", library]
+    done = subprocess.run(whole, capture_output=True, text=True)
     return library if done.returncode == 0 else (done.stderr or done.stdout)[-2000:]
 
 
 class Problem:
-    """One call's inputs and outputs on the GPU; several of each, so that none is found in L2."""
+    """Calls on the GPU, each with inputs and outputs of its own, so that none is found in L2."""
 
     def __init__(self, kind: str, size: tuple) -> None:
-        self.kind, self.calls, self.kept, self.outputs = kind, [], [], []
-        make = self._loss if kind == "loss" else self._vote
-        nbytes = make(size)
-        while len(self.calls) < 32 and len(self.calls) * nbytes < 200e6:
-            make(size)
+        make, nbytes = self._loss if kind == "loss" else self._vote, 0
+        self.calls, self.kept, self.outputs = [], [], []
+        while not self.calls or (len(self.calls) < 32 and nbytes < 200e6):
+            inputs, outputs, call = make(*size)
+            nbytes += inputs[0].nbytes * (2 if kind == "loss" else 1)
+            self.kept.append(inputs)
+            self.outputs.append(outputs)
+            fields = [x.data_ptr() if torch.is_tensor(x) else x for x in call]
+            assert len(fields) == len(CALLS[kind].split())
+            self.calls.append((ctypes.c_int64 * len(fields))(*fields))
 
-    def _zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        self.kept.append(torch.zeros(shape, dtype=dtype, device="cuda"))
-        return self.kept[-1]
-
-    def _loss(self, size: tuple) -> int:
-        N, C = size
+    @staticmethod
+    def _loss(N: int, C: int) -> tuple:
+        """Tensors to keep, results, fields of the call."""
+        zeros = functools.partial(torch.zeros, device="cuda")
         logits = torch.randn(N, C, device="cuda").bfloat16()
         target = torch.randint(C, (N,), device="cuda")
         votes = torch.randint(C, (N, 49), device="cuda", dtype=torch.int32)
         log_mass = -torch.arange(1, min(49, C) + 2, device="cuda").float().log()
-        parts, grad = self._zeros(3, dtype=torch.float32), self._zeros(N, C, dtype=torch.bfloat16)
-        scratch, arrivals = self._zeros(1 << 17, dtype=torch.float64), self._zeros(1, dtype=torch.int32)
-        at = [x.data_ptr() for x in (logits, target, votes, log_mass)]
-        ends = [x.data_ptr() for x in (parts, grad, scratch, arrivals)]
-        self.kept += [logits, target, votes, log_mass]
-        self.outputs.append((parts, grad))
-        self.calls.append(LossCall(*at, N, C, 49, *ends))
-        return 2 * logits.nbytes
+        parts, grad = zeros(3), torch.zeros_like(logits)
+        scratch, arrivals = zeros(1 << 17, dtype=torch.float64), zeros(1, dtype=torch.int32)
+        inputs = logits, target, votes, log_mass
+        rest = parts, grad, scratch, arrivals
+        return (*inputs, *rest), (parts, grad), (*inputs, N, C, 49, *rest)
 
-    def _vote(self, size: tuple) -> int:
-        N, D, side, C, channels_last = size
+    @staticmethod
+    def _vote(N: int, D: int, side: int, C: int, channels_last: bool) -> tuple:
+        """Tensors to keep, results, fields of the call."""
+        zeros = functools.partial(torch.zeros, device="cuda")
         features = torch.randn(N, D, side, side, device="cuda").bfloat16()
         if channels_last:
             features = features.to(memory_format=torch.channels_last)
         weight = torch.randn(C, D, device="cuda").bfloat16()
-        votes = self._zeros(N, side * side, dtype=torch.int32)
-        scratch, counters = self._zeros(128 << 20, dtype=torch.uint8), self._zeros(1 << 18, dtype=torch.int32)
-        strides = [features.stride(axis) for axis in (0, 1, 2, 3)]
-        self.kept += [features, weight]
-        self.outputs.append((votes,))
-        self.calls.append(
-            VoteCall(
-                features.data_ptr(), N, D, side, side, *strides, weight.data_ptr(), C, votes.data_ptr(),
-                scratch.data_ptr(), scratch.nbytes, counters.data_ptr(), counters.numel(),
-            )
-        )  # fmt: skip
-        return features.nbytes
+        votes = zeros(N, side * side, dtype=torch.int32)
+        scratch, counters = zeros(128 << 20, dtype=torch.uint8), zeros(1 << 18, dtype=torch.int32)
+        fields = [features, N, D, side, side, *features.stride(), weight, C, votes]
+        fields += [scratch, scratch.nbytes, counters, counters.numel()]
+        return (features, weight, scratch, counters), (votes,), fields
 
     def run(self, kernels: ctypes.CDLL, k: int) -> None:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -245,7 +224,7 @@ def disagreement(kind: str, got: list[torch.Tensor], expected: list[torch.Tensor
     return f"{share:.2%} of the gradient differs" if wrong else ""
 
 
-def measure(kind: str, case: str, size: tuple, libraries: dict[str, Path], clock) -> list[dict]:
+def measure(kind: str, case: str, size: tuple, libraries: dict[str, Path], timer) -> list[dict]:
     """A row {kind, case, variant, seconds, how, ratio, wrong} for each variant."""
     torch.manual_seed(0)
     problem, results, wrong, entries = Problem(kind, size), {}, {}, []
@@ -257,47 +236,66 @@ def measure(kind: str, case: str, size: tuple, libraries: dict[str, Path], clock
             wrong[name] = str(error)
             continue
         calls = [functools.partial(problem.run, kernels, k) for k in range(len(problem.calls))]
-        entries.append(harness.Entry(name, calls))
-    race = harness.race(entries, clock)
-    wrong |= race.failed
+        entries.append(clock.Entry(name, calls))
+    found = clock.compare(entries, timer)
+    wrong |= found.failed
     right, base, rows = {v.name: v.right for v in VARIANTS[kind]}, AS_IT_IS.name, []
     for name in libraries:
         row = {"kind": kind, "case": case, "variant": name, "seconds": None, "how": "", "ratio": None}
-        if name in race.samples:
-            row |= {"seconds": statistics.median(race.taken(name)), "how": race.how[name]}
-            if base in race.samples:
-                row["ratio"] = race.ratio(name, base)[0]
+        if name in found.samples:
+            row |= {"seconds": statistics.median(found.taken(name)), "how": found.how[name]}
+            if base in found.samples:
+                row["ratio"] = found.ratio(name, base)[0]
         if name not in wrong and base in results:
-            wrong[name] = disagreement(kind, results[name], results[base]) if right[name] else "left out"
+            wrong[name] = disagreement(kind, results[name], results[base]) if right[name] else LEFT_OUT
         rows.append(row | {"wrong": wrong.get(name, "")})
     return rows
 
 
+LEFT_OUT = "left out"  # the stage whose time is asked for
+
+
 def table(kind: str, rows: list[dict]) -> str:
-    """A line a variant, a column a case: microseconds of the standing kernels, then times over theirs."""
+    """A line a variant, a column a case: microseconds of the kernels as they are, then times over theirs."""
+    by_variant = {row["variant"]: {} for row in rows}
+    for row in rows:
+        text = "-"
+        if row["ratio"] is not None:
+            first = row["variant"] == AS_IT_IS.name
+            text = f"{1e6 * row['seconds']:.1f} us" if first else f"{row['ratio']:.3f}"
+            text += "!" if row["wrong"] not in ("", LEFT_OUT) else ""
+        by_variant[row["variant"]][row["case"]] = text
     cases = list(dict.fromkeys(row["case"] for row in rows))
     lines = [f"{kind:28}" + "".join(f"{case:>17}" for case in cases)]
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        cells = []
-        for case in cases:
-            found = [r for r in rows if (r["case"], r["variant"]) == (case, name)]
-            text = "-"
-            if found and found[0]["ratio"] is not None:
-                (row,) = found
-                text = f"{1e6 * row['seconds']:.1f} us" if name == AS_IT_IS.name else f"{row['ratio']:.3f}"
-                text += "!" if row["wrong"] not in ("", "left out") else ""
-            cells.append(text)
-        lines.append(f"{name:28}" + "".join(f"{cell:>17}" for cell in cells))
-    lines += [
-        f"! {r['variant']}, {r['case']}: {r['wrong']}" for r in rows if r["wrong"] not in ("", "left out")
+    for name, cells in by_variant.items():
+        lines.append(f"{name:28}" + "".join(f"{cells.get(case, '-'):>17}" for case in cases))
+    wrong = [row for row in rows if row["wrong"] not in ("", LEFT_OUT)]
+    return "\n".join(lines + [f"! {r['variant']}, {r['case']}: {r['wrong']}" for r in wrong])
+
+
+def build(
+    kinds: list[str], parts: list[str], arch: str, jobs: int
+) -> tuple[dict[str, dict[str, Path]], bool]:
+    """Libraries by kind and variant, the kernels as they are always among them; whether all compile."""
+    wanted = [
+        (kind, v)
+        for kind in kinds
+        for v in VARIANTS[kind]
+        if v is AS_IT_IS or not parts or any(part in v.name for part in parts)
     ]
-    return "\n".join(lines)
+    with ThreadPoolExecutor(jobs) as pool:
+        built = list(pool.map(lambda pair: compiled(*pair, arch), wanted))
+    libraries: dict[str, dict[str, Path]] = {kind: {} for kind in kinds}
+    for (kind, variant), result in zip(wanted, built, strict=True):
+        if isinstance(result, Path):
+            libraries[kind][variant.name] = result
+        else:
+            print(f"{kind}, {variant.name}: does not compile\n{result}")
+    return libraries, all(isinstance(result, Path) for result in built)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--variants", nargs="+", default=[], help="those whose names contain one of these")
     parser.add_argument("--arch", default="90a", help="as nvcc names it")
@@ -305,48 +303,28 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
     parser.add_argument("--compile", action="store_true", help="compile, and no more")
     args = parser.parse_args()
-    if shutil.which("nvcc") is None:
-        print("tune needs nvcc")
+    if shutil.which("nvcc") is None or not (args.compile or torch.cuda.is_available()):
+        print("tune needs nvcc, and a CUDA device (--compile does not)")
         return 2
-    if not args.compile and not torch.cuda.is_available():
-        print("tune needs a CUDA device (--compile does not)")
-        return 2
-
-    wanted = [
-        (kind, v)
-        for kind in args.only
-        for v in VARIANTS[kind]
-        if v is AS_IT_IS or not args.variants or any(part in v.name for part in args.variants)
-    ]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        built = list(pool.map(lambda pair: compiled(*pair, args.arch), wanted))
-    libraries: dict[str, dict[str, Path]] = {kind: {} for kind in args.only}
-    for (kind, variant), result in zip(wanted, built, strict=True):
-        if isinstance(result, str):
-            print(f"{kind}, {variant.name}: does not compile\n{result}")
-        else:
-            libraries[kind][variant.name] = result
-    failed = any(isinstance(result, str) for result in built)
+    libraries, right = build(args.only, args.variants, args.arch, args.jobs)
     if args.compile or not all(AS_IT_IS.name in found for found in libraries.values()):
-        return 1 if failed else 0
+        return 0 if right else 1
     sizes = {"loss": {f"{N} x {C}": (N, C) for N, C in LOSSES}, "vote": MAPS}
-    rows, clock = [], harness.DeviceClock()
+    rows, timer = [], clock.DeviceClock()
     for kind, found in libraries.items():
         for case, size in sizes[kind].items():
             try:
-                rows += measure(kind, case, size, found, clock)
-            except (harness.ContextLost, RuntimeError) as error:  # nothing more can be measured
+                rows += measure(kind, case, size, found, timer)
+            except (clock.ContextLost, RuntimeError) as error:  # nothing more can be measured
                 print(f"{kind}, {case}: {error}")
                 return 1
             torch.cuda.empty_cache()
             if args.out:
                 args.out.write_text(json.dumps(rows, indent=0))
-            print(
-                table(kind, [row for row in rows if (row["kind"], row["case"]) == (kind, case)]), flush=True
-            )
+            print(table(kind, rows[-len(found) :]), flush=True)
         print(table(kind, [row for row in rows if row["kind"] == kind]), flush=True)
-    failed |= any(row["variant"] == AS_IT_IS.name and row["seconds"] is None for row in rows)
-    return 1 if failed else 0
+    untimed = [row for row in rows if row["variant"] == AS_IT_IS.name and row["seconds"] is None]
+    return 0 if right and not untimed else 1
 
 
 if __name__ == "__main__":

@@ -28,11 +28,13 @@ import baselines  # noqa: E402
 import bench_loss  # noqa: E402
 import bench_step  # noqa: E402
 import bench_vote  # noqa: E402
-import harness  # noqa: E402
+import clock  # noqa: E402
+import records as files  # noqa: E402
 import report  # noqa: E402
 import targets  # noqa: E402
 
-RECORDED = [r for path in harness.RESULTS.glob("*.json") for r in harness.load(path)]
+RECORDED = [r for path in files.RESULTS.glob("*.json") for r in files.load(path)]
+ENVIRONMENT = set(files.environment())
 CPU_LOSSES = baselines.losses("cpu", tiny=True)
 
 
@@ -40,7 +42,7 @@ CPU_LOSSES = baselines.losses("cpu", tiny=True)
 def _fresh(monkeypatch):
     """The clock of patience begins here, not at the import; and runs of pytest started here are no workers of
     ours: pytest-benchmark would disable itself in them."""
-    monkeypatch.setattr(harness, "START", time.monotonic())
+    monkeypatch.setattr(clock, "START", time.monotonic())
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
         monkeypatch.delenv(name, raising=False)
 
@@ -99,7 +101,7 @@ def test_baseline_losses_agree_with_the_authors_code(name):
 def test_baseline_votes_agree_with_the_reference(layout, upsample):
     if layout == "tokens" and upsample == 2:
         pytest.skip("tokens have no map to upsample")
-    features, weight = harness.vote_inputs(2, 3, 4, 20, 30, torch.float32, layout)
+    features, weight = baselines.vote_inputs(2, 3, 4, 20, 30, torch.float32, layout)
     features, weight = features.cpu(), weight.cpu()
     assert features.shape == ((2, 12, 20) if layout == "tokens" else (2, 20, 3, 4))
     expected = zls.dense_vote(features.double(), weight.double(), upsample=upsample, backend="reference")
@@ -118,7 +120,7 @@ def test_baseline_votes_agree_with_the_reference(layout, upsample):
 
 
 def test_baseline_heads_agree():
-    features, weight = harness.vote_inputs(3, 2, 2, 8, 7, torch.float32, "channels_last")
+    features, weight = baselines.vote_inputs(3, 2, 2, 8, 7, torch.float32, "channels_last")
     target = torch.tensor([1, 6, 0])
     plain = F.cross_entropy(features.cpu().mean((2, 3)) @ weight.cpu().t(), target)
     votes = zls.dense_vote(features.cpu(), weight.cpu(), backend="reference")
@@ -139,7 +141,7 @@ def test_step_trains_resnet50():
 
 @pytest.mark.parametrize("name", bench_step.criteria())
 def test_step_losses(name):
-    features, _ = harness.vote_inputs(3, 2, 2, 8, 7, torch.float32, "channels_last")
+    features, _ = baselines.vote_inputs(3, 2, 2, 8, 7, torch.float32, "channels_last")
     fc, target = torch.nn.Linear(8, 7), torch.tensor([1, 6, 0])
     features = features.cpu()
     votes = zls.dense_vote(features, fc.weight, fc.bias, backend="reference")
@@ -158,11 +160,11 @@ def test_steps_run_and_say_what_waits(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     held = []
 
-    class Book:
-        def race(self, where, entries, clock, **options):
+    class Records:
+        def compare(self, where, entries, timer, **options):
             held.extend(entries)
 
-    bench_step.run(bench_step.Case(2, 5, 16, (1, 1), 4, "float32", what="tiny"), Book())
+    bench_step.Case(2, 5, 16, (1, 1), 4, "float32", what="tiny").run(Records())
     assert [e.name for e in held] == bench_step.NAMES
     assert all(e.deep for e in held)  # more launches than a queue holds
     assert [e.name for e in held if e.waits] == [n for n in bench_step.NAMES if n == baselines.PUBLISHED]
@@ -195,22 +197,22 @@ class DriftingClock:
 
 
 def test_ratios_survive_a_machine_that_drifts(monkeypatch):
-    monkeypatch.setattr(harness, "TINY", False)
-    clock = DriftingClock({"a": 0.2, "b": 0.4, "broken": -1.0})
-    entries = [harness.Entry(name, [lambda: None]) for name in clock.costs]
-    result = harness.race(entries, clock, seconds=20, most_rounds=16)
+    monkeypatch.setattr(clock, "TINY", False)
+    timer = DriftingClock({"a": 0.2, "b": 0.4, "broken": -1.0})
+    entries = [clock.Entry(name, [lambda: None]) for name in timer.costs]
+    result = clock.compare(entries, timer, seconds=20, most_rounds=16)
     assert set(result.failed) == {"broken"}
     assert "cannot run here" in result.failed["broken"]
     assert result.ratio("a", "b") == pytest.approx([0.5] * 3)
     assert len(result.taken("a")) == len(result.taken("b")) == 16
-    rounds = list(itertools.batched(clock.order[-32:], 2)) if hasattr(itertools, "batched") else None
+    rounds = list(itertools.batched(timer.order[-32:], 2)) if hasattr(itertools, "batched") else None
     assert rounds is None or all(set(r) == {"a", "b"} for r in rounds)
 
 
-def test_slow_contestants_sit_out(monkeypatch):
-    monkeypatch.setattr(harness, "TINY", False)
-    clock = DriftingClock({"fast": 1e-3, "slow": 1.0})
-    result = harness.race([harness.Entry(n, [lambda: None]) for n in clock.costs], clock, seconds=0.5)
+def test_slow_entries_run_in_few_rounds(monkeypatch):
+    monkeypatch.setattr(clock, "TINY", False)
+    timer = DriftingClock({"fast": 1e-3, "slow": 1.0})
+    result = clock.compare([clock.Entry(n, [lambda: None]) for n in timer.costs], timer, seconds=0.5)
     assert len(result.taken("slow")) < len(result.taken("fast"))
     together = [s for s, f in zip(result.samples["slow"], result.samples["fast"], strict=True) if s and f]
     assert len(together) == len(result.taken("slow")) >= 3
@@ -218,8 +220,8 @@ def test_slow_contestants_sit_out(monkeypatch):
 
 def test_host_clock_prepares_untimed():
     calls = []
-    entry = harness.Entry("x", [lambda state: calls.append(state)], [lambda: len(calls)])
-    assert harness.HostClock().sample(entry, 4) > 0
+    entry = clock.Entry("x", [lambda state: calls.append(state)], [lambda: len(calls)])
+    assert clock.HostClock().sample(entry, 4) > 0
     assert calls == [0, 1, 2, 3]
 
 
@@ -235,8 +237,8 @@ class PretendGPU:
     def __init__(self, monkeypatch):
         self.host = self.device = 0.0
         self.waiting, self.launches = [], 0  # ends of launches in the queue
-        monkeypatch.setattr(harness.time, "perf_counter", lambda: self.host)
-        monkeypatch.setattr(harness, "synchronize", self.synchronize)
+        monkeypatch.setattr(clock.time, "perf_counter", lambda: self.host)
+        monkeypatch.setattr(clock, "synchronize", self.synchronize)
         monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(cycles / self.speed))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self.Event(self))
 
@@ -266,10 +268,10 @@ class PretendGPU:
 
 def device_time(gpu, call, k=300, **fields):
     """Seconds of a call by the device clock, and how they were taken."""
-    clock, entry = harness.DeviceClock(), harness.Entry("x", [call], **fields)
-    clock.ready(entry)
-    clock.sample(entry, 1)
-    return clock.sample(entry, k), entry
+    timer, entry = clock.DeviceClock(), clock.Entry("x", [call], **fields)
+    timer.ready(entry)
+    timer.sample(entry, 1)
+    return timer.sample(entry, k), entry
 
 
 def test_device_time_holds_nothing_of_the_host(monkeypatch):
@@ -323,20 +325,20 @@ def test_a_step_of_more_launches_than_the_queue_holds(monkeypatch):
 def test_inputs_of_a_gpu_exceed_its_cache_together(monkeypatch):
     l2 = 60 << 20
     properties = type("Properties", (), {"L2_cache_size": l2})
-    monkeypatch.setattr(harness, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(clock, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     for nbytes in (1 << 20, 5 << 20, 100 << 20):
-        assert 3 * l2 <= harness.copies(nbytes) * nbytes < 3 * l2 + nbytes
-    assert harness.copies(1 << 30) == 1
-    assert harness.copies(100) == harness.MOST_COPIES
+        assert 3 * l2 <= clock.copies(nbytes) * nbytes < 3 * l2 + nbytes
+    assert clock.copies(1 << 30) == 1
+    assert clock.copies(100) == clock.MOST_COPIES
 
 
 def test_device_samples_last_and_rotate(monkeypatch):
-    monkeypatch.setattr(harness, "TINY", False)
+    monkeypatch.setattr(clock, "TINY", False)
     gpu = PretendGPU(monkeypatch)
     seen = []
     calls = [lambda i=i: (seen.append(i), gpu.launch(2e-6, host=1e-5)) for i in range(7)]
-    result = harness.race([harness.Entry("x", calls)], harness.DeviceClock(), seconds=0.1)
+    result = clock.compare([clock.Entry("x", calls)], clock.DeviceClock(), seconds=0.1)
     assert result.calls["x"] * 2e-6 >= 1e-3
     assert result.how == {"x": "queued"}
     assert result.samples["x"] == pytest.approx([2e-6] * len(result.samples["x"]))
@@ -364,9 +366,9 @@ def test_backwards_prepared_together_do_not_add_up(monkeypatch):
     PretendGPU(monkeypatch)
     logits = [inputs(dtype=torch.float32) for _ in range(2)]
     entry = bench_loss.entry("x", CPU_LOSSES[baselines.CROSS_ENTROPY], "backward", logits)
-    clock = harness.DeviceClock()
-    clock.ready(entry)
-    clock.sample(entry, 9)
+    timer = clock.DeviceClock()
+    timer.ready(entry)
+    timer.sample(entry, 9)
     assert entry.how == "queued"
     _, expected = value_and_gradient(F.cross_entropy, *logits[0][:2])
     for z, _, _ in logits:
@@ -375,73 +377,73 @@ def test_backwards_prepared_together_do_not_add_up(monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no high-water mark here")
 def test_peak_memory_sees_what_a_call_takes(monkeypatch):
-    monkeypatch.setattr(harness, "device", lambda: torch.device("cpu"))
-    harness.peak_memory(harness.Entry("warm", [lambda: torch.ones(10)]))
-    peak = harness.peak_memory(harness.Entry("x", [lambda: torch.ones(1 << 24).sum()]))
+    monkeypatch.setattr(clock, "device", lambda: torch.device("cpu"))
+    clock.peak_memory(clock.Entry("warm", [lambda: torch.ones(10)]))
+    peak = clock.peak_memory(clock.Entry("x", [lambda: torch.ones(1 << 24).sum()]))
     if peak is None:
         pytest.skip("the high-water mark cannot be reset here")
     assert 0.9 < peak / (4 << 24) < 1.5
 
 
-RESULT = harness.Result({"x": [1.0, 2.0, 3.0]}, {"x": 1}, {"x": "calls"}, {"x": None})
+RESULT = clock.Comparison({"x": [1.0, 2.0, 3.0]}, {"x": 1}, {"x": "calls"}, {"x": None})
 
 
 def test_a_book_replaces_only_what_ran_again(tmp_path):
     path = tmp_path / "records.json"
-    first = harness.Book(path)
-    first.add("ceiling", {"dtype": "float32"}, "", "host", RESULT, 8, 0)
+    first = files.Records(path)
+    first.add(files.Where("ceiling", {"dtype": "float32"}, "", "host"), RESULT, 8, 0)
     for N in (1, 2):
-        first.add("loss", {"N": N, "blocks": (3, 4)}, "both", "host", RESULT, 8, 0)
-    first.fact(harness.Where("launches", {"N": 2}), "x", {"forward": 1})
-    second = harness.Book(path)
-    second.add("ceiling", {"dtype": "float32"}, "", "host", RESULT, 8, 0)
-    second.add("loss", {"N": 2, "blocks": (3, 4)}, "both", "host", RESULT, 8, 0)
-    second.add("loss", {"N": 2, "blocks": (3, 4)}, "forward", "host", RESULT, 8, 0)
-    second.fact(harness.Where("launches", {"N": 2}), "x", {"forward": 2})
-    found = harness.load(path)
+        first.add(files.Where("loss", {"N": N, "blocks": (3, 4)}, "both", "host"), RESULT, 8, 0)
+    first.fact(files.Where("launches", {"N": 2}), "x", {"forward": 1})
+    second = files.Records(path)
+    second.add(files.Where("ceiling", {"dtype": "float32"}, "", "host"), RESULT, 8, 0)
+    second.add(files.Where("loss", {"N": 2, "blocks": (3, 4)}, "both", "host"), RESULT, 8, 0)
+    second.add(files.Where("loss", {"N": 2, "blocks": (3, 4)}, "forward", "host"), RESULT, 8, 0)
+    second.fact(files.Where("launches", {"N": 2}), "x", {"forward": 2})
+    found = files.load(path)
     assert [(r["bench"], r["case"].get("N"), r["mode"], r["run"]) for r in found] == [
         ("ceiling", None, "", "1"), ("loss", 1, "both", "1"), ("ceiling", None, "", "2"),
         ("loss", 2, "both", "2"), ("loss", 2, "forward", "2"), ("launches", 2, None, "2"),
     ]  # fmt: skip
-    assert all(set(harness.RECORD) <= set(r) for r in found)
-    assert all(set(r["env"]) == set(harness.ENVIRONMENT) for r in found)
+    assert all(set(files.RECORD) <= set(r) for r in found)
+    assert all(set(r["env"]) == ENVIRONMENT for r in found)
     assert found[1]["median"] == 2.0
-    third = harness.Book(path)
-    third.add("loss", {"N": 1, "blocks": (3, 4)}, "both", "host", RESULT, 8, 0)
-    assert {r["run"] for r in harness.load(path)} == {"2", "3"}  # the first run's ceiling went with it
+    third = files.Records(path)
+    third.add(files.Where("loss", {"N": 1, "blocks": (3, 4)}, "both", "host"), RESULT, 8, 0)
+    assert {r["run"] for r in files.load(path)} == {"2", "3"}  # the first run's ceiling went with it
 
 
 def test_what_is_on_record_of_this_code_is_not_measured_again(tmp_path, monkeypatch):
     path = tmp_path / "records.json"
-    where = harness.Where("loss", {"N": 1, "blocks": (3, 4)}, "both", "host")
-    first = harness.Book(path)
+    where = files.Where("loss", {"N": 1, "blocks": (3, 4)}, "both", "host")
+    first = files.Records(path)
     assert not first.measured(where, ["x"])
-    first.add(*where, RESULT, 8, 0)
+    first.add(where, RESULT, 8, 0)
     first.fail(where, "y", "no such kernel")
     assert first.measured(where, ["x", "y"])
-    second = harness.Book(path)
+    second = files.Records(path)
     assert second.measured(where, ["x", "y"])
     assert not second.measured(where, ["x", "z"])
     assert not second.measured(where._replace(mode="forward"), ["x"])
     assert second.reason(where, "y") == "no such kernel"
     assert second.reason(where, "x") == ""
     monkeypatch.setenv("ZIPFLS_BENCH_AGAIN", "all")
-    again = harness.Book(path)
+    again = files.Records(path)
     assert not again.measured(where, ["x"])
     monkeypatch.setenv("ZIPFLS_BENCH_AGAIN", str(again.since))
-    assert not harness.Book(path).measured(where, ["x"])
+    assert not files.Records(path).measured(where, ["x"])
     monkeypatch.delenv("ZIPFLS_BENCH_AGAIN")
     for changed in ({"source": "other code"}, {"device": "another"}):
         env = {**first.environment, **changed}
-        harness.dump(path, {"1": env}, json.loads(path.read_text())["records"])
-        other = harness.Book(path)
+        files.dump(path, {"1": env}, json.loads(path.read_text())["records"])
+        other = files.Records(path)
         assert not other.measured(where, ["x"])
-        other.add(*where, RESULT, 8, 0)
+        other.add(where, RESULT, 8, 0)
         assert other.measured(where, ["x"])
         assert not other.measured(where, ["y"])
-        harness.dump(path, {"1": first.environment}, first.records)
+        files.dump(path, {"1": first.environment}, first.records)
     second.fail(where, "x", "out of memory")  # a figure of "x" no longer counts, and the reverse
-    second.add(*where._replace(case={"N": 1, "blocks": [3, 4]}), RESULT, 8, 0)
+    second.add(where._replace(case={"N": 1, "blocks": [3, 4]}), RESULT, 8, 0)
     second.records.pop(0)
     assert [(r["bench"], r["name"]) for r in second.all()] == [("failed loss", "y"), ("loss", "x")]
 
@@ -459,29 +461,29 @@ class BreakingClock(DriftingClock):
 
 
 def test_who_ends_the_context_is_on_record_and_left_out(tmp_path, monkeypatch):
-    clock = BreakingClock({"a": 0.1, "bad": -1.0})
-    monkeypatch.setattr(harness, "synchronize", clock.synchronize)
-    entries = [harness.Entry(name, [lambda: None]) for name in clock.costs]
-    places = [harness.Where("loss", {"N": N}, "both", "host") for N in range(4)]
+    timer = BreakingClock({"a": 0.1, "bad": -1.0})
+    monkeypatch.setattr(clock, "synchronize", timer.synchronize)
+    entries = [clock.Entry(name, [lambda: None]) for name in timer.costs]
+    places = [files.Where("loss", {"N": N}, "both", "host") for N in range(4)]
     for place in places[:3]:
-        book = harness.Book(tmp_path / "records.json")  # a new process each time
-        with pytest.raises(harness.ContextLost, match="bad: RuntimeError: cannot run here"):
-            book.race(place, entries, clock, 8)
-        clock.dead = False
-        again = harness.Book(tmp_path / "records.json")
+        book = files.Records(tmp_path / "records.json")  # a new process each time
+        with pytest.raises(clock.ContextLost, match="bad: RuntimeError: cannot run here"):
+            book.compare(place, entries, timer, 8)
+        timer.dead = False
+        again = files.Records(tmp_path / "records.json")
         assert not again.measured(place, ["a", "bad"])
-        result = again.race(place, entries, clock, 8)
+        result = again.compare(place, entries, timer, 8)
         assert set(result.samples) == {"a"}
         assert "cannot run here" in result.failed["bad"]
         assert again.measured(place, ["a", "bad"])
-    result = harness.Book(tmp_path / "records.json").race(places[3], entries, clock, 8)
+    result = files.Records(tmp_path / "records.json").compare(places[3], entries, timer, 8)
     assert "three times" in result.failed["bad"]
-    lost = [r for r in harness.load(tmp_path / "records.json") if r["bench"] == "failed loss"]
+    lost = [r for r in files.load(tmp_path / "records.json") if r["bench"] == "failed loss"]
     assert [r["facts"]["lost"] for r in lost] == [True, True, True, False]
 
 
-def test_who_fails_in_the_middle_of_a_race_is_out(monkeypatch):
-    monkeypatch.setattr(harness, "TINY", False)
+def test_who_fails_in_the_middle_is_out(monkeypatch):
+    monkeypatch.setattr(clock, "TINY", False)
 
     class Clock(DriftingClock):
         def sample(self, entry, k):
@@ -489,30 +491,34 @@ def test_who_fails_in_the_middle_of_a_race_is_out(monkeypatch):
                 raise RuntimeError("out of memory")
             return super().sample(entry, k)
 
-    clock = Clock({"a": 0.1, "b": 0.1})
-    result = harness.race([harness.Entry(n, [lambda: None]) for n in clock.costs], clock, most_rounds=16)
+    timer = Clock({"a": 0.1, "b": 0.1})
+    result = clock.compare([clock.Entry(n, [lambda: None]) for n in timer.costs], timer, most_rounds=16)
     assert result.failed == {"b": "RuntimeError: out of memory"}
     assert set(result.samples) == {"a"}
 
 
 RESTARTING = """
-import harness, pytest
+import clock, records
 
-@pytest.mark.parametrize("name", ["good", "bad"])
-@pytest.mark.parametrize("N", [1, 2])
-def bench_it(N, name, report):
-    where = harness.Where("loss", {"N": N}, "both", "host")
+class Case:
+    names = ["good", "bad"]
 
-    def breaks():
-        harness.synchronize = breaks
-        raise RuntimeError("an illegal memory access was encountered")
+    def __init__(self, N):
+        self.N, self.where = N, records.Where("loss", {"N": N}, "both", "host")
 
-    def run(book):
-        calls = {"good": lambda: None, "bad": breaks if N == 1 else lambda: None}
-        entries = [harness.Entry(name, [call]) for name, call in calls.items()]
-        return book.race(where, entries, harness.HostClock(), 8)
+    def run(self, ours):
+        def breaks():
+            clock.synchronize = breaks
+            raise RuntimeError("an illegal memory access was encountered")
 
-    report(where, ["good", "bad"], name, run)
+        calls = {"good": lambda: None, "bad": breaks if self.N == 1 else lambda: None}
+        entries = [clock.Entry(name, [call]) for name, call in calls.items()]
+        return ours.compare(self.where, entries, clock.HostClock(), 8)
+
+CASES = [Case(1), Case(2)]
+
+def bench_it(case, name, report):
+    report(case, name)
 """
 
 
@@ -533,7 +539,7 @@ def test_a_lost_context_starts_the_process_anew(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the CUDA context is lost, by bad" in done.stdout
     assert re.search(r"SKIPPED.*illegal memory access", done.stdout)
-    found = [r for r in harness.load(tmp_path / "records.json") if "ceiling" not in r["bench"]]
+    found = [r for r in files.load(tmp_path / "records.json") if "ceiling" not in r["bench"]]
     assert [(r["bench"], r["case"]["N"], r["name"], r["run"]) for r in found] == [
         ("failed loss", 1, "bad", "1"), ("loss", 1, "good", "2"), ("loss", 2, "good", "2"),
         ("loss", 2, "bad", "2"),
@@ -546,13 +552,13 @@ def test_a_lost_context_starts_the_process_anew(tmp_path):
 # Records and report ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(files.RESULTS.glob("*.json")), ids=lambda p: p.stem)
 def test_committed_records_are_whole(path):
     assert path.stat().st_size < 400_000
-    records = harness.load(path)
+    records = files.load(path)
     for r in records:
-        assert set(harness.RECORD) <= set(r) - {"env"}
-        assert set(r["env"]) == set(harness.ENVIRONMENT)
+        assert set(files.RECORD) <= set(r) - {"env"}
+        assert set(r["env"]) == ENVIRONMENT
         assert r["env"]["commit"]
         assert not r["env"]["tiny"]
         if r["median"] is not None:
@@ -561,7 +567,7 @@ def test_committed_records_are_whole(path):
             if r["bench"] not in ("step", "head"):
                 assert r["bytes"] or r["flops"]
     kind = "" if records[0]["env"]["kind"] == "cuda" else "cpu "
-    assert path.stem == harness.slug(kind + records[0]["env"]["device"])
+    assert path.stem == files.slug(kind + records[0]["env"]["device"])
     for run in {r["run"] for r in records if r["median"] is not None}:
         assert {r["name"] for r in records if r["bench"] == "ceiling" and r["run"] == run} == {
             "copy",
@@ -570,12 +576,12 @@ def test_committed_records_are_whole(path):
 
 
 def test_readme_and_pictures_follow_from_the_records():
-    assert report.check() == []
+    assert report.check(report.pages()) == []
 
 
 def made_up(kind: str, time: float = 1e-3, copy_time: float = 1e-3, how: str = "") -> list[dict]:
     """Records of every case there is for a kind of device, each contestant taking the same ``time``."""
-    env = dict.fromkeys(harness.ENVIRONMENT, "")
+    env = dict.fromkeys(ENVIRONMENT, "")
     env |= {"kind": kind, "device": "made up", "threads": 1, "others": 0.0, "tiny": False, "dirty": False}
     env["backends"] = ["cuda", "triton", "reference"] if kind == "cuda" else ["cpu", "reference"]
     peers = [v for k, v in vars(baselines).items() if k.isupper() and isinstance(v, str)]
@@ -595,7 +601,7 @@ def made_up(kind: str, time: float = 1e-3, copy_time: float = 1e-3, how: str = "
                 "1", bench, case, mode, clock, how or ("queued" if clock == "device" else "calls"), n,
                 taken, taken, taken, 9, 1, nbytes, flops, 1 << 20, ratio,
             ]  # fmt: skip
-            found.append({**dict(zip(harness.RECORD, values, strict=True)), "env": env})
+            found.append({**dict(zip(files.RECORD, values, strict=True)), "env": env})
 
     add("ceiling", {"dtype": "float32"}, "", device, 1 << 30, 0, "copy")
     for dtype in ("float32", "bfloat16"):
@@ -610,7 +616,7 @@ def made_up(kind: str, time: float = 1e-3, copy_time: float = 1e-3, how: str = "
         case = {"N": 256, "C": C, "size": 224, "compiled": compiled, "what": "ResNet-50", "dtype": "bfloat16"}
         add("step", case, "step", device, 0, 0)
     add("head", {"N": 8, "H": 7, "D": 64, "C": 10, "dtype": "float32"}, "both", device, 0, 0)
-    facts = dict.fromkeys(harness.RECORD) | {"run": "1", "ratio": {}, "env": env, "case": {}}
+    facts = dict.fromkeys(files.RECORD) | {"run": "1", "ratio": {}, "env": env, "case": {}}
     counted = {"forward": 1, "backward": 1, "synchronisations": 0}
     for name in ours:
         case = {"N": 256, "C": 1000, "P": 49}
@@ -647,7 +653,6 @@ def test_each_backend_is_judged_by_its_own_records():
     ]
     text = report.target_table(targets.judge(records, "cuda"))
     assert text.startswith("|  | target | cuda | met | triton | met |")
-    assert report.choice_table(records) in report.block("gpu-targets", {Path("x.json"): records})
     assert re.search(r"time on the GPU \| <= 6 us \| 1 us \S+ \| yes \| 1.+ us \S+ \| no \|", text)
     without = [r for r in records if r["name"] != baselines.ours("triton")]
     assert report.target_table(targets.judge(without, "cuda")).startswith("|  | target | measured | met |")
@@ -706,32 +711,9 @@ def test_a_target_judges_by_its_bound():
     assert met(1.0) == {True}
 
 
-def test_the_faster_backend_by_regime():
-    records = made_up("cuda")
-    for r in records:
-        if r["name"] == baselines.ours("cuda") and r["ratio"]:
-            wide = r["bench"] == "loss" and r["case"]["C"] >= 4096
-            r["ratio"][baselines.ours("triton")] = [
-                1.2 if wide else 0.8 if r["bench"] == "vote" else 1.01
-            ] * 3
-    found = {(c.regime, c.clock): c.faster for c in targets.choice(records)}
-    assert found["loss, C >= 4096, C a multiple of 8", "device"] == "triton"
-    assert found["loss, C = 21841, 10007", "device"] == "triton"
-    assert found["loss, small", "device"] == found["loss, small", "host"] == "either"
-    assert found["votes, NCHW", "device"] == found["votes, TF32", "device"] == "cuda"
-    assert {regime for regime, _ in found} == set(targets.REGIMES)
-    assert next(len(c.ratios) for c in targets.choice(records) if c.regime == "training step") == 4
-    text = report.choice_table(records)
-    assert re.search(
-        r"loss, C = 21841, 10007 \| device \| 1.20 \(1.20 to 1.20, \d+ races\) \| triton \|", text
-    )
-    assert targets.choice(made_up("cpu")) == []
-    assert report.choice_table([]) == ""
-
-
 def test_loss_cases_of_a_gpu_begin_with_every_regime_and_end_with_what_compiles():
     cases = bench_loss.gpu_cases()
-    assert len({(str(c), c.N, c.C) for c in cases}) == len(cases)
+    assert len(set(cases)) == len(cases)
     first = cases[:15]
     for has in (
         lambda c: c.C >= 4096 and c.C % 8 == 0 and c.N * c.C * 2 > 64e6,
@@ -768,13 +750,13 @@ def test_main_votes_of_a_gpu_in_both_layouts():
 def test_tf32_is_allowed_to_all_and_given_back():
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
-    with harness.precision("tf32"):
+    with clock.precision("tf32"):
         assert matmul.allow_tf32
         assert matmul.fp32_precision == "tf32"  # what ops.refusal asks for
     assert matmul.allow_tf32 == before
-    with harness.precision("float32"):
+    with clock.precision("float32"):
         assert matmul.allow_tf32 == before
-    assert harness.dtype_of("tf32") == torch.float32
+    assert clock.dtype_of("tf32") == torch.float32
 
 
 def test_peers_that_are_absent_are_named_with_the_reason():
@@ -816,20 +798,17 @@ def test_blocks_of_a_gpu_show_both_backends():
 
 def test_a_run_cut_short_can_be_reported(tmp_path):
     pytest.importorskip("matplotlib")
-    import matplotlib.pyplot as plt
-
     records = made_up("cuda")
     rest = [r for r in records if r["bench"] != "ceiling"]
     sweeps = [r for r in rest if r["case"].get("sweep")]
     for some in [records[:n] for n in (3, 4, 9, 30, 120, 300)] + [rest[:9], rest[-3:], records[-2:], sweeps]:
-        for name in report.BLOCKS:
+        for name in report.NAMES:
             text = report.block(name, {Path("x.json"): some})
             assert text == report.NOTHING or "| ---" in text
             assert not re.search(r"\| ---.*(\n(?!\|)|$)", text)  # no table without rows
-        for draw in report.PICTURES.values():
-            if draw(some) is not None:
-                plt.close(draw(some, draw=True))
-        report.choice_table(some)
+        for _, choose, draw in report.PICTURES.values():
+            if chosen := choose(some):
+                draw(some, chosen)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -838,19 +817,19 @@ def test_report_writes_and_notices_changes(kind, tmp_path):
     records = made_up(kind)
     runs = {"1": records[0]["env"]}
     path = tmp_path / "made-up.json"
-    harness.dump(path, runs, [{k: v for k, v in r.items() if k != "env"} for r in records])
+    files.dump(path, runs, [{k: v for k, v in r.items() if k != "env"} for r in records])
     readme = tmp_path / "README.md"
     label = "gpu" if kind == "cuda" else "cpu"
-    names = [n for n in report.BLOCKS if n.startswith(label)]
+    names = [n for n in report.NAMES if n.startswith(label)]
     marked = "".join(f"<!-- report:{n} -->\nold\n<!-- /report -->\n\n" for n in names)
     readme.write_text(f"# Title\n\n{marked}The end.\n")
 
-    problems = report.check(readme, tmp_path)
+    problems = report.check([readme], tmp_path)
     assert sum("differs" in p for p in problems) == len(names)
     assert sum("not drawn" in p for p in problems) == len(report.PICTURES)
-    report.write(readme, tmp_path)
+    report.write([readme], tmp_path)
     text = readme.read_text()
-    assert report.check(readme, tmp_path) == []
+    assert report.check([readme], tmp_path) == []
     assert text.startswith("# Title\n")
     assert text.endswith("The end.\n")
     assert report.NOTHING not in text
@@ -858,11 +837,11 @@ def test_report_writes_and_notices_changes(kind, tmp_path):
         assert (tmp_path / picture).exists()
 
     readme.write_text(text.replace("1.00 ms", "0.90 ms", 1))
-    assert any("differs" in p for p in report.check(readme, tmp_path))
+    assert any("differs" in p for p in report.check([readme], tmp_path))
     readme.write_text("# Title\n")
-    assert any("shows none" in p for p in report.check(readme, tmp_path))
+    assert any("no document shows" in p for p in report.check([readme], tmp_path))
     readme.write_text("<!-- report:speed -->\n<!-- /report -->\n")
-    assert any("no block speed" in p for p in report.check(readme, tmp_path))
+    assert any("no block speed" in p for p in report.check([readme], tmp_path))
 
 
 def test_the_readme_waits_for_records_of_a_gpu(tmp_path):
@@ -873,13 +852,13 @@ def test_the_readme_waits_for_records_of_a_gpu(tmp_path):
     blocks = dict(report.MARKED.findall(readme.read_text()))
     assert {f"gpu-{name}" for name in ("targets", "loss", "vote", "host", "step")} <= set(blocks)
     for name, text in blocks.items():
-        if name in report.BLOCKS and not any(r["env"]["kind"] == "cuda" for r in RECORDED):
+        if name in report.NAMES and not any(r["env"]["kind"] == "cuda" for r in RECORDED):
             assert (text in ("", report.NOTHING + "\n")) == name.startswith("gpu-")
     records = made_up("cuda")
     bare = [{k: v for k, v in r.items() if k != "env"} for r in records]
-    harness.dump(folder / "nvidia-h200.json", {"1": records[0]["env"]}, bare)
+    files.dump(folder / "nvidia-h200.json", {"1": records[0]["env"]}, bare)
     text = report.MARKED.sub(
-        lambda m: report._marked(m[1], m[2], report.load_all(folder), folder), readme.read_text()
+        lambda m: report.marked(m[1], m[2], report.load_all(folder), folder), readme.read_text()
     )
     for name, body in report.MARKED.findall(text):
         if name.startswith("gpu-"):
@@ -890,20 +869,20 @@ def test_the_readme_waits_for_records_of_a_gpu(tmp_path):
 def test_report_without_records_says_so(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- report:cpu-loss -->\n<!-- /report -->\n")
-    assert report.check(readme, tmp_path) == []  # nothing measured, nothing shown
+    assert report.check([readme], tmp_path) == []  # nothing measured, nothing shown
     before = readme.read_text()
-    report.write(readme, tmp_path)
+    report.write([readme], tmp_path)
     assert readme.read_text() == before
     readme.write_text("<!-- report:cpu-loss -->\nold\n<!-- /report -->\n")
-    report.write(readme, tmp_path)
+    report.write([readme], tmp_path)
     assert report.NOTHING in readme.read_text()
-    assert report.check(readme, tmp_path) == []
+    assert report.check([readme], tmp_path) == []
 
 
 def test_tiny_records_are_never_reported(tmp_path):
     records = made_up("cpu")
     runs = {"1": {**records[0]["env"], "tiny": True}}
-    harness.dump(tmp_path / "x.json", runs, [{k: v for k, v in r.items() if k != "env"} for r in records])
+    files.dump(tmp_path / "x.json", runs, [{k: v for k, v in r.items() if k != "env"} for r in records])
     assert report.block("cpu-loss", report.load_all(tmp_path)) == report.NOTHING
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import efficacy  # noqa: E402
-import harness  # noqa: E402
+import records as files  # noqa: E402
 import report  # noqa: E402
 
 NAMES = list(efficacy.METHODS)
@@ -45,7 +45,7 @@ def record(run: dict, last: float) -> dict:
 def write(folder: Path, plan: efficacy.Plan, percent) -> list[dict]:
     """Records of all runs of a plan, each with what ``percent`` says of it."""
     records = [record(run, percent(run) / 100) for run in plan.runs()]
-    harness.dump(folder / "efficacy" / "cpu.json", {"1": ENV}, records)
+    files.dump(folder / "efficacy" / "cpu.json", {"1": ENV}, records)
     return records
 
 
@@ -110,13 +110,13 @@ def test_runs_go_on_where_they_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(efficacy, "run_one", trained)
     with pytest.raises(KeyboardInterrupt):
         efficacy.run_all(TINY, path, tmp_path)
-    assert [r["command"] for r in harness.load(path)] == done == [r["command"] for r in TINY.runs()[:4]]
+    assert [r["command"] for r in files.load(path)] == done == [r["command"] for r in TINY.runs()[:4]]
     stop.clear()
     assert efficacy.run_all(TINY, path, tmp_path) == len(NAMES) - 4
     assert efficacy.run_all(TINY, path, tmp_path) == 0
     assert efficacy.run_all(TINY, path, tmp_path, least=2) == len(NAMES)
     assert done == [r["command"] for r in TINY.runs(2)]
-    records = harness.load(path)
+    records = files.load(path)
     assert [r["command"] for r in records] == [r["command"] for r in TINY.runs(2)]
     assert len({r["run"] for r in records}) == 3  # sessions, each with its own environment
 
@@ -126,7 +126,7 @@ def test_a_run_is_trained_and_can_be_repeated(tmp_path):
     found = []
     for name in ("one.json", "two.json"):
         assert efficacy.run_all(few, tmp_path / name, tmp_path) == 3
-        found.append(harness.load(tmp_path / name))
+        found.append(files.load(tmp_path / name))
     for first, second in zip(*found):
         assert len(first["accuracy"]) == first["settings"]["epochs"] == 2
         assert first["last"] == first["accuracy"][-1] <= first["best"] == max(first["accuracy"])
@@ -146,7 +146,7 @@ def test_runs_side_by_side_are_the_same_runs(tmp_path):
     for jobs in (1, 3):
         path = tmp_path / f"{jobs}.json"
         assert efficacy.run_all(efficacy.TINY, path, tmp_path, jobs=jobs) == 3
-        found.append({r["command"]: (r["accuracy"], r["cross_entropy"]) for r in harness.load(path)})
+        found.append({r["command"]: (r["accuracy"], r["cross_entropy"]) for r in files.load(path)})
     assert found[0] == found[1]
     assert list(found[0]) == [run["command"] for run in efficacy.TINY.runs()]
 
@@ -205,15 +205,15 @@ def test_only_whole_seeds_of_the_plan_as_it_stands_count(tmp_path, monkeypatch):
     file = tmp_path / "efficacy" / "cpu.json"
     assert report.block("efficacy-cpu", {}, tmp_path) == report.NOTHING
     records = write(tmp_path, plan, lambda run: 60 + run["seed"])
-    harness.dump(file, {"1": ENV}, records[:-1])  # the last method of the last seed is missing
+    files.dump(file, {"1": ENV}, records[:-1])  # the last method of the last seed is missing
     text = report.block("efficacy-cpu", {}, tmp_path)
     assert "easy, 2 seeds" in text
     assert f"| {NAMES[0]} | 60.50 ± 0.71 |  |" in text
     records[0]["command"] += " --epochs 7"  # of another plan
-    harness.dump(file, {"1": ENV}, records)
+    files.dump(file, {"1": ENV}, records)
     text = report.block("efficacy-cpu", {}, tmp_path)
     assert f"| {NAMES[0]} | 61.50 ± 0.71 |  |" in text
-    harness.dump(file, {"1": ENV}, records[: len(NAMES)])
+    files.dump(file, {"1": ENV}, records[: len(NAMES)])
     assert report.block("efficacy-cpu", {}, tmp_path) == report.NOTHING
 
 
@@ -240,15 +240,15 @@ def test_report_writes_and_checks_the_table(tmp_path, monkeypatch):
     monkeypatch.setitem(efficacy.PLANS, "cpu", plan)
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n<!-- report:efficacy-cpu -->\n<!-- /report -->\nThe end.\n")
-    assert report.check(readme, tmp_path) == []  # nothing measured, nothing shown
+    assert report.check([readme], tmp_path) == []  # nothing measured, nothing shown
     write(tmp_path, plan, lambda run: 60)
-    assert any("efficacy-cpu differs" in p for p in report.check(readme, tmp_path))
-    report.write(readme, tmp_path)
-    assert report.check(readme, tmp_path) == []
+    assert any("efficacy-cpu differs" in p for p in report.check([readme], tmp_path))
+    report.write([readme], tmp_path)
+    assert report.check([readme], tmp_path) == []
     text = readme.read_text()
     assert f"| {NAMES[0]} | 60.00 ± 0.00 |  |" in text
     readme.write_text(text.replace("60.00", "61.00", 1))
-    assert any("efficacy-cpu differs" in p for p in report.check(readme, tmp_path))
+    assert any("efficacy-cpu differs" in p for p in report.check([readme], tmp_path))
 
 
 # What is committed -----------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_report_writes_and_checks_the_table(tmp_path, monkeypatch):
 def test_committed_records_are_the_plan_s():
     plan, path = efficacy.PLANS["cpu"], efficacy.FOLDER / "cpu.json"
     assert path.stat().st_size < 200_000
-    records = harness.load(path)
+    records = files.load(path)
     assert len({r["command"] for r in records}) == len(records)
     used = efficacy.balanced(plan, records)
     for data in plan.data:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu_check  # noqa: E402
-import harness  # noqa: E402
+import records as files  # noqa: E402
 import targets  # noqa: E402
 
 
@@ -48,9 +48,9 @@ def test_gpu_check_dry_run(tmp_path):
     assert set(checks) == {"build"} | absent | done
     assert all(checks[name]["ok"] is True for name in done), checks
     assert all(checks[name]["text"].startswith("absent") for name in absent)
-    records = harness.load(out / "records.json")
+    records = files.load(out / "records.json")
     assert {r["bench"] for r in records} == {"ceiling", "launches", "loss", "vote", "step", "head"}
-    assert all(set(harness.RECORD) <= set(r) for r in records)
+    assert all(set(files.RECORD) <= set(r) for r in records)
     assert all(r["env"]["tiny"] for r in records)
 
 
@@ -433,30 +433,20 @@ def test_the_sanitizer_runs_the_exercise_of_each_backend_by_itself(tmp_path, pat
             assert f"gpu_check.py --exercise {backend}" in line
 
 
-def test_the_exercise_allows_tf32_where_float32_needs_it(monkeypatch, capsys):
-    """Votes of float32 would be refused by backend "cuda" else."""
-    import torch
+def test_the_exercise_calls_every_operator_and_says_what_is_wrong(monkeypatch, capsys):
+    from zipfls_cuda import check, ops
 
-    import zipfls_cuda as zls
-
-    allowed, before, vote = set(), torch.backends.cuda.matmul.allow_tf32, zls.dense_vote
-
-    def watched(*args, **options):
-        allowed.add(torch.backends.cuda.matmul.fp32_precision)
-        return vote(*args, **options)
-
-    monkeypatch.setattr(zls, "dense_vote", watched)
-    try:
-        gpu_check.exercise("cpu")
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    assert allowed == {"tf32"}
+    for name in ("RUNS", "RUNS_INTERPRETED"):
+        monkeypatch.setattr(check, name, getattr(check, name))
+    gpu_check.exercise("cpu")
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == f"{len(printed) - 1} calls right on cpu (cpu)"
-    wrong = lambda *args, **options: vote(*args, **options) + (options["backend"] == "cpu")  # noqa: E731
-    monkeypatch.setattr(zls, "dense_vote", wrong)
-    with pytest.raises(AssertionError):
+    called = {line.split()[2] for line in printed[:-1]}
+    assert called >= {operator for operator, backend in ops.OPERATORS if backend == "cpu"}
+    monkeypatch.setattr(check, "check_row", lambda row: {"failure": "loss differs"})
+    with pytest.raises(SystemExit):
         gpu_check.exercise("cpu")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("loss differs")
 
 
 @pytest.mark.parametrize("status", [0, 1])

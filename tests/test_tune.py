@@ -42,7 +42,7 @@ def test_variant_that_finds_nothing_is_named(tmp_path):
 def test_calls_are_what_the_kernels_take(tmp_path, kind):
     command = [*tune.command(kind, "90a", tune.KERNELS), "-c", "-o", str(tmp_path / "tune.o")]
     subprocess.run([*command, "-Werror", "all-warnings"], check=True)
-    other = f"-DTUNE_CALL_BYTES={8 * len(tune.CALLS[kind]._fields_) + 8}"
+    other = f"-DTUNE_CALL_BYTES={tune.call_bytes(kind) + 8}"
     assert subprocess.run([*command, "-U", "TUNE_CALL_BYTES", other], capture_output=True).returncode != 0
 
 
@@ -78,11 +78,11 @@ def test_a_variant_that_fails_costs_its_own_row(monkeypatch):
 
     monkeypatch.setattr(tune, "Problem", Problem)
     monkeypatch.setattr(tune.ctypes, "CDLL", str)
-    monkeypatch.setattr(tune.harness, "TINY", True)
+    monkeypatch.setattr(tune.clock, "TINY", True)
     names = {"as it is": "a", "kStagger 1": "b", "without fold": "c", "kStagger 3": "d", "kWideStages 3": "e"}
     libraries = {name: Path(f"{file}.so") for name, file in names.items()}
-    clock = tune.harness.HostClock()
-    rows = tune.measure("vote", "a", (), libraries, clock)
+    timer = tune.clock.HostClock()
+    rows = tune.measure("vote", "a", (), libraries, timer)
     assert [row["variant"] for row in rows] == list(names)
     assert [row["seconds"] is None for row in rows] == [False, True, False, False, True]
     assert rows[0]["ratio"] == 1
@@ -93,7 +93,7 @@ def test_a_variant_that_fails_costs_its_own_row(monkeypatch):
         for word, row in zip(words, rows, strict=True)
     )
     assert "! kStagger 1, a: CUDA error 700" in tune.table("vote", rows)
-    rows = tune.measure("vote", "a", (), libraries | {"as it is": Path("b.so")}, clock)
+    rows = tune.measure("vote", "a", (), libraries | {"as it is": Path("b.so")}, timer)
     assert all(row["ratio"] is None for row in rows)  # nothing to compare with
     assert rows[0]["wrong"] == "CUDA error 700"
 

@@ -286,6 +286,8 @@ def quick_cases(many: int) -> Cases:
         LossCase(8, 1000, ranking="logits"),
         LossCase(8, 1003, ranking="masses"),
     ]
+    if many > 4000:  # a GPU: past what a cluster of blocks holds
+        losses.append(LossCase(2, 50021))
     soft = [case._replace(soft=True, N=min(case.N, 300)) for case in losses]
     labels = [LossCase(9, 12, 9, ""), LossCase(16, 48, 32, ""), LossCase(4, 32001, 320, "")]
     votes = [

@@ -1,0 +1,413 @@
+"""How time is taken: interleaved comparisons, two clocks, peak memory, ceilings.
+
+The machines are shared and their speed drifts, so nothing is measured alone. A comparison takes one sample of
+every implementation per round, in a new random order each round, within one process; a ratio is the median
+over rounds of (ours in that round / theirs in that round). A slow implementation runs in few of the rounds.
+
+Clocks:
+    host    perf_counter around a loop of calls: all there is on a CPU; on a GPU the time the host is busy.
+    device  CUDA events around eager calls that were all issued while the device still slept, so that neither
+            the host nor the latency of a launch is in the time. Inputs rotate through copies that together
+            exceed the L2 cache, as a training step would leave it, as far as MOST_COPIES reach.
+
+How a sample was taken (``how``):
+    calls       the host clock's
+    queued      the device clock's, the host ahead of the device throughout: device time
+    events      by CUDA events from an idle device, as the call makes the host wait: includes the host's time
+    host-bound  the host could not be brought ahead of the device: includes the host's time
+
+An illegal access ends a CUDA context and all that would come after it in the process: see ``ContextLost``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import math
+import os
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+# Tiny sizes, two rounds: walks through everything and measures nothing. Its records are never reported.
+TINY = os.environ.get("ZIPFLS_BENCH") == "tiny"
+
+# After so many seconds on a CPU comparisons take fewer rounds, so that a busy machine ends too.
+START, PATIENCE = time.monotonic(), 210
+
+SURE = ("calls", "queued")  # how samples are taken that hold nothing but what they say
+MOST_COPIES = 256  # of the inputs; the smallest logits would need thousands
+
+
+def device() -> torch.device:
+    """Where benchmarks run: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def proc(name: str, pattern: str) -> str:
+    """What the group of a pattern matches in a file of /proc; empty where there is none."""
+    with contextlib.suppress(OSError):
+        if found := re.search(pattern, Path("/proc", name).read_text()):
+            return found[1]
+    return ""
+
+
+def copies(nbytes: int) -> int:
+    """How many copies of the inputs to rotate through: one on a CPU; on a GPU three times its L2 of them."""
+    if device().type == "cpu":
+        return 1
+    l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)
+    return max(1, min(MOST_COPIES, -(-3 * l2 // max(1, nbytes))))
+
+
+# Clocks --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Entry:
+    """An implementation: a call per copy of the inputs; ``prepare`` makes, untimed, what the call takes."""
+
+    name: str
+    calls: Sequence[Callable]
+    prepare: Sequence[Callable] | None = None
+    waits: bool = False  # the call makes the host wait for the device
+    deep: bool = False  # one call launches more than the device's queue holds: the host need only stay ahead
+    clear: Callable | None = None  # frees what an earlier call left behind, before peak memory is measured
+    how: str = ""  # how samples are taken, set by the clock
+    host: float = 0.0  # seconds the host takes to issue a call, as far as the device clock knows
+    ahead: int = 0  # calls that the device clock issues before the device starts on them
+
+    def prepared(self, first: int, k: int) -> list[Callable]:
+        """The calls ``first`` to ``first + k``, in turn over the copies of the inputs."""
+        n, turns = len(self.calls), range(first, first + k)
+        if self.prepare is None:
+            return [self.calls[i % n] for i in turns]
+        return [functools.partial(self.calls[i % n], self.prepare[i % n]()) for i in turns]
+
+
+def issue(calls: Iterable[Callable]) -> float:
+    """Seconds the host takes for the calls."""
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - start
+
+
+class HostClock:
+    """perf_counter around a loop of calls; on a GPU from an empty queue, whose draining is not timed."""
+
+    name = "host"
+    least, most = 1e-3, 200  # seconds a sample should last, calls it may take
+
+    def ready(self, entry: Entry) -> None:
+        entry.how = "calls"
+
+    def sample(self, entry: Entry, k: int) -> float:
+        """Seconds per call, over ``k`` calls."""
+        at_once, total = 1 if entry.prepare else k, 0.0
+        for first in range(0, k, at_once):
+            calls = entry.prepared(first, at_once)
+            synchronize()
+            total += issue(calls)
+        synchronize()
+        return total / k
+
+
+class DeviceClock:
+    """CUDA events around eager calls, issued while the device sleeps so that it never waits for the host.
+
+    The sleep comes from the host's time per call. Where it turns out too short (measured: the sleep against
+    the host's time to issue), it grows; where that does not help fewer calls are issued at once, as a full
+    queue stops the host. A replay of a captured graph would need no sleep, but times what a captured call has
+    to make anew where eager calls keep it.
+    """
+
+    name = "device"
+    least, most = 1e-3, 1000
+    at_once, at_once_prepared = 256, 16  # calls issued at once; prepared states take memory
+    hertz = 2e9  # of the counter that torch.cuda._sleep goes by, at most
+    margin, longest = 1.5, 0.2  # the sleep over the host's time as guessed; seconds of a sleep
+
+    def ready(self, entry: Entry) -> None:
+        """Warm up, within reason; find out how long the host takes."""
+        start = time.perf_counter()
+        for i in (0, *range(len(entry.calls))):
+            issue(entry.prepared(i, 1))
+            if i and time.perf_counter() - start > 0.5:
+                break
+        entry.host = min(self._idle(entry, i, issue) for i in range(3))
+        entry.ahead = self.at_once_prepared if entry.prepare else self.at_once
+        entry.how = "events" if entry.waits else "queued"
+
+    def sample(self, entry: Entry, k: int) -> float:
+        """Seconds per call, over ``k`` calls."""
+        if entry.how == "events":
+            return sum(self._idle(entry, i, self._events) for i in range(k)) / k
+        total, done = 0.0, 0
+        while done < k:
+            seconds, n = self._ahead(entry, done, k - done)
+            total, done = total + seconds, done + n
+        return total / k
+
+    def _ahead(self, entry: Entry, first: int, k: int) -> tuple[float, int]:
+        """Seconds the device takes for as many of ``k`` calls as can be issued ahead of it, and how many."""
+        guess = entry.host
+        while True:
+            n = max(1, min(k, entry.ahead, int(self.longest / (self.margin * entry.host + 1e-9))))
+            seconds, held = self._queued(entry, first, n)
+            if held or entry.how == "host-bound":
+                return seconds, n
+            if n > 1 and entry.host > guess:  # a longer sleep did not help
+                entry.ahead, entry.host = n // 2, guess
+            elif entry.host < 4 * guess:
+                entry.host *= self.margin
+            else:
+                entry.how = "host-bound"
+
+    def _queued(self, entry: Entry, first: int, k: int) -> tuple[float, bool]:
+        """Seconds the device takes for ``k`` calls, and whether it never had to wait for the host."""
+        calls = entry.prepared(first, k)
+        begin, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        synchronize()
+        before = time.perf_counter()
+        begin.record()
+        torch.cuda._sleep(int(self.hertz * (50e-6 + self.margin * entry.host * k)))
+        start.record()
+        issue(calls)
+        end.record()
+        issued = time.perf_counter()
+        synchronize()
+        drained = time.perf_counter() - issued
+        seconds = 1e-3 * start.elapsed_time(end)
+        held = issued - before < 1e-3 * begin.elapsed_time(start)
+        # Deep: a queue full when the device woke up, and not empty when the host is through, never ran dry.
+        return seconds, held or (entry.deep and drained > 0.1 * seconds)
+
+    @staticmethod
+    def _idle(entry: Entry, i: int, timer: Callable[[list[Callable]], float]) -> float:
+        """Seconds of one call on an idle device."""
+        calls = entry.prepared(i, 1)
+        synchronize()
+        seconds = timer(calls)
+        synchronize()
+        return seconds
+
+    @staticmethod
+    def _events(calls: list[Callable]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        issue(calls)
+        end.record()
+        synchronize()
+        return 1e-3 * start.elapsed_time(end)
+
+
+def best_clock() -> HostClock | DeviceClock:
+    """The device's where there is a GPU."""
+    return DeviceClock() if device().type == "cuda" else HostClock()
+
+
+# Comparisons ---------------------------------------------------------------------------------------
+
+
+class ContextLost(Exception):  # noqa: N818
+    """A call ended the CUDA context (an illegal access), so that this process can measure no more."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+def context_lost() -> bool:
+    """Whether the CUDA context is beyond use: its error comes again with whatever is asked of it."""
+    try:
+        synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+@dataclass
+class Comparison:
+    """Samples in seconds per call, by round; None in rounds that an implementation did not run in."""
+
+    samples: dict[str, list[float | None]] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)  # per sample
+    how: dict[str, str] = field(default_factory=dict)
+    peak: dict[str, int | None] = field(default_factory=dict)  # bytes
+    failed: dict[str, str] = field(default_factory=dict)  # name -> reason
+
+    @contextlib.contextmanager
+    def trying(self, name: str) -> Iterator[None]:
+        """An implementation that raises is left out from here on, with its reason in ``failed``."""
+        try:
+            yield
+        except Exception as error:
+            line = next(iter(str(error).strip().splitlines()), "")
+            reason = f"{type(error).__name__}: {line[:160]}"
+            if context_lost():
+                raise ContextLost(name, reason) from error
+            self.failed[name] = reason
+            self.samples.pop(name, None)
+
+    def taken(self, name: str) -> list[float]:
+        return [s for s in self.samples[name] if s is not None]
+
+    def ratio(self, a: str, b: str) -> list[float]:
+        """[median, 20 %, 80 %] of a's time over b's in the rounds both ran."""
+        pairs = zip(self.samples[a], self.samples[b], strict=True)
+        return quantiles([x / y for x, y in pairs if x is not None and y is not None])
+
+
+def quantiles(values: Sequence[float]) -> list[float]:
+    """[median, 20 % quantile, 80 % quantile]."""
+    if len(values) == 1:
+        return [values[0]] * 3
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return [statistics.median(values), fifths[0], fifths[3]]
+
+
+def compare(
+    entries: Sequence[Entry],
+    clock: HostClock | DeviceClock,
+    *,
+    seconds: float = 2.0,
+    least_rounds: int = 7,
+    most_rounds: int = 64,
+    memory: bool = False,
+    watch: contextlib.AbstractContextManager | None = None,
+) -> Comparison:
+    """Time the entries interleaved, ``seconds`` altogether as far as ``least_rounds`` of each allow.
+
+    One ten times slower than the fastest gets three rounds: precision matters elsewhere. One that raises is
+    left out, with its reason in ``failed``. ``memory``: measure the peak of one call first. ``watch`` is
+    entered while the rounds run.
+    """
+    if TINY:
+        seconds, least_rounds, most_rounds = 0.01, 2, 2
+    elif device().type == "cpu" and time.monotonic() - START > PATIENCE:
+        seconds, least_rounds = seconds / 4, 5
+    result, once, duration = Comparison(), {}, {}
+    for entry in entries:
+        name = entry.name
+        with result.trying(name):
+            once[name], result.calls[name], duration[name] = _calls_of(entry, clock)
+            result.peak[name] = peak_memory(entry) if memory else None
+            result.samples[name] = []
+    running = [entry for entry in entries if entry.name in result.samples]
+    if not running:
+        return result
+    wanted = {}
+    for name in result.samples:
+        least = 3 if once[name] > 10 * min(once[n] for n in result.samples) else least_rounds
+        wanted[name] = min(most_rounds, max(least, int(seconds / len(running) / duration[name])))
+    rounds = max(wanted.values())
+    # Every 1st, 2nd, 4th, ... round, so that any two entries meet in all rounds of the slower one.
+    stride = {name: 1 << max(0, (rounds // n).bit_length() - 1) for name, n in wanted.items()}
+    shuffle = random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        with watch or contextlib.nullcontext():
+            for i in range(rounds):
+                order = [entry for entry in running if entry.name not in result.failed]
+                shuffle(order)
+                for entry in order:
+                    with result.trying(entry.name):
+                        runs = i % stride[entry.name] == 0
+                        sample = clock.sample(entry, result.calls[entry.name]) if runs else None
+                        result.samples[entry.name].append(sample)
+    finally:
+        gc.enable()
+    result.how = {entry.name: entry.how for entry in running}
+    return result
+
+
+def _calls_of(entry: Entry, clock: HostClock | DeviceClock) -> tuple[float, int, float]:
+    """Seconds of a call, calls per sample, seconds that taking a sample lasts."""
+    clock.ready(entry)
+    once = clock.sample(entry, 1)
+    if once < 0.1 and not TINY:
+        once = min(clock.sample(entry, 1) for _ in range(3))
+    k = 1 if TINY else min(clock.most, max(1, math.ceil(clock.least / max(once, 1e-7))))
+    start = time.perf_counter()
+    clock.sample(entry, k)
+    return once, k, max(once * k, time.perf_counter() - start)
+
+
+def peak_memory(entry: Entry) -> int | None:
+    """Bytes that one call takes at its peak beyond what was held before it; None where it cannot be told.
+
+    On a GPU by PyTorch's allocator; on a CPU by the high-water mark of the process's resident memory (Linux).
+    """
+    if entry.clear:
+        entry.clear()
+    (call,) = entry.prepared(0, 1)
+    if device().type == "cuda":
+        synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else memory freed earlier would be used again unseen
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return None
+    before = int(proc("self/status", r"VmRSS:\s*(\d+) kB"))
+    call()
+    return max(0, int(proc("self/status", r"VmHWM:\s*(\d+) kB")) - before) * 1024
+
+
+# Ceilings ------------------------------------------------------------------------------------------
+
+
+def ceilings(clock: HostClock | DeviceClock) -> Iterator[tuple[dict, Comparison, int, int]]:
+    """What this machine can do at most: a large copy, and a matrix product per precision, on random data.
+
+    (case, result, bytes, operations) each.
+    """
+    on_gpu = device().type == "cuda"
+    nbytes = 1 << 20 if TINY else 1 << (31 if on_gpu else 27)
+    n = 64 if TINY else 8192 if on_gpu else 1024
+    source = torch.rand(nbytes // 4, device=device())
+    target = torch.empty_like(source)
+    result = compare([Entry("copy", [lambda: target.copy_(source)])], clock, seconds=0.5)
+    yield {"dtype": "float32", "N": nbytes // 4}, result, 2 * nbytes, 0
+    for dtype in ("float32", *(["tf32"] if on_gpu else []), "bfloat16"):
+        a, b = (torch.randn(n, n, device=device(), dtype=dtype_of(dtype)) for _ in range(2))
+        with precision(dtype):
+            result = compare([Entry("product", [functools.partial(torch.matmul, a, b)])], clock, seconds=0.5)
+        yield {"dtype": dtype, "N": n}, result, 0, 2 * n**3
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """A case's dtype; "tf32" is float32 whose products may round to TF32 (``precision``)."""
+    return torch.float32 if name == "tf32" else getattr(torch, name)
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Allow TF32 to everything in the block where that is the case's dtype."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32  # fp32_precision follows it; the reverse is not true
+    matmul.allow_tf32 = before or dtype == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before

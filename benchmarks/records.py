@@ -1,0 +1,297 @@
+"""Records: what was measured, on which machine, of which code; one file per device in benchmarks/results.
+
+A record is one implementation in one comparison (fields: RECORD; ``facts`` hold what was counted, not timed).
+A file holds the environments of its runs once (``environment``); ``load`` joins the two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import clock
+import torch
+from clock import TINY, Comparison, ContextLost, Entry
+from sources import ROOT, digest
+
+from zipfls_cuda import ops
+
+RESULTS = ROOT / "benchmarks" / "results"
+RECORD = (
+    "run", "bench", "case", "mode", "clock", "how", "name", "median", "p20", "p80", "rounds", "calls",
+    "bytes", "flops", "peak", "ratio",
+)  # fmt: skip
+
+
+# Environment ---------------------------------------------------------------------------------------
+
+
+def _output(*command: str) -> str:
+    """First line a command prints; empty if it cannot run."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().split("\n")[0] if done.returncode == 0 else ""
+
+
+def environment() -> dict[str, object]:
+    """Everything about this machine and this code that a figure depends on."""
+    kind = clock.device().type
+    cpu = re.sub(r"\((R|TM)\)", "", clock.proc("cpuinfo", r"model name\s*:\s*(.+)")) or platform.processor()
+    cpu = " ".join(cpu.split()) or platform.machine()
+    mhz, gpu, driver = clock.proc("cpuinfo", r"cpu MHz\s*:\s*([\d.]+)"), None, ""
+    clocks = [f"{float(mhz):.0f} MHz"] if mhz else []
+    if kind == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+        found = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split(",")
+        driver, clocks = found[0], [x.strip() for x in found[1:]] or clocks
+    build = ops.build_info()
+    return {
+        "device": gpu.name if gpu else cpu,
+        "kind": kind,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "driver": driver,
+        "clocks": ", ".join(clocks),
+        "memory": gpu.total_memory if gpu else int(clock.proc("meminfo", r"MemTotal:\s*(\d+)") or 0) * 1024,
+        "l2": getattr(gpu, "L2_cache_size", 0),
+        "arch": f"sm_{gpu.major}{gpu.minor}" if gpu else torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "triton": next((d.version for d in importlib.metadata.distributions(name="triton")), ""),
+        "compiler": str(build.get("compiler", "")) or _output("g++", "--version"),
+        "build": {k: v for k, v in build.items() if k != "compiler"},
+        "backends": list(ops.backends()),
+        "commit": _output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
+        "dirty": bool(_output("git", "status", "--porcelain", "--", "zipfls_cuda", "csrc", "setup.py")),
+        "source": digest(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "others": 0.0,  # Records.write puts in what it saw
+        "tiny": TINY,
+    }
+
+
+class OtherLoad:
+    """The share of the machine's processors that other processes took while rounds ran (Linux)."""
+
+    def __init__(self):
+        self.others = self.total = 0.0
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Count a stretch of time."""
+        start = self._now()
+        yield
+        busy, total, own = (b - a for a, b in zip(start, self._now()))
+        self.others += max(0.0, busy - own)
+        self.total += total
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Busy and total seconds of all processors, and of this process."""
+        found = clock.proc("stat", r"cpu +((?:\d+ ?){8})") or "0 0 0 0 0"
+        ticks = [int(x) / os.sysconf("SC_CLK_TCK") for x in found.split()]
+        return sum(ticks) - ticks[3] - ticks[4], sum(ticks), time.process_time()
+
+    def share(self) -> float:
+        return round(self.others / self.total, 3) if self.total > 0 else 0.0
+
+
+OTHER_LOAD = OtherLoad()
+
+
+# Records -------------------------------------------------------------------------------------------
+
+
+class Where(NamedTuple):
+    """A comparison among the records."""
+
+    bench: str
+    case: dict
+    mode: str | None = None
+    clock: str | None = None
+
+    def __str__(self) -> str:
+        return " ".join(str(x) for x in (self.bench, *self.case.values(), self.mode, self.clock) if x)
+
+
+PER_RUN = ("ceiling", "absent")  # records that belong to their run and go with it
+FAILED = "failed "  # before the benchmark's name: facts of an implementation that could not be measured
+
+
+def _key(record: dict) -> tuple:
+    """What a record must share with another to stand for the same comparison."""
+    bench = record["bench"].removeprefix(FAILED)
+    run = record["run"] if bench in PER_RUN else ""
+    return bench, json.dumps(record["case"], sort_keys=True), record["mode"], record["clock"], run
+
+
+class Records:
+    """Records of this run, written to one file per device as they come in.
+
+    What an earlier run left in the file stays until the same implementation is measured in the same
+    comparison again. What an earlier run measured of the same code (its ``source``) on the same device need
+    not be measured again: ``measured`` tells. ZIPFLS_BENCH_AGAIN=all lets only this run's records count; a
+    number, those from that run on.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.environment = environment()
+        name = f"{'' if self.environment['kind'] == 'cuda' else 'cpu '}{self.environment['device']}"
+        default = RESULTS / f"{slug(name)}.json"
+        self.path = path or Path(os.environ.get("ZIPFLS_BENCH_RECORDS") or default)
+        if TINY and self.path == default:
+            raise ValueError("tiny records must not join real ones: set ZIPFLS_BENCH_RECORDS to another file")
+        old = json.loads(self.path.read_text()) if self.path.exists() else {"runs": {}, "records": []}
+        self.runs, self.old = old["runs"], old["records"]
+        self.run = str(1 + max(map(int, self.runs), default=0))
+        self.records: list[dict] = []
+        again = os.environ.get("ZIPFLS_BENCH_AGAIN", "0")
+        self.since = int(self.run) if again == "all" else int(again)
+        same = ("source", "device", "torch", "threads", "tiny")
+        self.valid = {self.run} | {
+            run
+            for run, env in self.runs.items()
+            if int(run) >= self.since and all(env[key] == self.environment[key] for key in same)
+        }
+
+    def compare(
+        self,
+        where: Where,
+        entries: Sequence[Entry],
+        timer: clock.HostClock | clock.DeviceClock,
+        nbytes: int = 0,
+        flops: int = 0,
+        ours: Sequence[str] = (),
+        **options,
+    ) -> Comparison:
+        """Compare and record (``options``: clock.compare's), without what ended a process before.
+
+        Raises:
+            ContextLost: an implementation ended the CUDA context; that is on record.
+        """
+        out = {entry.name: self.banned(where, entry.name) for entry in entries}
+        todo = [entry for entry in entries if not out[entry.name]]
+        with self.noting(where):
+            result = clock.compare(todo, timer, watch=OTHER_LOAD.watch(), **options)
+        result.failed |= {name: reason for name, reason in out.items() if reason}
+        self.add(where, result, nbytes, flops, ours)
+        for name, reason in result.failed.items():
+            if not self.reason(where, name):
+                self.fail(where, name, reason)
+        return result
+
+    def add(
+        self, where: Where, result: Comparison, nbytes: int, flops: int, ours: Sequence[str] = ()
+    ) -> None:
+        """Record every sample's quantiles; ``ours`` also get their ratio to each other implementation."""
+        for name in result.samples:
+            median, p20, p80 = map(_round, clock.quantiles(result.taken(name)))
+            others = [n for n in result.samples if n != name] if name in ours else []
+            counts = len(result.taken(name)), result.calls[name], nbytes, flops, result.peak[name]
+            ratio = {n: [_round(q) for q in result.ratio(name, n)] for n in others}
+            values = (self.run, *where, result.how[name], name, median, p20, p80, *counts, ratio)
+            self.records.append(dict(zip(RECORD, values, strict=True)))
+        self.write()
+
+    def fact(self, where: Where, name: str, facts: dict) -> None:
+        """Record what is counted or known rather than timed."""
+        known = {"run": self.run, **where._asdict(), "name": name, "facts": facts}
+        self.records.append({**dict.fromkeys(RECORD), "ratio": {}, **known})
+        self.write()
+
+    def fail(self, where: Where, name: str, reason: str, lost: bool = False) -> None:
+        """Record why an implementation has no figure; ``lost``: because it ended the CUDA context."""
+        self.fact(where._replace(bench=FAILED + where.bench), name, {"reason": reason, "lost": lost})
+
+    @contextlib.contextmanager
+    def noting(self, where: Where) -> Iterator[None]:
+        """Put on record which implementation ended the CUDA context."""
+        try:
+            yield
+        except ContextLost as lost:
+            self.fail(where, lost.name, lost.reason, lost=True)
+            raise
+
+    def _known(self, where: Where, name: str = "") -> list[dict]:
+        """Records of a comparison that count: of this code on this device."""
+        key = _key({"run": self.run, **where._asdict()})
+        found = [r for r in self.all() if r["run"] in self.valid and _key(r) == key]
+        return [r for r in found if not name or r["name"] == name]
+
+    def measured(self, where: Where, names: Iterable[str]) -> bool:
+        """Whether all are on record, be it with the reason why they have no figure."""
+        return set(names) <= {r["name"] for r in self._known(where)}
+
+    def reason(self, where: Where, name: str) -> str:
+        """Why an implementation has no figure; empty if it has one."""
+        found = [r["facts"]["reason"] for r in self._known(where, name) if r["bench"].startswith(FAILED)]
+        return found[0] if found else ""
+
+    def banned(self, where: Where, name: str) -> str:
+        """Why one is left out: it ended the context in this comparison, or in three of this benchmark."""
+        bench = FAILED + where.bench
+        failed = [
+            r for r in self.all() if r["run"] in self.valid and (r["bench"], r["name"]) == (bench, name)
+        ]
+        losses = [r for r in failed if r["facts"]["lost"]]
+        if any(r in losses for r in self._known(where)):
+            return self.reason(where, name)
+        return "left out: it ended the CUDA context three times" if len(losses) >= 3 else ""
+
+    def all(self) -> list[dict]:
+        """Records of earlier runs that nothing replaced, and this run's."""
+        again = {(_key(r), r["name"]) for r in self.records}
+        return [r for r in self.old if (_key(r), r["name"]) not in again] + self.records
+
+    def write(self) -> None:
+        """Write the file whole, so that a run cut short leaves a readable one."""
+        records = self.all()
+        used = {r["run"] for r in records if r["bench"] not in PER_RUN} | {self.run}
+        self.environment["others"] = OTHER_LOAD.share()
+        runs = {k: v for k, v in {**self.runs, self.run: self.environment}.items() if k in used}
+        dump(self.path, runs, [r for r in records if r["run"] in used])
+
+
+@functools.cache
+def of_this_run() -> Records:
+    """The records of this process."""
+    return Records()
+
+
+def slug(text: str) -> str:
+    """A file name from a device's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def dump(path: Path, runs: dict, records: list[dict]) -> None:
+    """Write a file of records, one a line."""
+    lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
+    header = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in runs.items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(f'{{"format": 1,\n"runs": {{\n{header}}},\n"records": [\n{lines}]}}\n')
+    temporary.replace(path)
+
+
+def _round(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+def load(path: Path) -> list[dict]:
+    """Records of a file, each with its run's environment as ``env``."""
+    data = json.loads(Path(path).read_text())
+    return [{**r, "env": data["runs"][r["run"]]} for r in data["records"]]

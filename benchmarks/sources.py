@@ -1,0 +1,19 @@
+"""Which code a measurement or a check is of. Imports nothing of the package: it may not be built yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SUFFIXES = (".py", ".h", ".cpp", ".cu", ".cuh")
+
+
+def digest(folders: Iterable[str] = ("zipfls_cuda", "csrc"), files: Iterable[str] = ("setup.py",)) -> str:
+    """Changes with the sources in the folders, and with the files."""
+    found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*"))]
+    digest = hashlib.sha256()
+    for path in [*(path for path in found if path.suffix in SUFFIXES), *(ROOT / file for file in files)]:
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
