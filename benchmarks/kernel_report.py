@@ -156,23 +156,22 @@ def loss_case(
     weight: bool = False,
     **options,
 ) -> Case:
-    """A call of loss_fwd, or of soft_loss_fwd; ``label`` says what is special about it."""
+    """A call of loss_fwd, ``soft`` with probabilities; ``label`` says what is special about it."""
 
     def call() -> object:
         D = FP64 if dtype == FP64 else FP32
         settings = {
             "ce_weight": 1.0, "zipf_weight": 0.1, "label_smoothing": 0.0, "only_correct": False,
-            "reduction": "mean", "with_grad": True,
+            "ignore_index": -100, "reduction": "mean", "with_grad": True,
         }  # fmt: skip
-        settings |= options if soft else {"ignore_index": -100, **options}
-        function = triton_kernels.soft_loss_fwd if soft else triton_kernels.loss_fwd
-        return function(
+        settings |= options
+        return triton_kernels.loss_fwd(
             torch.empty(N, C, dtype=dtype),
             torch.empty(N, C, dtype=D) if soft else torch.empty(N, dtype=torch.int64),
             None if P is None else torch.empty(N, P, dtype=torch.int32),
             torch.empty(N, C, dtype=D) if dense else torch.empty(min(P or C, C) + 1, dtype=D),
             torch.empty(C, dtype=D) if weight else None,
-            **settings,
+            *settings.values(),
         )
 
     name = f"{'soft' if soft else 'loss'} {N}x{C} {NAMES[dtype]} P={P} {label}".rstrip()

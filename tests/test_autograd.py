@@ -12,6 +12,7 @@ from cases import make
 from torch.utils.checkpoint import checkpoint
 
 import zipfls_cuda as zls
+from zipfls_cuda import ops
 
 REFUSED = "differentiated again"
 
@@ -361,6 +362,21 @@ def test_batched_gradients(backend, device, reduction, soft):
     )
     with pytest.raises(RuntimeError, match=r"inplace=True .* no batched gradients"):
         torch.autograd.grad(loss, x, upstream, is_grads_batched=True)
+
+
+@pytest.mark.skipif(ops.native_loss is None, reason="the C++ extension is not built")
+def test_both_kinds_of_target_take_the_native_autograd():
+    """An eager call on the C++ operator attaches a C++ node; other backends attach the Python Function."""
+    case = make(4, 9, 5)
+    for target in (case.target, case.logits.softmax(1)):
+        loss = zls.zipf_cross_entropy(case.leaf(), target, case.votes, backend="cpu")
+        assert loss.grad_fn.name() == "ZipfLossBackward"
+        parts = zls.zipf_cross_entropy(case.leaf(), target, case.votes, backend="cpu", return_parts=True)
+        assert [part.requires_grad for part in parts] == [True, False, False]
+        with torch.no_grad():
+            assert zls.zipf_cross_entropy(case.leaf(), target, case.votes, backend="cpu").grad_fn is None
+        loss = zls.zipf_cross_entropy(case.leaf(), target, case.votes, backend="reference")
+        assert loss.grad_fn.name() == "_LossBackward"
 
 
 COMPILED = {

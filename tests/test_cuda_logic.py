@@ -188,7 +188,7 @@ def loss_case(
     shape=None,
     **header,
 ) -> Case:
-    """A call of loss_fwd, or of soft_loss_fwd for probabilities, as register.cpp would make it."""
+    """A call of loss_fwd, as register.cpp would make it."""
     logits, target, votes = case
     soft = target.dim() == 2
     N, C = logits.shape
@@ -248,11 +248,8 @@ def by_reference(case, dtype, **options):
     weight = options.pop("weight", None)
     args = {"ce_weight": 1.0, "zipf_weight": 1.0, "label_smoothing": 0.0, "only_correct": False}
     args |= {"ignore_index": -100, "reduction": "mean", "with_grad": True} | options
-    forward = reference.loss_fwd
-    if target.dim() == 2:
-        forward, target = reference.soft_loss_fwd, target.to(A)
-        del args["ignore_index"]
-    loss, ce, zipf, grad, scale = forward(
+    target = target.to(A) if target.dim() == 2 else target
+    loss, ce, zipf, grad, scale = reference.loss_fwd(
         logits.to(dtype), target, votes, mass.to(A), None if weight is None else weight.to(A), *args.values()
     )
     grad = grad.to(A) * scale if scale.numel() else grad

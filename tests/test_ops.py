@@ -55,16 +55,16 @@ def samples(stage, device):
             (case.logits, case.target, case.votes, dense, weight, 1.0, 1.0, 0.0, True, 3, "mean", False)
         )
         return out
-    if stage.endswith("loss_grad_"):
-        return [args[:-1] for args in samples(stage.replace("grad_", "fwd"), device)]
-    if stage == "soft_loss_fwd":
+    if stage == "loss_fwd of probabilities":
         out = []
         for dtype, reduction in ((torch.float32, "none"), (torch.float16, "mean"), (torch.float64, "sum")):
             t = table.double() if dtype == torch.float64 else table
             x, y = case.logits.to(dtype), torch.rand(5, 12, device=device, dtype=t.dtype).round()
-            out.append((x, y, case.votes, t, None, 1.0, 0.5, 0.1, True, reduction, True))
+            out.append((x, y, case.votes, t, None, 1.0, 0.5, 0.1, True, -100, reduction, True))
         dense, y = torch.zeros(5, 12, device=device), torch.rand(5, 12, device=device)
-        return [*out, (case.logits, y, None, dense, weight, 0.0, 1.0, 0.0, False, "mean", False)]
+        return [*out, (case.logits, y, None, dense, weight, 0.0, 1.0, 0.0, False, -100, "mean", False)]
+    if stage.startswith("loss_grad_"):
+        return [args[:-1] for args in samples(stage.replace("grad_", "fwd"), device)]
     scale = torch.full((), 2.0, device=device)
     return [
         (case.logits, scale, empty),
@@ -74,9 +74,12 @@ def samples(stage, device):
     ]
 
 
-@pytest.mark.parametrize("stage", ops.STAGES)
-def test_opcheck(backend, device, stage):
-    chosen = samples(stage, device)
+CALLS = (*ops.STAGES, "loss_fwd of probabilities", "loss_grad_ of probabilities")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_opcheck(backend, device, call):
+    chosen, stage = samples(call, device), call.split()[0]
     if backend == "triton" and ops.triton_interpreted():
         chosen = chosen[:2]
     for args in chosen:
@@ -84,10 +87,11 @@ def test_opcheck(backend, device, stage):
         torch.library.opcheck(operator(stage, backend), args)
 
 
-@pytest.mark.parametrize("stage", ops.STAGES)
-def test_fake_kernels_tell_the_truth(backend, device, stage):
+@pytest.mark.parametrize("call", CALLS)
+def test_fake_kernels_tell_the_truth(backend, device, call):
     """Shape, dtype, strides and device of every result, as the fake kernel foretells."""
-    for args in samples(stage, device):
+    stage = call.split()[0]
+    for args in samples(call, device):
         with torch._subclasses.FakeTensorMode() as mode:
             fakes = tuple(mode.from_tensor(a) if torch.is_tensor(a) else a for a in args)
             foretold = operator(stage, backend)(*fakes)

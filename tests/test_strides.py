@@ -60,11 +60,11 @@ def calls(device):
     for votes, mass in ((v, table), (None, table), (v, dense)):
         tail = (votes, mass, weight, 1.0, 0.5, 0.1, False)
         yield "loss_fwd", (z, y, *tail, -100, "mean", True)
-        yield "soft_loss_fwd", (z, soft, *tail, "none", True)
+        yield "loss_fwd", (z, soft, *tail, -100, "none", True)
         if votes is not None:
             yield "label_fwd", (y, v, mass, C, -100)
     yield "loss_grad_", (z, y, *tail, -100, "sum")
-    yield "soft_loss_grad_", (z, soft, *tail, "mean")
+    yield "loss_grad_", (z, soft, *tail, -100, "mean")
     for upstream in (scalar, rows):
         yield "loss_bwd", (z, upstream, scalar)
         yield "loss_bwd_", (z, upstream, scalar)

@@ -278,18 +278,18 @@ def test_loss_out_of_range_poisons_its_row_alone(row_kernel, zipf):
 
 
 def soft_args(N, C, P=7, dtype=torch.float32, *, target=None, **options):
-    """Arguments of soft_loss_fwd: those of loss_args beside a random target with several least classes."""
+    """Arguments of loss_fwd: those of loss_args beside a random target with several least classes."""
     args = list(loss_args(N, C, P, dtype, **options))
     if target is None:
         target = torch.randint(0, 3, (N, C), dtype=args[3].dtype) / 4 + 0.01
     args[1] = placed(target)
-    return (*args[:9], *args[10:])  # no ignore_index
+    return tuple(args)
 
 
 def assert_same_soft(args):
-    """triton_kernels.soft_loss_fwd equals reference.soft_loss_fwd."""
+    """triton_kernels.loss_fwd equals reference.loss_fwd for a target of probabilities."""
     tolerance = TOLERANCE[args[0].dtype]
-    ours, theirs = triton_kernels.soft_loss_fwd(*args), reference.soft_loss_fwd(*on_cpu(args))
+    ours, theirs = triton_kernels.loss_fwd(*args), reference.loss_fwd(*on_cpu(args))
     for name, x, y in zip(("loss", "ce", "zipf", "grad", "grad_scale"), ours, theirs, strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype), name
         torch.testing.assert_close(
@@ -426,9 +426,9 @@ def test_soft_views_of_target(soft_kernel, view):
 def test_soft_vote_out_of_range_poisons_its_row_alone(soft_kernel):
     for zipf in (0.7, 0.0):
         args = list(soft_args(3, 40, dtype=torch.float64, reduction="none", zipf=zipf))
-        expected = reference.soft_loss_fwd(*on_cpu(args))
+        expected = reference.loss_fwd(*on_cpu(args))
         args[2][1, 4] = 40
-        ours = triton_kernels.soft_loss_fwd(*args)
+        ours = triton_kernels.loss_fwd(*args)
         for x, y in zip(ours[:4], expected[:4], strict=True):
             assert x[1].isnan().all()
             torch.testing.assert_close(x[::2].cpu(), y[::2])
@@ -437,17 +437,15 @@ def test_soft_vote_out_of_range_poisons_its_row_alone(soft_kernel):
 # In place ------------------------------------------------------------------------------------------------
 
 
-def assert_in_place_is_the_same(args, soft=False, *, aligned=True):
+def assert_in_place_is_the_same(args, *, aligned=True):
     """loss_grad_ writes over the logits what loss_fwd writes beside them.
 
     Bit for bit, but where logits are not ``aligned`` and the gradient beside them is: two kernels then, that
     add in different orders.
     """
-    forward = triton_kernels.soft_loss_fwd if soft else triton_kernels.loss_fwd
-    in_place = triton_kernels.soft_loss_grad_ if soft else triton_kernels.loss_grad_
-    grad, grad_scale = forward(*args)[3:]
+    grad, grad_scale = triton_kernels.loss_fwd(*args)[3:]
     logits = placed(args[0])
-    scale = in_place(logits, *args[1:-1])
+    scale = triton_kernels.loss_grad_(logits, *args[1:-1])
     assert not torch.equal(logits, args[0])
     rounding = {"rtol": 0, "atol": 0} if aligned else {"rtol": 1e-5, "atol": 1e-7}
     torch.testing.assert_close(logits, grad, **rounding, equal_nan=True)
@@ -476,7 +474,7 @@ def test_loss_in_place(row_kernel, C, options):
 @pytest.mark.parametrize("C", [64, 77])
 def test_soft_loss_in_place(soft_kernel, C, options):
     for dtype in (torch.float64, torch.float16) if not options else (torch.bfloat16,):
-        assert_in_place_is_the_same(soft_args(3, C, dtype=dtype, **options), soft=True)
+        assert_in_place_is_the_same(soft_args(3, C, dtype=dtype, **options))
 
 
 def test_in_place_of_several_rows_per_program_and_of_views(monkeypatch):
@@ -484,13 +482,13 @@ def test_in_place_of_several_rows_per_program_and_of_views(monkeypatch):
     monkeypatch.setattr(loss_file, "INTERPRET", False)
     monkeypatch.setattr(loss_file, "FEW_ROWS", 0)
     monkeypatch.setattr(loss_file, "PROGRAMS", 2)
-    for soft, make in ((False, loss_args), (True, soft_args)):
-        assert_in_place_is_the_same(make(13, 10), soft)
+    for make in (loss_args, soft_args):
+        assert_in_place_is_the_same(make(13, 10))
         logits = torch.randn(10 * 41 + 1)[1:].view(10, 41)
-        assert_in_place_is_the_same(make(10, 41, logits=logits), soft, aligned=False)
-        assert_in_place_is_the_same(make(10, 30, logits=torch.randn(30, 10).t()), soft)
+        assert_in_place_is_the_same(make(10, 41, logits=logits), aligned=False)
+        assert_in_place_is_the_same(make(10, 30, logits=torch.randn(30, 10).t()))
         empty = make(0, 9, logits=torch.randn(0, 9), reduction="none")
-        (triton_kernels.soft_loss_grad_ if soft else triton_kernels.loss_grad_)(*empty[:-1])
+        triton_kernels.loss_grad_(*empty[:-1])
 
 
 @pytest.fixture
@@ -743,7 +741,7 @@ def test_launchers_never_wait_for_the_device(monkeypatch):
         for C, N in ((40, 3), (5000, 2000)):
             for options in ({"only_correct": True, "weight": True}, {"P": None}, {"reduction": "none"}):
                 triton_kernels.loss_fwd(*loss_args(N, C, logits=torch.empty(N, C), **options))
-                triton_kernels.soft_loss_fwd(*soft_args(N, C, logits=torch.empty(N, C), **options))
+                triton_kernels.loss_fwd(*soft_args(N, C, logits=torch.empty(N, C), **options))
         for upstream in (empty(()), empty(3)):
             triton_kernels.loss_bwd(grad, upstream, empty(0))
             triton_kernels.loss_bwd_(grad, upstream, empty(()))

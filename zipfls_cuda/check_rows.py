@@ -54,7 +54,8 @@ class Row(NamedTuple):
     def names(self) -> dict[str, str]:
         """The row, for the table and the report."""
         case = f"{self.case[0]} x {self.case[1]}" if self.prepare is backward_row else str(self.case)
-        case = "sample out of range, NaN" if self.prepare is bad_row else case
+        if self.prepare is bad_row:
+            case = "soft, " * self.case.soft + "sample out of range, NaN"
         return {
             "device": str(self.device),
             "backend": self.backend,
@@ -75,8 +76,7 @@ def invoke(operator: str, backend: str, case: LossCase, p: Problem) -> Results:
     if operator == "label_fwd":
         return (op(p.target, p.votes, p.log_mass, case.C, IGNORE),)
     options = (1.0, case.zipf_weight, 0.1 if case.options else 0.0, case.options)
-    ignore = () if case.soft else (IGNORE,)
-    arguments = (p.target, p.votes, p.log_mass, p.weight, *options, *ignore, case.reduction)
+    arguments = (p.target, p.votes, p.log_mass, p.weight, *options, IGNORE, case.reduction)
     if not operator.endswith("_"):
         return op(p.logits, *arguments, True)
     grad = p.logits.clone()
@@ -259,8 +259,7 @@ def plans(many: int, quick: bool, tiny: bool) -> Iterator[Plan]:
     losses, soft, labels, votes, scaled = cases
     bad = LossCase(5, 12, 9, "none")
     plain = [c._replace(options=False, reduction="mean") for c in (losses[0], soft[0])]
-    yield ("loss_fwd", "loss_grad_"), losses, dtypes, operator_row
-    yield ("soft_loss_fwd", "soft_loss_grad_"), soft, dtypes, operator_row
+    yield ("loss_fwd", "loss_grad_"), [*losses, *soft], dtypes, operator_row
     yield ("loss_bwd", "loss_bwd_"), scaled, dtypes, backward_row
     yield ("label_fwd",), labels, (torch.float32, torch.float64)[: len(dtypes)], operator_row
     yield ("rank_fwd",), labels, (torch.int32, torch.int64)[: len(dtypes)], operator_row
@@ -271,7 +270,7 @@ def plans(many: int, quick: bool, tiny: bool) -> Iterator[Plan]:
     yield ("zipf_label", "rank_votes"), labels[:1], dtypes[:1], public_row
     yield ("dense_vote",), votes[:1], dtypes[:1], vote_row
     yield ("loss_fwd", "loss_grad_", "label_fwd", "rank_fwd"), [bad], dtypes[:1], bad_row
-    yield ("soft_loss_fwd", "soft_loss_grad_"), [bad._replace(soft=True)], dtypes[:1], bad_row
+    yield ("loss_fwd", "loss_grad_"), [bad._replace(soft=True)], dtypes[:1], bad_row
 
 
 Cases = list[list]  # of losses, of losses with soft targets, of labels, of votes, of backward

@@ -47,7 +47,8 @@ class LossCase(NamedTuple):
 
     def __str__(self) -> str:
         ranked = f"P = {self.P}" if self.ranking == "votes" else f"by {self.ranking}"
-        words = (f"{self.N} x {self.C}", ranked, self.reduction, "options" * self.options)
+        kind = "soft" * self.soft
+        words = (f"{self.N} x {self.C}", kind, ranked, self.reduction, "options" * self.options)
         return ", ".join(filter(None, words))
 
 

@@ -419,12 +419,11 @@ def _loss(
     log_mass = _log_mass(law, N, C, P, dtype, logits.device)
     if weight is not None:
         weight = weight.detach().to(dtype)
-    soft = checks.is_soft(target)
-    if soft:  # probabilities (N, C), of which none is ignored
+    if checks.is_soft(target):  # probabilities (N, C), of which none is ignored
         checks.no_ignore_index(options[4])
-        target, options = target.to(dtype), (*options[:4], options[5])
+        target = target.to(dtype)
     if shard is None:
-        forward = ops.select("soft_loss_fwd" if soft else "loss_fwd", backend, logits)
+        forward = ops.select("loss_fwd", backend, logits)
     else:
         forward = functools.partial(sharded.loss_fwd, shard)
     tensors = (target, votes, log_mass, weight)
@@ -437,7 +436,7 @@ def _loss(
     wanted = torch.is_grad_enabled() and logits.requires_grad
     if inplace and wanted and not torch.compiler.is_compiling():
         checks.inplace(logits, shard is not None)
-        backward_ = ops.select("soft_loss_grad_" if soft else "loss_grad_", backend, logits)
+        backward_ = ops.select("loss_grad_", backend, logits)
         scale_ = ops.select("loss_bwd_", backend, logits)
         return _LossInPlace.apply(logits, *tensors, options, forward, backward_, scale_)
     if forward is ops.NATIVE_LOSS_FWD and not torch.compiler.is_compiling():

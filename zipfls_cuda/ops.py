@@ -40,19 +40,10 @@ SCHEMAS = {
         "float zipf_weight, float label_smoothing, bool only_correct, int ignore_index, str reduction, "
         "bool with_grad) -> (Tensor loss, Tensor ce, Tensor zipf, Tensor grad, Tensor grad_scale)"
     ),
-    "soft_loss_fwd": (
-        "(Tensor logits, Tensor target, Tensor? votes, Tensor log_mass, Tensor? weight, float ce_weight, "
-        "float zipf_weight, float label_smoothing, bool only_correct, str reduction, bool with_grad) "
-        "-> (Tensor loss, Tensor ce, Tensor zipf, Tensor grad, Tensor grad_scale)"
-    ),
     "loss_grad_": (
         "(Tensor(a!) logits, Tensor target, Tensor? votes, Tensor log_mass, Tensor? weight, float ce_weight, "
         "float zipf_weight, float label_smoothing, bool only_correct, int ignore_index, str reduction) "
         "-> Tensor"
-    ),
-    "soft_loss_grad_": (
-        "(Tensor(a!) logits, Tensor target, Tensor? votes, Tensor log_mass, Tensor? weight, float ce_weight, "
-        "float zipf_weight, float label_smoothing, bool only_correct, str reduction) -> Tensor"
     ),
     "loss_bwd": "(Tensor grad, Tensor grad_loss, Tensor grad_scale) -> Tensor",
     "loss_bwd_": "(Tensor(a!) grad, Tensor grad_loss, Tensor grad_scale) -> ()",
@@ -99,17 +90,8 @@ def _loss_fake(
     return loss, ce, zipf, grad, logits.new_empty(() if scaled else (0,), dtype=dtype)
 
 
-def _soft_loss_fake(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *tensors_and_weights, reduction, with_grad = args
-    return _loss_fake(logits, *tensors_and_weights, -100, reduction, with_grad)
-
-
 def _loss_grad_fake(logits: Tensor, *args) -> Tensor:
     return _loss_fake(logits, *args, True)[4]
-
-
-def _soft_loss_grad_fake(logits: Tensor, *args) -> Tensor:
-    return _soft_loss_fake(logits, *args, True)[4]
 
 
 def _loss_bwd_fake(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:
@@ -125,9 +107,7 @@ FAKES: dict[str, Callable] = {
     "rank_fwd": _rank_fake,
     "label_fwd": _label_fake,
     "loss_fwd": _loss_fake,
-    "soft_loss_fwd": _soft_loss_fake,
     "loss_grad_": _loss_grad_fake,
-    "soft_loss_grad_": _soft_loss_grad_fake,
     "loss_bwd": _loss_bwd_fake,
     "loss_bwd_": _loss_bwd_inplace_fake,
 }

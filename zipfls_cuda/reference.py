@@ -3,8 +3,8 @@
 Reads next to the paper (Liang et al., ECCV 2022, arXiv 2207.12980); N samples, C classes, D channels,
 P votes a sample. Runs on any device in any float type, and decides the meaning of every corner case.
 
-* ``vote_fwd``, ``rank_fwd``, ``label_fwd``, ``loss_fwd``, ``soft_loss_fwd``, ``loss_bwd`` are the operators'
-  reference implementations. The losses write the gradient out by hand and need no autograd.
+* ``vote_fwd``, ``rank_fwd``, ``label_fwd``, ``loss_fwd``, ``loss_bwd`` are the operators' reference
+  implementations. The loss writes the gradient out by hand and needs no autograd.
 * ``zipf_term`` and ``cross_entropy_term`` are the same loss in differentiable form, for checks by autograd.
 """
 
@@ -246,10 +246,13 @@ def loss_fwd(
     """ce_weight * CE + zipf_weight * L_zipf and its gradient (Eq. 6), without autograd.
 
     Args:
-        logits: (N, C) z, any float type; target: (N,) int64; votes: (N, P) int32/int64 or None (rank by z).
+        logits: (N, C) z, any float type.
+        target: (N,) int64 classes, or (N, C) probabilities in the accumulation dtype (``_soft_loss_fwd``).
+        votes: (N, P) int32/int64, or None to rank by z.
         log_mass: table (R,) by rank from 1, or (N, C), in the accumulation dtype.
         weight: (C,) class weights of the CE part, in the accumulation dtype, or None.
         ce_weight, zipf_weight: a part whose weight is 0 is skipped (0, not 0 times infinity).
+        ignore_index: the class of a sample that does not count; not used beside probabilities.
         reduction: "mean", "sum" or "none".
         with_grad: whether the gradient is computed.
 
@@ -259,6 +262,11 @@ def loss_fwd(
         grad_scale: scalar that multiplies grad in backward, or (0,) where it is one. Only a float16 mean
             needs it: divided by N before GradScaler's scale is applied, float16 gradients flush to zero.
     """
+    if target.dim() == 2:
+        return _soft_loss_fwd(
+            logits, target, votes, log_mass, weight,
+            ce_weight, zipf_weight, label_smoothing, only_correct, reduction, with_grad,
+        )  # fmt: skip
     N, C = logits.shape
     dtype = accumulation_dtype(logits.dtype)
     z = logits.to(dtype)
@@ -335,7 +343,7 @@ def _results(
     return loss, ce.clone(), zipf.clone(), grad, grad_scale
 
 
-def soft_loss_fwd(
+def _soft_loss_fwd(
     logits: Tensor,
     target: Tensor,
     votes: Tensor | None,
@@ -417,13 +425,6 @@ def loss_grad_(logits: Tensor, *args) -> Tensor:
         grad_scale, as ``loss_fwd``.
     """
     *_, grad, grad_scale = loss_fwd(logits, *args, True)
-    logits.copy_(grad)
-    return grad_scale
-
-
-def soft_loss_grad_(logits: Tensor, *args) -> Tensor:
-    """``loss_grad_`` for targets that are probabilities; arguments as for ``soft_loss_fwd``."""
-    *_, grad, grad_scale = soft_loss_fwd(logits, *args, True)
     logits.copy_(grad)
     return grad_scale
 

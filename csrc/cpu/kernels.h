@@ -57,12 +57,13 @@ struct LossFwd {
   int64_t C;
   const void* logits;     // (N, C) T
   int64_t logits_stride;  // elements from row to row
-  const int64_t* target;  // (N,) int64, in [0, C) or ignore_index
+  const void* target;     // (N,) int64 in [0, C) or ignore_index; or (N, C) A, probabilities
+  int64_t target_stride;  // elements from row to row
   Votes votes;
   const void* log_mass;    // (R,) or (N, C) A
   const void* weight;      // (C,) A, or null
-  double weight_sum;       // sum of weight, or C
-  const uint8_t* correct;  // (N,) bool, or null: only_correct without it looks at the row itself
+  double weight_sum;       // sum of weight, or C; not for probabilities
+  const uint8_t* correct;  // (N,) bool, or null: the kernel for classes then compares by itself
   int64_t ignore_index;
   Mass mass;
   bool ce, zipf;           // which parts are wanted
@@ -75,34 +76,13 @@ struct LossFwd {
   double* zipf_rows;       // (N,) float64, unscaled
 };
 
-/// soft_loss_fwd: one call serves rows [begin, end).
-struct SoftLossFwd {
-  int64_t C;
-  const void* logits;     // (N, C) T
-  int64_t logits_stride;  // elements from row to row
-  const void* target;     // (N, C) A, probabilities
-  int64_t target_stride;  // elements from row to row
-  Votes votes;
-  const void* log_mass;    // (R,) or (N, C) A
-  const void* weight;      // (C,) A, or null
-  const uint8_t* correct;  // (N,) bool, or null: the Zipf part of every sample counts
-  Mass mass;
-  bool ce, zipf;           // which parts are wanted
-  double label_smoothing;  // e
-  double ce_factor;        // what the gradient of a row's CE is multiplied with
-  double zipf_factor;      // and that of its Zipf part
-  void* grad;              // (N, C) T, contiguous; null: not wanted
-  double* ce_rows;         // (N,) float64, unscaled
-  double* zipf_rows;       // (N,) float64, unscaled
-};
-
 /// One table for each instruction set. A function that returns bool tells whether all votes were
 /// below C.
 struct Kernels {
   const char* name;
-  /// loss and gradient of rows [begin, end).
+  /// loss and gradient of rows [begin, end), for a target of classes and of probabilities.
   bool (*loss_fwd[kDtypes])(const LossFwd&, const Scratch&, int64_t begin, int64_t end);
-  bool (*soft_loss_fwd[kDtypes])(const SoftLossFwd&, const Scratch&, int64_t begin, int64_t end);
+  bool (*soft_loss_fwd[kDtypes])(const LossFwd&, const Scratch&, int64_t begin, int64_t end);
   /// Whether the target has the largest logit of its row (lowest index on ties).
   bool (*is_correct[kDtypes])(const void* row, int64_t C, int64_t y);
   /// out = in * scale, n elements, the product in A; in == out is allowed.

@@ -1,34 +1,88 @@
-// loss_fwd, loss_grad_, loss_bwd, loss_bwd_: cross-entropy and the Zipf term with their gradient.
+// loss_fwd, loss_grad_, loss_bwd, loss_bwd_: cross-entropy and the Zipf term with their gradient,
+// for a target of classes (N,) or of probabilities (N, C).
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <optional>
+#include <string_view>
+#include <tuple>
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include "parts.h"
 #include "recycle.h"
+#include "rows.h"
 
 namespace zipfls::cpu {
 namespace {
 
-/// What a mean divides by, from the targets alone.
+// loss, ce, zipf, grad, grad_scale
+using Parts = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+double element(const at::Tensor& x, int64_t i) {  // x float32 or float64, contiguous
+  return x.scalar_type() == at::kDouble ? x.const_data_ptr<double>()[i]
+                                        : x.const_data_ptr<float>()[i];
+}
+
+void set_element(const at::Tensor& x, int64_t i, double value) {
+  if (x.scalar_type() == at::kDouble)
+    x.mutable_data_ptr<double>()[i] = value;
+  else
+    x.mutable_data_ptr<float>()[i] = static_cast<float>(value);
+}
+
+/// logits (N, C); target (N,) int64 or (N, C); log_mass, weight and probabilities in the
+/// accumulation type.
+void check_loss(const at::Tensor& logits, const at::Tensor& target,
+                const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
+                const std::optional<at::Tensor>& weight, std::string_view reduction) {
+  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (N, C), got ", logits.sizes());
+  check_float(logits, "logits");
+  const int64_t N = logits.size(0), C = logits.size(1);
+  const auto type = accumulation_type(logits.scalar_type());
+  check_num_classes(C);
+  if (target.dim() == 2) {
+    TORCH_CHECK_VALUE(target.sizes() == logits.sizes(), "target must have shape (", N, ", ", C,
+                      "), got ", target.sizes());
+    check_type(target, "target", type);
+  } else {
+    check_target(target, N);
+  }
+  check_same_device(target, "target", logits);
+  check_type(log_mass, "log_mass", type);
+  check_same_device(log_mass, "log_mass", logits);
+  if (votes.has_value()) {
+    check_votes(*votes, N);
+    check_same_device(*votes, "votes", logits);
+  }
+  check_log_mass(log_mass, N, C, votes.has_value() ? votes->size(1) : -1);
+  if (weight.has_value()) {
+    TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == C, "weight must have shape (", C,
+                      ",), got ", weight->sizes());
+    check_type(*weight, "weight", type);
+    check_same_device(*weight, "weight", logits);
+  }
+  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "none" || reduction == "sum",
+                    "reduction must be mean, sum or none, got ", reduction);
+}
+
+/// The denominators of a mean, without only_correct.
 struct Totals {
-  double weight = 0;    // sum of the class weights of the targets that count
-  int64_t samples = 0;  // their number
-  bool inside = true;   // whether they are classes
+  double weight;       // sum of the class weights of the targets that count
+  int64_t samples;     // the number of those targets
+  bool inside = true;  // whether they are all in [0, C)
 };
 
+/// Totals of a target of classes (N,).
 Totals total(const int64_t* target, int64_t N, int64_t C, int64_t ignore_index,
              const std::optional<at::Tensor>& weight) {
-  Totals totals;
+  Totals totals{0, 0};
   for (int64_t i = 0; i < N; i++) {
     const int64_t y = target[i];
     if (y == ignore_index) continue;
-    if (y < 0 || y >= C) {
-      totals.inside = false;
-      break;
-    }
+    if (y < 0 || y >= C) return {0, 0, false};
     totals.samples++;
     if (weight.has_value()) totals.weight += element(*weight, y);
   }
@@ -36,7 +90,66 @@ Totals total(const int64_t* target, int64_t N, int64_t C, int64_t ignore_index,
   return totals;
 }
 
-/// loss, ce, zipf, grad, grad_scale: as reference.loss_fwd, to the letter.
+/// argmax of a row of probabilities (C,), the lowest index on ties; a NaN is never the largest.
+template <class A>
+int64_t argmax(const A* x, int64_t C) {
+  int64_t best = C;
+  for (int64_t c = 0; c < C; c++)
+    if (best == C ? x[c] == x[c] : x[c] > x[best]) best = c;
+  return best == C ? 0 : best;
+}
+
+/// The factor that a mean's gradient is stored without. A float16 mean is stored per sample, and
+/// loss_bwd multiplies by 1/N together with the upstream gradient in float32. 1 otherwise.
+double held_back(double scale, at::ScalarType type, bool mean, bool with_grad) {
+  const bool usable = std::isfinite(scale) && scale != 0;
+  return with_grad && type == at::kHalf && mean && usable ? scale : 1;
+}
+
+/// grad_scale: the scalar that multiplies grad in loss_bwd, or (0,).
+at::Tensor grad_scale_of(double scale, at::ScalarType type, bool mean, bool with_grad,
+                         const at::TensorOptions& options) {
+  if (!(with_grad && type == at::kHalf && mean)) return at::empty({0}, options);
+  at::Tensor grad_scale = at::empty({}, options);
+  set_element(grad_scale, 0, scale);
+  return grad_scale;
+}
+
+/// One part of the loss: its rows (N,) float64, its weight in the loss, the factor of its mean.
+struct Part {
+  const double* rows;
+  double weight;
+  double scale;
+};
+
+/// (loss, ce, zipf): scalars, or (N,) for "none".
+std::tuple<at::Tensor, at::Tensor, at::Tensor> reduce_parts(const Part& ce, const Part& zipf,
+                                                            int64_t N, bool none,
+                                                            const at::TensorOptions& options) {
+  const auto shape = none ? at::IntArrayRef(N) : at::IntArrayRef();
+  at::Tensor loss = at::empty(shape, options), ces = at::empty(shape, options),
+             zipfs = at::empty(shape, options);
+  auto finish = [&](int64_t i, double ce_, double zipf_) {
+    set_element(loss, i, ce.weight * ce_ + zipf.weight * zipf_);
+    set_element(ces, i, ce_);
+    set_element(zipfs, i, zipf_);
+  };
+  if (none) {
+    for (int64_t i = 0; i < N; i++) finish(i, ce.rows[i], zipf.rows[i]);
+  } else {
+    double ce_sum = 0, zipf_sum = 0;  // in the order of the samples, whatever the number of threads
+    for (int64_t i = 0; i < N; i++) {
+      ce_sum += ce.rows[i];
+      zipf_sum += zipf.rows[i];
+    }
+    finish(0, ce.weight != 0 ? ce_sum * ce.scale : ce_sum,
+           zipf.weight != 0 ? zipf_sum * zipf.scale : zipf_sum);
+  }
+  return {loss, ces, zipfs};
+}
+
+/// reference.loss_fwd on CPU tensors. With only_correct, logits and probabilities are read a second
+/// time where the number of correct samples, or an argmax of probabilities, is needed.
 ///
 /// Args: grad (N, C), contiguous, uninitialised or the logits themselves: a row's logits are read
 /// before its gradient is written. (0,) for no gradient.
@@ -45,73 +158,81 @@ Parts loss_into(const at::Tensor& grad, const at::Tensor& logits, const at::Tens
                 const std::optional<at::Tensor>& weight, double ce_weight, double zipf_weight,
                 double label_smoothing, bool only_correct, int64_t ignore_index,
                 std::string_view reduction) {
-  check_loss(logits, votes, log_mass, weight, reduction);
+  check_loss(logits, target, votes, log_mass, weight, reduction);
   const int64_t N = logits.size(0), C = logits.size(1);
-  const auto type = accumulation_type(logits.scalar_type());
-  check_target(target, N);
-  check_same_device(target, "target", logits);
   const int64_t P = votes.has_value() ? votes->size(1) : 0;
+  const auto type = accumulation_type(logits.scalar_type());
+  const bool soft = target.dim() == 2, wide = type == at::kDouble;
   const bool mean = reduction == "mean", none = reduction == "none", with_grad = grad.dim() == 2;
 
   const Kernels& k = kernels();
   const Dtype dtype = dtype_of(logits);
-  const at::Tensor z = with_contiguous_rows(logits), y = target.contiguous(),
-                   mass = log_mass.contiguous();
+  const at::Tensor z = with_contiguous_rows(logits), mass = log_mass.contiguous();
+  const at::Tensor t = soft ? with_contiguous_rows(target) : target.contiguous();
   const at::Tensor v = votes.has_value() ? with_contiguous_rows(*votes) : at::Tensor();
   std::optional<at::Tensor> w;
   if (weight.has_value()) w = weight->contiguous();
-  const int64_t* const targets = y.const_data_ptr<int64_t>();  // (N,) int64
-  const auto* const rows = static_cast<const char*>(z.const_data_ptr());
-  const int64_t row_bytes = z.stride(0) * z.element_size();
+  const int64_t* const classes = soft ? nullptr : t.const_data_ptr<int64_t>();  // (N,) int64
 
-  const Totals totals = total(targets, N, C, ignore_index, w);
-  const at::Tensor* const votes_or_null = votes.has_value() ? &*votes : nullptr;
-  if (!totals.inside) raise_outside(&target, votes_or_null, C, &ignore_index);
-
-  // The mean of the Zipf part under only_correct divides by a number that only the logits tell.
-  std::unique_ptr<uint8_t[]> correct;  // (N,) bool
-  int64_t zipf_samples = totals.samples;
-  if (mean && only_correct) {
-    correct = std::make_unique<uint8_t[]>(N);
-    at::parallel_for(0, N, grain(C, 0), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++)
-        correct[i] =
-            targets[i] != ignore_index && k.is_correct[dtype](rows + i * row_bytes, C, targets[i]);
-    });
-    zipf_samples = 0;
-    for (int64_t i = 0; i < N; i++) zipf_samples += correct[i];
-  }
-  // Of targets without any weight the mean is NaN, as F.cross_entropy's, not infinite.
-  const double ce_scale = !mean ? 1.0 : totals.weight == 0 ? NAN : 1 / totals.weight;
-  const double zipf_scale = !mean ? 1.0
-                            : totals.samples > 0 && zipf_samples == 0
-                                ? 0.0
-                                : 1 / static_cast<double>(zipf_samples);
-
-  const auto options = logits.options().dtype(type);
-  const double scale =
-      held_back(ce_weight != 0 ? ce_scale : zipf_scale, logits.scalar_type(), mean, with_grad);
+  auto raise = [&] {
+    raise_outside(soft ? nullptr : &target, votes.has_value() ? &*votes : nullptr, C,
+                  soft ? nullptr : &ignore_index);
+  };
+  const Totals totals =
+      soft ? Totals{static_cast<double>(N), N} : total(classes, N, C, ignore_index, w);
+  if (!totals.inside) raise();
 
   LossFwd a{};
   a.C = C;
-  a.logits = rows;
+  a.logits = z.const_data_ptr();
   a.logits_stride = z.stride(0);
-  a.target = targets;
+  a.target = t.const_data_ptr();
+  a.target_stride = t.stride(0);
   if (votes.has_value()) a.votes = votes_of(v);
   a.log_mass = mass.const_data_ptr();
-  a.mass = mass_of(log_mass, votes.has_value());
+  a.mass = mass.dim() == 2 ? Mass::kPerClass : votes.has_value() ? Mass::kByVotes : Mass::kByLogits;
   a.weight = w.has_value() ? w->const_data_ptr() : nullptr;
   a.weight_sum = static_cast<double>(C);
-  if (w.has_value()) {
+  if (w.has_value() && !soft) {
     a.weight_sum = 0;
     for (int64_t c = 0; c < C; c++) a.weight_sum += element(*w, c);
   }
-  a.correct = correct.get();
   a.ignore_index = ignore_index;
   a.ce = ce_weight != 0;
   a.zipf = zipf_weight != 0;
   a.only_correct = only_correct;
   a.label_smoothing = label_smoothing;
+
+  // A mean of the Zipf part under only_correct divides by a number that only the logits tell. The
+  // row kernel itself compares with a class, but not with an argmax of probabilities.
+  std::unique_ptr<uint8_t[]> correct;  // (N,) bool
+  int64_t zipf_samples = totals.samples;
+  if (only_correct && (mean || soft)) {
+    correct = std::make_unique<uint8_t[]>(N);
+    const auto* const rows = static_cast<const char*>(a.logits);
+    const int64_t row_bytes = a.logits_stride * z.element_size();
+    auto target_class = [&](int64_t i) {
+      if (!soft) return classes[i];
+      const int64_t at = i * a.target_stride;
+      return wide ? argmax(static_cast<const double*>(a.target) + at, C)
+                  : argmax(static_cast<const float*>(a.target) + at, C);
+    };
+    at::parallel_for(0, N, grain(C, 0), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++)
+        correct[i] = (soft || classes[i] != ignore_index) &&
+                     k.is_correct[dtype](rows + i * row_bytes, C, target_class(i));
+    });
+    zipf_samples = std::count(correct.get(), correct.get() + N, 1);
+    a.correct = correct.get();
+  }
+  // If no target has a weight the mean of classes is NaN, as F.cross_entropy's, not infinite.
+  const double ce_scale = !mean ? 1.0 : !soft && totals.weight == 0 ? NAN : 1 / totals.weight;
+  const double zipf_scale = !mean ? 1.0
+                            : totals.samples > 0 && zipf_samples == 0
+                                ? 0.0
+                                : 1 / static_cast<double>(zipf_samples);
+  const double scale =
+      held_back(ce_weight != 0 ? ce_scale : zipf_scale, logits.scalar_type(), mean, with_grad);
   a.ce_factor = ce_weight * (ce_scale / scale);
   a.zipf_factor = zipf_weight * (zipf_scale / scale);
   a.grad = with_grad ? grad.mutable_data_ptr() : nullptr;
@@ -121,12 +242,14 @@ Parts loss_into(const at::Tensor& grad, const at::Tensor& logits, const at::Tens
 
   std::atomic<bool> inside{true};
   const bool sort = a.zipf && a.mass == Mass::kByLogits;
-  at::parallel_for(0, N, grain(C, P), [&](int64_t begin, int64_t end) {
-    const Scratch scratch = thread_scratch().get(C, P, type == at::kDouble ? 8 : 4, sort);
-    if (!k.loss_fwd[dtype](a, scratch, begin, end)) inside = false;
+  const auto kernel = soft ? k.soft_loss_fwd[dtype] : k.loss_fwd[dtype];
+  at::parallel_for(0, N, grain(soft ? 2 * C : C, P), [&](int64_t begin, int64_t end) {
+    const Scratch scratch = thread_scratch().get(C, P, wide ? 8 : 4, sort);
+    if (!kernel(a, scratch, begin, end)) inside = false;
   });
-  if (!inside) raise_outside(&target, votes_or_null, C, &ignore_index);
+  if (!inside) raise();
 
+  const auto options = logits.options().dtype(type);
   auto [loss, ce, zipf] = reduce_parts({a.ce_rows, ce_weight, ce_scale},
                                        {a.zipf_rows, zipf_weight, zipf_scale}, N, none, options);
   return {loss, ce, zipf, grad,

@@ -136,7 +136,7 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratc
                             int64_t i) {
   using V = Vec<A>;
   constexpr int W = Lanes<A>::W;
-  const int64_t C = a.C, y = a.target[i];
+  const int64_t C = a.C, y = static_cast<const int64_t*>(a.target)[i];
   T* const grad_row = a.grad == nullptr ? nullptr : static_cast<T*>(a.grad) + i * C;  // (C,) T
   if (y == a.ignore_index) {
     a.ce_rows[i] = a.zipf_rows[i] = 0;

@@ -34,7 +34,7 @@ ZIPFLS_INLINE const T* padded_row(const T* x, int64_t C, void* room) {
 
 /// Row i of the operator; false if a vote is out of range.
 template <class T, class A>
-ZIPFLS_INLINE bool soft_loss_row(const SoftLossFwd& a, const Scratch& scratch, int64_t i) {
+ZIPFLS_INLINE bool soft_loss_row(const LossFwd& a, const Scratch& scratch, int64_t i) {
   using V = Vec<A>;
   constexpr int W = Lanes<A>::W;
   constexpr A kLowest = -static_cast<A>(INFINITY);
@@ -164,8 +164,7 @@ ZIPFLS_INLINE bool soft_loss_row(const SoftLossFwd& a, const Scratch& scratch, i
 
 /// Rows [begin, end). One function for each type of logits.
 template <class T>
-bool soft_loss_fwd_kernel(const SoftLossFwd& a, const Scratch& scratch, int64_t begin,
-                          int64_t end) {
+bool soft_loss_fwd_kernel(const LossFwd& a, const Scratch& scratch, int64_t begin, int64_t end) {
   bool inside = true;
   for (int64_t i = begin; i < end; i++)
     inside &= soft_loss_row<T, decltype(value(T{}))>(a, scratch, i);

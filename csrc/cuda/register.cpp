@@ -104,7 +104,7 @@ Tensor dense_log_mass(const Tensor& table, const OptionalTensor& votes, const Te
 
 enum class Gradient { kNone, kNew, kInPlace };
 
-/// A call of loss_fwd or soft_loss_fwd, checked, with its outputs: what the two have in common. `a`
+/// A call of loss_fwd, checked, with its outputs: what both kinds of target have in common. `a`
 /// points to memory that the tensors here hold.
 struct LossCall {
   Tensor logits, log_mass;
@@ -208,7 +208,7 @@ void check_logits(const Tensor& logits) {
   check_num_classes(logits.size(1));
 }
 
-/// reference.loss_fwd on CUDA tensors: (loss, ce, zipf, grad, grad_scale).
+/// A target of classes: (loss, ce, zipf, grad, grad_scale).
 Parts loss_parts(const Tensor& given_logits, const Tensor& given_target,
                  const OptionalTensor& votes, const Tensor& log_mass, const OptionalTensor& weight,
                  double ce_weight, double zipf_weight, double label_smoothing, bool only_correct,
@@ -251,7 +251,7 @@ Parts loss_parts(const Tensor& given_logits, const Tensor& given_target,
   return std::move(call.parts);
 }
 
-/// reference.soft_loss_fwd on CUDA tensors.
+/// A target of probabilities.
 Parts soft_loss_parts(const Tensor& given_logits, const Tensor& given_target,
                       const OptionalTensor& votes, const Tensor& log_mass,
                       const OptionalTensor& weight, double ce_weight, double zipf_weight,
@@ -282,22 +282,25 @@ Parts soft_loss_parts(const Tensor& given_logits, const Tensor& given_target,
   return std::move(call.parts);
 }
 
+/// reference.loss_fwd on CUDA tensors, for a target of classes (N,) or of probabilities (N, C).
+Parts any_loss_parts(const Tensor& logits, const Tensor& target, const OptionalTensor& votes,
+                     const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
+                     double zipf_weight, double label_smoothing, bool only_correct,
+                     int64_t ignore_index, std::string_view reduction, Gradient gradient) {
+  if (target.dim() == 2)
+    return soft_loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
+                           label_smoothing, only_correct, reduction, gradient);
+  return loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
+                    label_smoothing, only_correct, ignore_index, reduction, gradient);
+}
+
 Parts loss_fwd(const Tensor& logits, const Tensor& target, const OptionalTensor& votes,
                const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
                double zipf_weight, double label_smoothing, bool only_correct, int64_t ignore_index,
                std::string_view reduction, bool with_grad) {
-  return loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
-                    label_smoothing, only_correct, ignore_index, reduction,
-                    with_grad ? Gradient::kNew : Gradient::kNone);
-}
-
-Parts soft_loss_fwd(const Tensor& logits, const Tensor& target, const OptionalTensor& votes,
-                    const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
-                    double zipf_weight, double label_smoothing, bool only_correct,
-                    std::string_view reduction, bool with_grad) {
-  return soft_loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
-                         label_smoothing, only_correct, reduction,
-                         with_grad ? Gradient::kNew : Gradient::kNone);
+  return any_loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
+                        label_smoothing, only_correct, ignore_index, reduction,
+                        with_grad ? Gradient::kNew : Gradient::kNone);
 }
 
 /// Writes the gradient that f(logits, how) gives over the logits; returns its grad_scale.
@@ -316,18 +319,8 @@ Tensor loss_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& vo
                   double zipf_weight, double label_smoothing, bool only_correct,
                   int64_t ignore_index, std::string_view reduction) {
   return write_over(logits, [&](const Tensor& z, Gradient gradient) {
-    return loss_parts(z, target, votes, log_mass, weight, ce_weight, zipf_weight, label_smoothing,
-                      only_correct, ignore_index, reduction, gradient);
-  });
-}
-
-Tensor soft_loss_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& votes,
-                       const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
-                       double zipf_weight, double label_smoothing, bool only_correct,
-                       std::string_view reduction) {
-  return write_over(logits, [&](const Tensor& z, Gradient gradient) {
-    return soft_loss_parts(z, target, votes, log_mass, weight, ce_weight, zipf_weight,
-                           label_smoothing, only_correct, reduction, gradient);
+    return any_loss_parts(z, target, votes, log_mass, weight, ce_weight, zipf_weight,
+                          label_smoothing, only_correct, ignore_index, reduction, gradient);
   });
 }
 
@@ -441,8 +434,6 @@ Tensor label_fwd(const Tensor& given_target, const Tensor& given_votes,
 TORCH_LIBRARY_IMPL(zipfls, CUDA, m) {
   m.impl("loss_fwd", TORCH_FN(loss_fwd));
   m.impl("loss_grad_", TORCH_FN(loss_grad_));
-  m.impl("soft_loss_fwd", TORCH_FN(soft_loss_fwd));
-  m.impl("soft_loss_grad_", TORCH_FN(soft_loss_grad_));
   m.impl("loss_bwd", TORCH_FN(loss_bwd));
   m.impl("loss_bwd_", TORCH_FN(loss_bwd_));
   m.impl("rank_fwd", TORCH_FN(rank_fwd));
