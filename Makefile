@@ -43,7 +43,7 @@ $(VENV)/.built: $(VENV)/.deps setup.py pyproject.toml $(CSRC)
 build: $(VENV)/.built
 
 demo: build
-	@$(PY) examples/train.py --preset demo --out runs/demo
+	@$(PY) -m experiments.run --preset demo --out runs/demo
 
 test: build
 	@$(PYTEST) $(PARALLEL)
@@ -79,7 +79,7 @@ bench: build
 
 # Does it help? Trains what has no record yet: about an hour from none.
 efficacy: build
-	@$(PY) benchmarks/efficacy.py
+	@$(PY) -m experiments.efficacy
 	@$(PY) benchmarks/report.py
 
 # On a machine with a GPU: uses that machine's own Python, builds, tests, sanitizes, measures, within SECONDS (560).

@@ -198,7 +198,7 @@ class Head:
         return records.compare(self.where, entries, CLOCK, ours=ours, seconds=2.0, memory=True)
 
 
-if TINY:  # 8 channels: MIN_WIDTH of examples/train.py
+if TINY:  # 8 channels: MIN_WIDTH of experiments/model.py
     CASES = [Case(2, 5, 16, (1, 1), 8, "float32", what="tiny"), Head(2, 2, 8, 10, "float32")]
 elif ON_GPU:
     resnet50 = functools.partial(Case, 256, size=224, blocks=(3, 4, 6, 3), width=64, dtype="bfloat16")

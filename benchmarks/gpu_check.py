@@ -456,10 +456,10 @@ def tune(check: Check) -> None:
 
 
 def train(check: Check) -> None:
-    """Does it help? benchmarks/efficacy.py, as many seeds as there is time for."""
+    """Does it help? experiments/efficacy.py, as many seeds as there is time for."""
     records = check.out / "efficacy.json"
     with tempfile.TemporaryDirectory() as folder:
-        command = [*check.python, str(HERE / "efficacy.py"), "--preset", "h200", "--records", str(records)]
+        command = [*check.python, "-m", "experiments.efficacy", "--preset", "h200", "--records", str(records)]
         command += ["--cache", folder, "--jobs", "1" if check.dry else "9"]
         status, output = check.run(command, check.share("train"))
     by_method: dict[str, list[float]] = {}

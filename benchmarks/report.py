@@ -21,11 +21,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import baselines
-import efficacy
 import records as files
 import targets
 from sources import ROOT
 from targets import find
+
+sys.path.append(str(ROOT))
+
+from experiments import efficacy
 
 MARKED = re.compile(r"<!-- report:([\w-]+) -->\n(.*?)<!-- /report -->", re.S)
 NOTHING = "*Not measured yet.*"
@@ -358,7 +361,7 @@ def efficacy_block(preset: str, folder: Path) -> str:
         f"{sum(d.mean > 0 for d in certain)} of them gains; "
         f"chance alone would give about {0.05 * len(differences):.1f}. "
         f"{efficacy.ZIPF}, minus label smoothing: {', '.join(over_smoothing)}.\n\n"
-        f"<sub>Options of examples/train.py: {options}. {len(records)} runs, "
+        f"<sub>Options of experiments.run: {options}. {len(records)} runs, "
         f"{sum(r['seconds'] for r in records) / 60:.0f} min of training. {where}.</sub>"
     )
 

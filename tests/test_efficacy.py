@@ -14,11 +14,12 @@ import torch
 import zipfls_cuda as zls
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path += [str(ROOT), str(ROOT / "benchmarks")]
 
-import efficacy  # noqa: E402
 import records as files  # noqa: E402
 import report  # noqa: E402
+
+from experiments import efficacy, model  # noqa: E402
 
 NAMES = list(efficacy.METHODS)
 TINY = efficacy.Plan(
@@ -61,7 +62,7 @@ def test_every_command_is_one_and_all_differ(preset, monkeypatch):
     assert set(NAMES[:3]) <= set(plan.methods) <= set(NAMES)
     assert min(plan.seeds.values()) >= 3
     for run in runs:
-        args = efficacy.train.parse_arguments(efficacy.train.make_parser(), shlex.split(run["command"]))
+        args = efficacy.parse_arguments(efficacy.make_parser(), shlex.split(run["command"]))
         assert (args.data.partition(":")[0], args.seed) == (run["data"], [run["seed"]])
         assert args.device == ("cpu" if preset == "cpu" else "cuda")
 
@@ -73,9 +74,9 @@ def test_methods_train_with_the_loss_they_name():
     logits, target = torch.randn(4, 7), torch.arange(4)
     votes = torch.randint(7, (4, 9), dtype=torch.int32)
     for run in TINY.runs():
-        args = efficacy.train.parse_arguments(efficacy.train.make_parser(), shlex.split(run["command"]))
+        args = efficacy.parse_arguments(efficacy.make_parser(), shlex.split(run["command"]))
         (name,) = args.loss
-        criterion, method = efficacy.train.make_loss(name, args, 7), run["method"]
+        criterion, method = model.make_loss(name, args, 7), run["method"]
         smoothing = 0.1 if "smoothing" in method else 0.0
         if method not in laws:
             want = torch.nn.functional.cross_entropy(logits, target, label_smoothing=smoothing)
@@ -153,7 +154,7 @@ def test_runs_side_by_side_are_the_same_runs(tmp_path):
 
 def test_data_is_made_once_for_runs_side_by_side(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(efficacy.train, "load_data", lambda *args: made.append(args))
+    monkeypatch.setattr(efficacy, "load_data", lambda *args: made.append(args))
     monkeypatch.setattr(efficacy, "ProcessPoolExecutor", lambda *args: pytest.fail("made"))
     plan = efficacy.Plan(
         "--device cpu", {"a": "--data fractals:7", "b": "--data digits --limit 9"}, {"a": 2, "b": 2}

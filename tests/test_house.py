@@ -31,16 +31,22 @@ ARROWS = {
 }
 
 
-def imports(path: Path) -> set[str]:
-    """Names of the package's own modules that a file imports."""
+def relative_imports(path: Path) -> set[str]:
+    """Names of the modules beside it that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level > 0:
             found |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom | ast.Import):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-            assert not any((n or "").startswith("zipfls_cuda") for n in names), f"{path}: import relatively"
-    return found - {"__version__"}
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Names of the package's own modules that a file of it imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        assert not any(n.startswith("zipfls_cuda") for n in names), f"{path}: import relatively"
+    return relative_imports(path) - {"__version__"}
 
 
 def test_imports_follow_the_arrows():
@@ -53,12 +59,39 @@ def test_imports_follow_the_arrows():
         assert not extra, f"triton_kernels/{path.name} must not import {extra}"
 
 
-def test_benchmarks_do_not_import_tests():
-    tests = {p.stem for p in (ROOT / "tests").glob("*.py")}
-    for path in (ROOT / "benchmarks").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                assert node.module.split(".")[0] not in tests - {"conftest"}, path
+def test_nothing_imports_what_stands_above_it():
+    """The package imports no experiments, benchmarks or tests; experiments and benchmarks import no tests."""
+    tests = {p.stem for p in (ROOT / "tests").glob("*.py")} - {"conftest"}
+    above = {"experiments", "examples", "benchmarks", "tests"}
+    for folder, names in ("zipfls_cuda", above | tests), ("experiments", tests), ("benchmarks", tests):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and not node.level:
+                    found = {node.module}
+                elif isinstance(node, ast.Import):
+                    found = {alias.name for alias in node.names}
+                else:
+                    continue
+                assert not {name.split(".")[0] for name in found} & names, path
+
+
+EXPERIMENTS = {
+    "__init__": set(),
+    "common": set(),
+    "fractals": {"common"},
+    "data": {"common", "fractals"},
+    "model": {"common"},
+    "trainer": {"common", "data", "model"},
+    "plots": {"common", "model", "trainer"},
+    "run": {"common", "data", "model", "plots", "trainer"},
+    "efficacy": {"data", "run"},
+}
+
+
+def test_experiments_import_one_way():
+    for path in (ROOT / "experiments").glob("*.py"):
+        extra = relative_imports(path) - EXPERIMENTS[path.stem]
+        assert not extra, f"experiments/{path.name} must not import {extra}"
 
 
 def test_versions_agree():

@@ -9,11 +9,11 @@ import socket
 from pathlib import Path
 
 import pytest
-import test_examples
+import test_experiments
 import torch
 import torchvision_stub
 from processes import spawn
-from test_examples import example, write_cifar100, write_folder, write_tinyimagenet
+from test_experiments import parse, run, write_cifar100, write_folder, write_tinyimagenet
 from torch.utils.data import DataLoader, TensorDataset
 
 import zipfls_cuda as zls
@@ -21,10 +21,10 @@ from zipfls_cuda import functional
 
 PAGE = (Path(__file__).parents[1] / "docs" / "RECIPES.md").read_text()
 SNIPPETS = dict(re.findall(r"^### (.+?)\n(?:(?!###).)*?```python\n(.*?)```", PAGE, re.M | re.S))
-COMMANDS = re.findall(r"^python examples/train.py (.+)$", PAGE, re.M)
+COMMANDS = re.findall(r"^python -m experiments.run (.+)$", PAGE, re.M)
 CLASSES = 4
 
-one_thread, no_pictures = test_examples.one_thread, test_examples.no_pictures
+one_thread, no_pictures = test_experiments.one_thread, test_experiments.no_pictures
 
 
 # Snippets -------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def small_timm(monkeypatch):
 
     def create_small(name, **options):
         assert timm.is_model(name)
-        return create("resnet18", **options, **test_examples.SMALL_TIMM)
+        return create("resnet18", **options, **test_experiments.SMALL_TIMM)
 
     monkeypatch.setattr(timm, "create_model", create_small)
 
@@ -241,13 +241,9 @@ def test_hugging_face_accumulates(tmp_path, monkeypatch, count, batch, processes
 # Presets --------------------------------------------------------------------------------------------
 
 
-def parse(*argv):
-    return example.parse_arguments(example.make_parser(), argv)
-
-
 def test_every_preset_has_its_line():
     lines = [shlex.split(command) for command in COMMANDS]
-    assert {line[1] for line in lines} == set(example.AUTHORS)
+    assert {line[1] for line in lines} == set(run.AUTHORS)
     for line in lines:
         args = parse(*line)
         assert args.alpha == 1.0
@@ -271,16 +267,16 @@ def test_numbers_of_the_presets(preset, zipf_weight, deep_weight):
     assert cells[5] == f"{args.epochs}, {args.batch_size}"
 
 
-@pytest.mark.parametrize("preset", example.AUTHORS)
+@pytest.mark.parametrize("preset", run.AUTHORS)
 def test_a_preset_without_data_asks_for_it(preset, capsys):
     with pytest.raises(SystemExit):
         parse("--preset", preset)
     assert re.search(r"argument --data: '\w+:' lacks its path: --data \w+:PATH", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("preset", example.AUTHORS)
+@pytest.mark.parametrize("preset", run.AUTHORS)
 def test_tiny_run_of_a_preset(preset, tmp_path, monkeypatch, steps):
-    kind = example.PRESETS[preset]["data"].removesuffix(":")
+    kind = run.PRESETS[preset]["data"].removesuffix(":")
     write = {"cifar100": write_cifar100, "tinyimagenet": write_tinyimagenet}.get(kind)
     if write:
         write(tmp_path / "data")
@@ -289,11 +285,11 @@ def test_tiny_run_of_a_preset(preset, tmp_path, monkeypatch, steps):
         write_folder(tmp_path / "data", {"red": 8, "blue": 8, "green": 8})
     argv = ["--preset", preset, "--data", f"{kind}:{tmp_path / 'data'}", "--limit", "8", "--epochs", "1"]
     argv += ["--depth", "8", "--width", "16", "--device", "cpu", "--out", str(tmp_path / "out")]
-    (run,) = example.main(argv)
-    assert run.loss == "zipf"
-    assert run.history[0]["train_loss"] > run.history[0]["train_cross_entropy"]
+    (made,) = run.main(argv)
+    assert made.loss == "zipf"
+    assert made.history[0]["train_loss"] > made.history[0]["train_cross_entropy"]
     (step,) = steps
-    assert step["weight"] == example.PRESETS[preset]["zipf_weight"]
+    assert step["weight"] == run.PRESETS[preset]["zipf_weight"]
     # all positions of both maps at twice their resolution; or those of the last map, 224 / 32 a side
     positions = {"cifar100": 16**2 + 32**2, "tinyimagenet": 32**2 + 64**2}
     assert step["votes"].shape == (8, positions.get(preset, 7**2))

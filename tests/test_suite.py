@@ -178,7 +178,11 @@ def test_types_of_a_users_script(tmp_path):
 def test_convolutions_are_wide_enough():
     """8 channels or more, as CONTRIBUTING.md says: fewer break in torch on processors without AVX-512."""
     narrow = []
-    for path in (p for folder in ("tests", "examples", "benchmarks") for p in (ROOT / folder).glob("*.py")):
+    for path in (
+        p
+        for folder in ("tests", "examples", "experiments", "benchmarks")
+        for p in (ROOT / folder).glob("*.py")
+    ):
         text = path.read_text()
         for node in ast.walk(ast.parse(text)):
             widths = []
@@ -190,6 +194,6 @@ def test_convolutions_are_wide_enough():
             if len(widths) == 2 and widths[0] == 3:  # images
                 del widths[0]
             narrow += [f"{path.name}:{node.lineno}: {w} channels" for w in widths if w < 8]
-        if path.name != "test_examples.py":  # which shows that they are refused
+        if path.name != "test_experiments.py":  # which shows that they are refused
             narrow += [f"{path.name}: {found}" for found in re.findall(r"--width[ \",]+[0-7]\b", text)]
     assert not narrow, "\n".join(narrow)

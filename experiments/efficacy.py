@@ -1,11 +1,11 @@
 """Does it help? Test accuracy of every method on every data set, over several seeds.
 
-    python benchmarks/efficacy.py                  what a CPU can do: one thread, about an hour
-    python benchmarks/efficacy.py --preset gpu     the larger plan: all fractals, more epochs and seeds, bf16
-    python benchmarks/efficacy.py --preset h200 --jobs 9  three methods, for minutes on a large GPU
-    python benchmarks/efficacy.py --seeds 10       more seeds; a run that has its record is skipped
+    python -m experiments.efficacy                 what a CPU can do: one thread, about an hour
+    python -m experiments.efficacy --preset gpu    the larger plan: all fractals, more epochs and seeds, bf16
+    python -m experiments.efficacy --preset h200 --jobs 9  three methods, for minutes on a large GPU
+    python -m experiments.efficacy --seeds 10      more seeds; a run that has its record is skipped
 
-Every run is one command line of examples/train.py, which its record names. Records go to
+Every run is one command line of experiments.run, which its record names. Records go to
 benchmarks/results/efficacy/PRESET.json as runs finish, whole seeds first; benchmarks/report.py makes the
 README's table of them.
 """
@@ -28,13 +28,15 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+
+from .data import load_data
+from .run import make_parser, parse_arguments, train_all
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
 from clock import TINY as TINY_RUN
 from records import RESULTS, dump, environment, load
 from sources import ROOT
-
-sys.path.append(str(ROOT / "examples"))
-
-import train
 
 FOLDER = RESULTS / "efficacy"
 
@@ -116,15 +118,15 @@ TINY = Plan(
 
 def run_one(run: dict, cache: Path) -> dict:
     """Train one network; returns its record."""
-    options = shlex.split(run["command"])
-    settings = vars(train.parse_arguments(train.make_parser(), options))
-    free = {"cache", "data", "loss", "out", "preset", "resume", "seed"}
+    args = parse_arguments(make_parser(), [*shlex.split(run["command"]), "--cache", str(cache)])
+    free = {"cache", "data", "loss", "out", "preset", "resume", "seed", "skip_bad_images"}
     with (
         tempfile.TemporaryDirectory() as out,
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
     ):
-        (result,) = train.main([*options, "--cache", str(cache), "--out", out])
+        args.out = Path(out)
+        (result,) = train_all(args)
     accuracy = [round(epoch["test_accuracy"], 5) for epoch in result.history]
     return run | {
         "last": accuracy[-1],
@@ -132,7 +134,7 @@ def run_one(run: dict, cache: Path) -> dict:
         "accuracy": accuracy,  # of the test set, epoch by epoch
         "cross_entropy": round(result.history[-1]["test_cross_entropy"], 5),
         "seconds": round(sum(epoch["train_seconds"] for epoch in result.history), 1),
-        "settings": {k: v for k, v in settings.items() if k not in free},
+        "settings": {k: v for k, v in vars(args).items() if k not in free},
     }
 
 
@@ -143,8 +145,8 @@ def run_some(runs: Sequence[dict], cache: Path, jobs: int) -> Iterator[dict]:
             yield run_one(run, cache)
         return
     for options in {run["command"].partition(" --loss")[0]: run["command"] for run in runs}.values():
-        args = train.parse_arguments(train.make_parser(), shlex.split(options))
-        train.load_data(args.data, args.size, cache, args.limit)  # once, before all need it
+        args = parse_arguments(make_parser(), shlex.split(options))
+        load_data(args.data, args.size, cache, args.limit)  # once, before all need it
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         for done in as_completed([pool.submit(run_one, run, cache) for run in runs]):
             yield done.result()
@@ -226,6 +228,7 @@ def difference(values: dict[int, float], base: dict[int, float]) -> Sample:
 
 
 def main() -> None:
+    """Do the runs of a plan that have no record yet."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

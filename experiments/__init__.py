@@ -1,0 +1,1 @@
+"""Experiments with the package: `python -m experiments.run` trains and compares losses."""

@@ -1,0 +1,88 @@
+"""The pictures: accuracy and cross-entropy by epoch, and the spectrum of each network's probabilities."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+from .common import atomic_file
+from .model import LOSSES
+from .trainer import Run, by_loss
+
+COLOURS = {"ce": "#0072B2", "ls": "#E69F00", "zipf": "#009E73"}  # Okabe and Ito: safe for all eyes
+MARKERS = {"ce": "o", "ls": "s", "zipf": "^"}
+
+
+def new_figure(columns: int, width: float):
+    """A figure with its axes, `width` inches wide, that needs no display."""
+    figure = Figure(figsize=(width, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.9", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    with atomic_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:])
+
+
+def plain_ticks(axis, form: str) -> None:
+    """Label 1, 2, 5, 10, ... of a logarithmic axis as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter(form))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def draw_curves(runs: Sequence[Run], path: Path) -> None:
+    """Accuracy and cross-entropy of every epoch; several seeds as their mean and range."""
+    figure, axes = new_figure(2, 10)
+    columns = ("accuracy", "accuracy (%)", 100), ("cross_entropy", "cross-entropy", 1)
+    for axis, (name, title, scale) in zip(axes, columns, strict=True):
+        for loss, group in by_loss(runs).items():
+            epochs = [record["epoch"] for record in group[0].history]
+            look = {"color": COLOURS[loss], "lw": 1.8, "marker": None if epochs[1:] else "."}
+            train, test = (
+                scale * np.array([[record[f"{part}_{name}"] for record in run.history] for run in group])
+                for part in ("train", "test")
+            )
+            axis.plot(epochs, train.mean(0), ":", **look)
+            axis.plot(epochs, test.mean(0), "-", label=LOSSES[loss], **look)
+            if len(group) > 1:
+                axis.fill_between(epochs, test.min(0), test.max(0), color=COLOURS[loss], alpha=0.2, lw=0)
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_title(title, loc="left")
+        axis.margins(x=0.02)
+    axes[1].set_yscale("log")
+    plain_ticks(axes[1].yaxis, "{x:g}")
+    axes[0].plot([], [], "-", color="0.4", label="test")
+    axes[0].plot([], [], ":", color="0.4", label="training (augmented)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    save(figure, path)
+
+
+def draw_spectra(runs: Sequence[Run], path: Path) -> None:
+    """The paper's Fig. 2: mean sorted softmax probability against rank, and the fitted law."""
+    figure, (axis,) = new_figure(1, 6.4)
+    for loss, group in by_loss(runs).items():
+        spectrum = np.mean([run.spectrum for run in group], axis=0)
+        alpha = np.mean([run.alpha for run in group])
+        intercept = np.mean([run.intercept for run in group])
+        rank = np.arange(1, len(spectrum) + 1)
+        label = rf"{LOSSES[loss]}, $\alpha$ = {alpha:.2f}"
+        size = 6 if len(rank) <= 20 else 3.5
+        axis.loglog(rank, spectrum, MARKERS[loss], color=COLOURS[loss], ms=size, label=label)
+        axis.loglog(rank, np.exp(intercept) * rank**-alpha, "--", color=COLOURS[loss], lw=1.2)
+    plain_ticks(axis.xaxis, "{x:.0f}")
+    axis.set_xlabel("rank")
+    axis.set_title("mean sorted softmax probability, and the fitted Zipf law (dashed)", loc="left")
+    axis.legend(frameon=False)
+    save(figure, path)
