@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 
 import zipfls_cuda as zls
-from zipfls_cuda.attach import CLASS_TOKEN, GLOBAL_POOLING, PER_POSITION
+from zipfls_cuda.attach.positions import CLASS_TOKEN, GLOBAL_POOLING, PER_POSITION
 
 CLASSES = 11
 
@@ -120,6 +120,7 @@ ARCHS = [
     Arch("timm", "resnet18", PER_POSITION, {"global_pool": "max"}),
     Arch("timm", "resnet18", PER_POSITION, {"global_pool": "catavgmax"}),
     Arch("timm", "resnext50_32x4d", GLOBAL_POOLING, {"layers": (1, 1, 1, 1)}),
+    Arch("timm", "resnetv2_50", GLOBAL_POOLING, {"layers": (1, 1, 1, 1)}),
     Arch("timm", "densenet121", GLOBAL_POOLING),
     Arch("timm", "mobilenetv2_050", GLOBAL_POOLING),
     Arch("timm", "mobilenetv3_small_050", PER_POSITION, {"drop_rate": 0.5}),
@@ -140,6 +141,8 @@ ARCHS = [
     Arch("torchvision", "resnext50_32x4d", GLOBAL_POOLING, {}, (64, 64), "layer4", fc),
     Arch("torchvision", "densenet121", GLOBAL_POOLING, {}, (64, 64), "features",
          lambda m, v: m.classifier(v.relu())),
+    Arch("torchvision", "googlenet", GLOBAL_POOLING, {"aux_logits": False, "init_weights": False}, (64, 96),
+         "inception5b", fc),
     Arch("torchvision", "mobilenet_v2", GLOBAL_POOLING, {}, (64, 64), "features", classifier),
     Arch("torchvision", "mobilenet_v3_small", PER_POSITION, {}, (64, 64), "features", classifier),
     Arch("torchvision", "efficientnet_b0", GLOBAL_POOLING, {}, (64, 64), "features", classifier),
@@ -1243,13 +1246,42 @@ def test_attach_other_arguments():
         zls.attach(model, **NAMES)
 
 
-@pytest.mark.parametrize(
-    "name, reason", [("resnetv2_50", "Conv2d"), ("deit_tiny_distilled_patch16_224", "tuple")]
-)
-def test_attach_refuses_other_classifiers(name, reason):
-    model = timm().create_model(name, num_classes=CLASSES)
-    with pytest.raises(RuntimeError, match=reason):
+def test_attach_refuses_several_classifiers():
+    """Distilled models return the mean of two; the votes of one, by hand, train them."""
+    model = timm().create_model("deit_tiny_distilled_patch16_224", num_classes=CLASSES, **VIT)
+    with pytest.raises(
+        RuntimeError, match=r"several classifiers.*zls\.dense_vote.*criterion\(logits, target, votes"
+    ):
         zls.attach(model)
+    features = model.forward_features(torch.randn(2, 3, 64, 64))
+    votes = zls.dense_vote(features[:, 2:], model.head.weight, model.head.bias)
+    assert_best(votes, model.head(features[:, 2:]))
+    loss = zls.ZipfLoss()(model.forward_head(features), torch.zeros(2, dtype=torch.long), votes)
+    loss.backward()
+    assert model.head_dist.weight.grad.any()
+
+
+def test_attach_refuses_pooled_scores():
+    """SqueezeNet pools the scores of its classifier; the votes of its map, by hand, train it."""
+    model = torchvision().models.squeezenet1_1(num_classes=CLASSES)
+    x = torch.randn(2, 3, 64, 64)
+    with pytest.raises(
+        RuntimeError, match=r"pools its scores.*zls\.dense_vote.*criterion\(logits, target, votes"
+    ):
+        zls.attach(model, example=x)
+    features, conv = model.features(x), model.classifier[1]
+    votes = zls.dense_vote(features, conv.weight.flatten(1), conv.bias)
+    assert_best(votes, conv(features).flatten(2).transpose(1, 2))
+    loss = zls.ZipfLoss()(model.classifier(features).flatten(1), torch.zeros(2, dtype=torch.long), votes)
+    loss.backward()
+    assert conv.weight.grad.any()
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 3, "padding": 1}, {"groups": 2}, {"stride": 2}], ids=str)
+def test_attach_refuses_convolutions_of_other_kinds(options):
+    conv = nn.Conv2d(16, CLASSES + CLASSES % 2, **{"kernel_size": 1, **options})
+    with pytest.raises(TypeError, match=r"nn\.Conv2d of kernel 1, stride 1 and one group.*Conv2d"):
+        zls.attach(with_fc(conv), **NAMES)
 
 
 # The support table ----------------------------------------------------------------------------------------

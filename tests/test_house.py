@@ -54,9 +54,10 @@ def test_imports_follow_the_arrows():
     for path in package.glob("*.py"):
         extra = imports(path) - ARROWS[path.stem]
         assert not extra, f"{path.name} must not import {extra}"
-    for path in (package / "triton_kernels").glob("*.py"):
-        extra = imports(path) - {p.stem for p in path.parent.glob("*.py")}
-        assert not extra, f"triton_kernels/{path.name} must not import {extra}"
+    for folder, outside in (("attach", ARROWS["attach"]), ("triton_kernels", set())):
+        for path in (package / folder).glob("*.py"):
+            extra = imports(path) - outside - {"", *(p.stem for p in path.parent.glob("*.py"))}
+            assert not extra, f"{folder}/{path.name} must not import {extra}"
 
 
 def test_nothing_imports_what_stands_above_it():
