@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .positions import is_linear
+from .positions import BY_HAND, is_linear
 
 # torchvision's classifiers: class -> (module whose output is the map, module that holds the last nn.Linear).
 # "-1" is the last of a sequence.
@@ -71,8 +71,7 @@ def find_classifier(model: nn.Module) -> str:
             raise RuntimeError(
                 f"attach: get_classifier() of this {type(model).__name__} gives a "
                 f"{type(container).__name__}: its logits come from several classifiers, and no "
-                "single one can vote. Let one vote by hand, votes = zls.dense_vote(features, head.weight, "
-                "head.bias), and give the votes to the criterion: criterion(logits, target, votes)"
+                f"single one can vote. {BY_HAND}"
             )
     elif _torchvision_names(model):
         container = model.get_submodule(_torchvision_names(model)[1])

@@ -19,6 +19,12 @@ PER_POSITION = "per-position head"
 # Where the channels of a feature map are.
 MAP, MAP_CHANNELS_LAST, TOKENS = "NDHW", "NHWD", "NTD"
 
+# The remedy where the probe refuses.
+BY_HAND = (
+    "Let the map vote by hand, votes = zls.dense_vote(features, weight, bias) with the (C, D) and (C,) of a "
+    "classifier, and give the votes to the criterion: criterion(logits, target, votes)"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

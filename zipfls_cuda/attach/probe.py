@@ -17,16 +17,20 @@ from torch.utils._pytree import tree_leaves
 
 from ..checks import autocast_enabled
 from . import positions
-from .positions import CLASS_TOKEN, GLOBAL_POOLING, MAP, MAP_CHANNELS_LAST, PER_POSITION, TOKENS, Plan
+from .positions import (
+    BY_HAND,
+    CLASS_TOKEN,
+    GLOBAL_POOLING,
+    MAP,
+    MAP_CHANNELS_LAST,
+    PER_POSITION,
+    TOKENS,
+    Plan,
+)
 
 PROBE_SAMPLES = 4  # rows of the example, or of the first batch, that the probe looks at
 PROBE_POSITIONS = 8  # positions per sample that run through the head in the probe
 MAX_PREFIX = 4  # prefix tokens tried where the model does not tell their number
-SCORES_ARE_POOLED = (
-    ": the model pools its scores, not its features. Let the map vote by hand, votes = zls.dense_vote("
-    "features, conv.weight.flatten(1), conv.bias), and give the votes to the criterion: "
-    "criterion(logits, target, votes)"
-)
 
 if TYPE_CHECKING:
     from .hooks import Voting
@@ -191,7 +195,11 @@ class Probe:
             got = "no tensor by position" if pooled is None else f"shape {tuple(pooled.shape)}"
             raise self.refusal(
                 f"the classifier {name!r} takes {got}, not pooled features (N, D) or (N, D, 1, 1)"
-                + (SCORES_ARE_POOLED if pooled is not None and pooled.dim() == 4 else "")
+                + (
+                    f": the model pools its scores. {BY_HAND}"
+                    if pooled is not None and pooled.dim() == 4
+                    else ""
+                )
             )
         voter = dataclasses.replace(voter, input=pooled.flatten(1), output=voter.output.flatten(1))
         affine = F.linear(voter.input, *positions.matrix(linear))
@@ -199,7 +207,8 @@ class Probe:
             raise self.refusal(f"the classifier {name!r} does more than weight @ features + bias")
         if self.gap(voter.output, logits) > self.tolerance(logits):
             raise self.refusal(
-                f"the logits are not the output of {name!r}: the model changes it, or has another classifier"
+                f"the logits are not the output of {name!r}: the model changes it, or has another "
+                f"classifier. {BY_HAND}"
             )
         return voter
 
@@ -253,9 +262,12 @@ class Probe:
     # Deciding how positions vote
 
     def decide(self, features: Tensor, between: list[_Call], voter: _Call, seat: str, side: str) -> dict:
-        """kind, layout, prefix and head, by the numbers; the best of the layouts possible."""
+        """kind, layout, prefix and head, by the numbers; of two possible layouts the likelier.
+
+        Both are possible where a head's norm broadcasts: it takes the channels for those of another layout.
+        """
         found, problems = [], []
-        for layout in (TOKENS,) if features.dim() == 3 else (MAP, MAP_CHANNELS_LAST):
+        for layout in (TOKENS,) if features.dim() == 3 else self.channels_by_aspect(features):
             prefix, is_token = self.prefix(features, between, voter) if layout == TOKENS else (0, False)
             rows = positions.rows(features, layout, prefix)
             if rows.shape[1] == 0:
@@ -287,7 +299,7 @@ class Probe:
                 )
                 continue
             decision = {"kind": kind, "layout": layout, "prefix": prefix, "head": head}
-            found.append((kind == PER_POSITION, gap, decision, rows.shape[1]))
+            found.append((kind == PER_POSITION, len(found), decision, rows.shape[1]))
         if not found:
             raise self.refusal(problems[0])
         *_, decision, count = min(found, key=lambda f: f[:2])
@@ -322,7 +334,8 @@ class Probe:
             if call.input is None:
                 raise TypeError(f"{call.name!r} takes no tensor by position")
             module = self.model.get_submodule(call.name)
-            x = positions.shape_for(x, call.input.dim(), layout)
+            taken = _layout_of(call.input, x.flatten(1).shape[1], layout)
+            x = positions.shape_for(x, call.input.dim(), taken)
             out = module(x.clone())  # in-place modules overwrite what they get
             if not isinstance(out, Tensor):
                 raise TypeError(f"{call.name!r} gives no tensor")
@@ -331,6 +344,10 @@ class Probe:
                 wild = torch.randn_like(x) * 100
                 pairs = ((out, x), (module(wild.clone()), wild))
                 bare = all(torch.equal(y.flatten(1), z.flatten(1)) for y, z in pairs)
+            if not bare and taken != layout:
+                raise TypeError(
+                    f"{call.name!r} takes the map in another layout, without a module that permutes it"
+                )
             if not bare:
                 head.append((call.name, call.input.dim()))
             x = out
@@ -362,6 +379,14 @@ class Probe:
         """Room for rounding, TF32 products included; wrong decisions are off by far more."""
         low = x.dtype in (torch.float16, torch.bfloat16) or autocast_enabled(x)
         return 5e-2 if low else 5e-3
+
+
+def _layout_of(x: Tensor, channels: int, layout: str) -> str:
+    """The layout of a map that a module takes: ``layout`` unless the other one alone has so many channels."""
+    if x.dim() != 4 or layout == TOKENS:
+        return layout
+    fitting = [kind for kind, D in ((MAP, x.shape[1]), (MAP_CHANNELS_LAST, x.shape[3])) if channels == D]
+    return fitting[0] if len(fitting) == 1 else layout
 
 
 def _version(x: Tensor | None) -> int | Tensor | None:
