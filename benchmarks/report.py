@@ -302,6 +302,40 @@ def step_table(rows: list[dict], bench: str, case: dict) -> str:
     return f"{words}: {what}.\n\n" + table(["loss", "time", f"against `{plain}`", "peak memory"], body)
 
 
+def speed_block(records: list[dict]) -> str:
+    """Four rows for the README: the loss at two sizes, a training step, the head alone; our best backend."""
+    ours, body = targets.names(records, "loss")[0], []
+    losses = sorted(loss_panels(records), key=lambda r: r["case"]["C"])
+    for r in losses[(len(losses) - 1) // 2 :][:2]:
+        other = one(records, "loss", baselines.CROSS_ENTROPY, "both", r["clock"], **r["case"])
+        peers = (baselines.CROSS_ENTROPY, baselines.COMPILED_CROSS_ENTROPY)
+        ratios = [times(records, r, peer) for peer in peers]
+        body.append([f"loss and gradient, {_shape(r)}", timed(r), timed(other) if other else "-", *ratios])
+    for bench, what in (
+        ("step", "a training step of a small ResNet"),
+        ("head", "pooling, classifier and loss"),
+    ):
+        r, other = one(records, bench, ours), one(records, bench, PLAIN[bench])
+        if r and other:
+            body.append(
+                [
+                    f"{what}, C = {r['case']['C']}",
+                    timed(r),
+                    timed(other),
+                    times(records, r, PLAIN[bench]),
+                    "-",
+                ]
+            )
+    head = [
+        "",
+        f"ours ({_backend(ours)})",
+        "with `F.cross_entropy`",
+        "ours / it",
+        "ours / compiled `F.cross_entropy`",
+    ]
+    return table(head, body) if body else ""
+
+
 def target_table(verdicts: list[targets.Verdict]) -> str:
     """A row a target; the backends judged side by side."""
     met = {True: "yes", False: "no", None: "-"}
@@ -470,6 +504,7 @@ PICTURES: dict[str, tuple[str, Callable, Callable]] = {  # name -> the block it 
 
 EFFICACY = {f"efficacy-{preset}": preset for preset in efficacy.PLANS}  # name of a block -> its plan
 BLOCKS: dict[str, Callable[[list[dict]], str]] = {
+    "speed": speed_block,
     "loss": functools.partial(each_backend, bench="loss", write=loss_tables),
     "vote": functools.partial(each_backend, bench="vote", write=vote_table),
     "host": host_block,
@@ -480,8 +515,8 @@ KINDS = {"cpu": "cpu", "gpu": "cuda"}
 NAMES = [f"{label}-{name}" for label in KINDS for name in BLOCKS]
 
 
-def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESULTS) -> str:
-    """The Markdown of a block from all result files of its kind."""
+def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESULTS, up: str = "") -> str:
+    """The Markdown of a block from all result files of its kind; ``up``: from its page to the top folder."""
     if name in EFFICACY:
         return efficacy_block(EFFICACY[name], folder)
     label, what = name.split("-")
@@ -492,7 +527,7 @@ def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESUL
         text = BLOCKS[what](records) if source else ""
         if text:
             shown = [p for p, (of, choose, _) in PICTURES.items() if of == what and choose(records)]
-            text += "".join(f"\n\n![{p}](benchmarks/results/{path.stem}-{p}.svg)" for p in shown)
+            text += "".join(f"\n\n![{p}]({up}benchmarks/results/{path.stem}-{p}.svg)" for p in shown)
             parts.append(f"{text}\n\n<sub>{provenance(source)}.</sub>")
     return "\n\n".join(parts) or NOTHING
 
@@ -521,13 +556,17 @@ def write(documents: Iterable[Path], folder: Path = files.RESULTS) -> None:
                 about = {"Date": None, "Description": digest(path)}
                 picture(records, chosen).savefig(folder / f"{path.stem}-{what}.svg", metadata=about)
     for document in documents:
-        text = document.read_text()
-        document.write_text(MARKED.sub(lambda m: marked(m[1], m[2], results, folder), text))
+        text, up = document.read_text(), up_from(document)
+        document.write_text(MARKED.sub(lambda m, up=up: marked(m[1], m[2], results, folder, up), text))
 
 
-def marked(name: str, old: str, results: dict[Path, list[dict]], folder: Path) -> str:
+def up_from(document: Path) -> str:
+    return "../" if document.parent.name == "docs" else ""
+
+
+def marked(name: str, old: str, results: dict[Path, list[dict]], folder: Path, up: str = "") -> str:
     """A block between its marks; an empty one, of which nothing was measured, stays empty."""
-    body = block(name, results, folder) if name in {*NAMES, *EFFICACY} else None
+    body = block(name, results, folder, up) if name in {*NAMES, *EFFICACY} else None
     if body is not None and (old or body != NOTHING):
         old = body + "\n"
     return f"<!-- report:{name} -->\n{old}<!-- /report -->"
@@ -545,7 +584,9 @@ def check(documents: Iterable[Path], folder: Path = files.RESULTS) -> list[str]:
             if name not in {*NAMES, *EFFICACY}:
                 known = ", ".join([*NAMES, *EFFICACY])
                 problems.append(f"{document.name}: there is no block {name}; there are {known}")
-            elif f"<!-- report:{name} -->\n{body}<!-- /report -->" != marked(name, body, results, folder):
+            elif f"<!-- report:{name} -->\n{body}<!-- /report -->" != marked(
+                name, body, results, folder, up_from(document)
+            ):
                 problems.append(f"{document.name}: the block {name} differs from the records")
     if any(results.values()) and not shown & {*NAMES}:
         problems.append(f"no document shows any of the blocks {', '.join(NAMES)}")

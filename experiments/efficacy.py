@@ -6,8 +6,8 @@
     python -m experiments.efficacy --seeds 10      more seeds; a run that has its record is skipped
 
 Every run is one command line of experiments.run, which its record names. Records go to
-benchmarks/results/efficacy/PRESET.json as runs finish, whole seeds first; benchmarks/report.py makes the
-README's table of them.
+benchmarks/results/efficacy/PRESET.json as runs finish, whole seeds first; benchmarks/report.py makes
+the table in docs/EFFICACY.md of them.
 """
 
 from __future__ import annotations

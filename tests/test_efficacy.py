@@ -274,7 +274,7 @@ def test_committed_records_are_the_plan_s():
     assert json.loads(path.read_text())["format"] == 1
 
 
-def test_readme_shows_the_committed_records():
-    blocks = dict(report.MARKED.findall((ROOT / "README.md").read_text()))
+def test_page_shows_the_committed_records():
+    blocks = dict(report.MARKED.findall((ROOT / "docs" / "EFFICACY.md").read_text()))
     assert blocks["efficacy-cpu"] == report.block("efficacy-cpu", {}) + "\n"
     assert report.NOTHING not in blocks["efficacy-cpu"]

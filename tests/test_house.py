@@ -108,8 +108,17 @@ def test_readme_names_what_exists():
         assert re.search(rf"^{target}:", makefile, re.M), f"README speaks of make {target}"
     for name in set(re.findall(r"zls\.([A-Za-z_]+)", readme)):
         assert hasattr(zls, name), f"README speaks of zls.{name}"
-    for path in set(re.findall(r"\]\(([^)#:]+)\)", readme)):
-        assert (ROOT / path).exists(), f"README links to {path}"
+
+
+def test_pages_link_to_what_exists():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text()
+        for link, anchor in set(re.findall(r"\]\(([^)#:]*)(#[^)]*)?\)", text)):
+            there = page.parent / link if link else page
+            assert there.exists(), f"{page.name} links to {link}"
+            titles = re.findall(r"^#+ (.*)", there.read_text(), re.M) if anchor else ()
+            anchors = {"#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert not anchor or anchor in anchors, f"{page.name} links to {link}{anchor}"
 
 
 def test_ci_runs_the_readme_command():
