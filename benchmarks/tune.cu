@@ -17,7 +17,7 @@ struct LossCall {
   float* parts;        // (3,) loss, ce, zipf
   void* grad;          // (N, C) bfloat16, or null
   double* scratch;     // room for the sums of every block, and for loss_totals
-  uint32_t* arrivals;  // (1,), 0
+  uint32_t* tile_counter;  // (1,), 0
 };
 
 static_assert(sizeof(LossCall) == TUNE_CALL_BYTES, "tune.py has another structure");
@@ -40,7 +40,7 @@ int tune_run(const LossCall* call, cudaStream_t stream) {
   a.ce_out = call->parts + 1;
   a.zipf_out = call->parts + 2;
   a.grad = call->grad;
-  a.arrivals = call->arrivals;
+  a.tile_counter = call->tile_counter;
   a.denominators = {a.target, nullptr, nullptr, nullptr, 0, a.N, a.C, a.ignore_index};
   double* scratch = call->scratch;
   if (const int blocks = totals_blocks(a.N); blocks > 0) {
@@ -72,7 +72,7 @@ struct VoteCall {
   int32_t* votes;  // (N, H * W)
   void* scratch;   // of `room` bytes
   int64_t room;
-  uint32_t* arrivals;  // `counters` of them, 0
+  uint32_t* tile_counters;  // `counters` of them, 0
   int64_t counters;
 };
 
@@ -96,9 +96,9 @@ int tune_run(const VoteCall* call, cudaStream_t stream) {
   x.C = call->C, x.weight_stride_c = call->D, x.weight_stride_d = 1;
   x.votes = call->votes;
   const vote::VotePlan plan = vote_plan(x, device);
-  if (plan.bytes > static_cast<size_t>(call->room) || plan.arrivals > call->counters)
+  if (plan.bytes > static_cast<size_t>(call->room) || plan.tile_counters > call->counters)
     return cudaErrorMemoryAllocation;
-  return vote_fwd_cuda(x, plan, device, call->scratch, call->arrivals, stream);
+  return vote_fwd_cuda(x, plan, device, call->scratch, call->tile_counters, stream);
 }
 
 }  // extern "C"

@@ -5,8 +5,7 @@
 A variant is a few replacements in the text of csrc/cuda. Each is compiled into a library of its own without
 torch (seconds; all of them at once, on as many cores as there are), called through ctypes on the same inputs,
 compared with what the kernels as they stand compute, and timed interleaved with them. What comes out is a
-table of times over theirs (below 1: the variant is faster), to choose the constants in tuning.h and
-vote_tuning.h from.
+table of times over theirs (below 1: the variant is faster), to choose the constants in tuning.h from.
 Where a stage is left out the results are wrong on purpose: the difference in time is what the stage costs.
 
 ``--compile`` stops after compiling, which needs no GPU.
@@ -33,7 +32,7 @@ from sources import ROOT
 
 KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "tune"
-SOURCES = {"loss": ("loss.cu",), "vote": ("vote.cu", "vote_sm80.cu", "vote_sm90.cu")}
+SOURCES = {"loss": ("loss.cu",), "vote": ("vote.cu", "vote_mma_sm80.cu", "vote_wgmma_sm90.cu")}
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,13 @@ def constant(file: str, name: str, old: str, new: str) -> Variant:
     return swap(f"{name} {new}", file, f"{name} = {old}", f"{name} = {new}")
 
 
-loss, vote = (functools.partial(constant, file) for file in ("tuning.h", "vote_tuning.h"))
+loss = vote = functools.partial(constant, "tuning.h")
 AS_IT_IS = Variant("as it is")
 RESIDENT = "kSmallResident = (sizeof(T) == 2   ? "
 STREAMED, STORED = "__ldcs(static_cast<const uint4*>(at))", "__stcg(static_cast<uint4*>(at), raw)"
-BEST = "best_of_fragment<Config::kClasses / 8>(sum, bias, fragment_column(lane), first_class,"
+BEST = "argmax_of_fragment<Config::kTileN / 8>(sum, bias, fragment_column(lane), first_class,"
 ANY = "rows[0] = {sum[0] + bias[lane], first_class}, rows[1] = {sum[2], first_class}"
+COMBINED = "if (args.tiles_n > 1) stored = first_row;"
 PACKED = "if (!pack(launcher, args, size)) return false;\n    x.N"
 VARIANTS = {
     "loss": (
@@ -77,8 +77,8 @@ VARIANTS = {
         loss("kIdleDeviceVectors", "1", "2"),
         loss("kIdleDeviceVectors", "1", "4"),
         loss("kVotesPerThread", "4", "1"),
-        swap("plain loads", "device.cuh", STREAMED, "*static_cast<const uint4*>(at)"),
-        swap("stores first to leave L2", "device.cuh", STORED, STORED.replace("__stcg", "__stcs")),
+        swap("plain loads", "ptx.cuh", STREAMED, "*static_cast<const uint4*>(at)"),
+        swap("stores first to leave L2", "ptx.cuh", STORED, STORED.replace("__stcg", "__stcs")),
     ),
     "vote": (
         AS_IT_IS,
@@ -88,12 +88,18 @@ VARIANTS = {
         vote("kGroupBytes", "int64_t{16} << 20", "int64_t{8} << 20"),
         vote("kGroupBytes", "int64_t{16} << 20", "int64_t{32} << 20"),
         vote("kNarrowPenalty", "1.35", "0.5"),  # 128 x 128 tiles wherever wgmma serves
-        vote("kMinBulkTiles", "33", "1 << 30"),  # mma.sync everywhere
+        vote("kMinWgmmaTiles", "33", "1 << 30"),  # mma.sync everywhere
         vote("kPackBytes", "int64_t{64} << 20", "int64_t{32} << 20"),
         vote("kPackBytes", "int64_t{64} << 20", "int64_t{18} << 20"),
-        swap("promotion to 128 bytes", "vote_sm90.cu", "PROMOTION_L2_256B", "PROMOTION_L2_128B"),
-        swap("without argmax", "vote_sm90.cuh", BEST + " rows)", ANY, right=False),
-        swap("without fold", "vote_sm90.cuh", "if (args.class_tiles > 1) put = first_row;", "", right=False),
+        swap("promotion to 128 bytes", "vote_wgmma_sm90.cu", "PROMOTION_L2_256B", "PROMOTION_L2_128B"),
+        swap("without argmax", "vote_wgmma_sm90.cuh", BEST + " rows)", ANY, right=False),
+        swap(
+            "without combine",
+            "vote_wgmma_sm90.cuh",
+            "if (args.tiles_n > 1) stored = first_row;",
+            "",
+            right=False,
+        ),
         swap("without packing", "vote_run.h", PACKED, "x.N", right=False),
     ),
 }
@@ -110,9 +116,9 @@ MAPS = {  # N, D, side, C, channels_last
 
 
 CALLS = {  # the fields of tune.cu's structures: pointers and integers, 8 bytes each
-    "loss": "logits target votes log_mass N C P parts grad scratch arrivals",
+    "loss": "logits target votes log_mass N C P parts grad scratch tile_counter",
     "vote": "features N D H W stride_n stride_d stride_h stride_w weight C votes "
-    "scratch room arrivals counters",
+    "scratch room tile_counters counters",
 }
 
 
@@ -177,9 +183,9 @@ class Problem:
         votes = torch.randint(C, (N, 49), device="cuda", dtype=torch.int32)
         log_mass = -torch.arange(1, min(49, C) + 2, device="cuda").float().log()
         parts, grad = zeros(3), torch.zeros_like(logits)
-        scratch, arrivals = zeros(1 << 17, dtype=torch.float64), zeros(1, dtype=torch.int32)
+        scratch, counter = zeros(1 << 17, dtype=torch.float64), zeros(1, dtype=torch.int32)
         inputs = logits, target, votes, log_mass
-        rest = parts, grad, scratch, arrivals
+        rest = parts, grad, scratch, counter
         return (*inputs, *rest), (parts, grad), (*inputs, N, C, 49, *rest)
 
     @staticmethod

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import nvcc_report  # noqa: E402
 
-DEAR = ("loss", "soft_loss", "vote_sm80")  # to compile
+DEAR = ("loss", "soft_loss", "vote_mma_sm80")  # to compile
 
 
 @pytest.mark.skipif(nvcc_report.nvcc() is None, reason="no nvcc to compile the CUDA sources with")

@@ -267,7 +267,7 @@ def check_loss(program, tmp_path, calls: list[tuple]) -> None:
         plain = by_reference(case, dtype, **options)
         if dtype == torch.float16 and options.get("reduction", "mean") == "mean" and grad.numel():
             grad = grad.float() * scale
-        assert chosen[3] == 0, "the counter of arrivals is not back at 0"
+        assert chosen[3] == 0, "the tile counter is not back at 0"
         for name, a, b, c in zip(("loss", "ce", "zipf", "grad"), (loss, ce, zipf, grad), exact, plain):
             if name == "grad" and not grad.numel():
                 continue
@@ -515,8 +515,8 @@ def test_out_of_range(harnesses, tmp_path, argument, row, bad):
     ]
     ignored = case._replace(target=case.target.clone())
     ignored.target[row] = -100
-    silent = [loss_case(ignored, **options, shape=shape) for shape in SHAPES.values()]
-    found = execute(harnesses["sanitized"], cases + means + silent, tmp_path)
+    skipped = [loss_case(ignored, **options, shape=shape) for shape in SHAPES.values()]
+    found = execute(harnesses["sanitized"], cases + means + skipped, tmp_path)
     for i, (faults, (loss, _ce, _zipf, grad, _, _)) in enumerate(found):
         assert not faults
         if i < len(cases):
@@ -852,10 +852,10 @@ def test_faultless_kernel_passes(harnesses, tmp_path, build):
 
 
 BARRIERS = {  # file -> barriers of which each is needed, how many they are, a call that shows it
-    "held row": ("loss.cuh", r"^ +Group::sync\(\);.*$", 3, {"shape": SHAPES["block"]}),
+    "held row": ("loss_rows.cuh", r"^ +Group::sync\(\);.*$", 3, {"shape": SHAPES["block"]}),
     "cluster in place": (
-        "loss.cuh",
-        r"^ +if \(CLUSTER && a.grad == a.logits\) cluster_sync\(\);$",
+        "loss_rows.cuh",
+        r"^ +if \(CLUSTER && a.grad == a.logits\) ptx::cluster_sync\(\);$",
         1,
         {"shape": SHAPES["cluster"], "in_place": True},
     ),

@@ -1,10 +1,10 @@
-"""The vote kernels of csrc/cuda, run on the CPU: their own code over an emulated machine.
+"""The vote kernels of csrc/cuda, run on the CPU: their own code over an emulated device.
 
-tests/cuda_vote/emulator.h writes out cp.async, ldmatrix, mma.sync, mbarriers, the bulk tensor copy and
-wgmma from the PTX ISA's description; the kernels (vote_sm80.cuh, vote_sm90.cuh, vote_pack.cuh,
-vote_fold.cuh) and the course of a call (vote_run.h) are the ones that nvcc compiles. Integers small enough
-make every score exact, so votes compare bit by bit with reference.py, ties included. Kernels with one
-planted fault each show what the emulation catches.
+tests/cuda_vote/cuda_on_cpu.h writes out cp.async, ldmatrix, mma.sync, mbarriers, TMA and wgmma from the PTX
+ISA's description; the kernels (vote_mma_sm80.cuh, vote_wgmma_sm90.cuh, vote_pack.cuh, vote_epilogue.cuh) and
+the launches of a call (vote_run.h) are the ones that nvcc compiles. Integers small enough make every score
+exact, so votes compare bit by bit with reference.py, ties included. Kernels with one planted fault each show
+what the emulation catches.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FLAGS += ["-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragma
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # VoteType
 PLANNED, MMA, MMA_FEW, MMA_MAP, MMA_PATCH, WIDE, NARROW = range(-1, 6)  # Kernel
-ROWS, POSITION_MINOR, PACKED = range(3)  # Layout
+K_MAJOR, MN_MAJOR, PACKED = range(3)  # Layout
 SCHEDULES = {  # order of warps, asynchronous operations as late as possible, seed
     "ascending late": (0, 1, 0),
     "descending early": (1, 0, 1),
@@ -83,7 +83,9 @@ class Call(ctypes.Structure):
 
 def compile_driver(folder: Path, kernels: Path = KERNELS, extra: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The driver as a library, compiled unless the same sources have been before."""
-    sources = sorted(EMULATOR.iterdir()) + sorted(kernels.glob("vote*"))
+    sources = sorted(EMULATOR.iterdir()) + sorted(
+        [*kernels.glob("vote*"), *kernels.glob("*.h"), kernels / "ptx.cuh"]
+    )
     digest = hashlib.sha256(
         b"".join(p.read_bytes() for p in sources) + repr((FLAGS, extra)).encode()
     ).hexdigest()[:16]
@@ -159,7 +161,7 @@ def plan(driver, N, D, side, C, dtype=torch.bfloat16, upsample=1, *, nchw=False,
     )  # fmt: skip
     out = (ctypes.c_int64 * 8)()
     driver.vote_plan(ctypes.byref(call), out)
-    names = ("kernel", "layout", "pack_weight", "images", "tiles", "class_tiles", "splits", "bytes")
+    names = ("kernel", "layout", "pack_weight", "images", "tiles", "tiles_n", "splits", "bytes")
     return dict(zip(names, out, strict=True))
 
 
@@ -190,7 +192,7 @@ LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def guarded(x: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides, on 16 bytes, right before a page that nobody may read."""
+    """A copy with the same strides, on 16 bytes, right before a page that may not be read."""
     count = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
     used = count * x.element_size()
     pages = -(-used // 4096)
@@ -210,10 +212,10 @@ def check(driver, features, weight, bias=None, upsample=1, **how):
 # The kernels, whole ---------------------------------------------------------------------------------
 
 KERNEL_NAMES = {MMA: "mma 128", MMA_FEW: "mma 64", WIDE: "wgmma wide", NARROW: "wgmma narrow"}
-SHAPES = [  # N, D, H, W, C; the ring has 4 or 6 stages of 16 to 64 channels
+SHAPES = [  # N, D, H, W, C; 4 or 6 stages of 16 to 64 channels
     (1, 8, 1, 1, 2),
     (3, 72, 7, 7, 200),
-    (2, 520, 5, 13, 40),  # deeper than the ring
+    (2, 520, 5, 13, 40),  # deeper than the stages
     (7, 40, 7, 7, 600),  # several tiles a block, both ways
 ]
 
@@ -386,7 +388,7 @@ def test_vote_real_numbers(driver, dtype):
     for kernel in (MMA, NARROW):
         votes, _ = run(driver, features, weight, kernel=kernel)
         chosen = scores.gather(-1, votes.long()[..., None])[..., 0]
-        # wgmma reads float32 as it is: unless the copy engine rounds, the last bits are cut off.
+        # wgmma reads float32 as it is: unless TMA rounds, the last bits are cut off.
         margin = (
             200**0.5 * 8 * (2.0**-24 if dtype != torch.float32 else 2.0**-11 if kernel == MMA else 2.0**-10)
         )
@@ -465,14 +467,14 @@ def test_vote_float16_widens_exactly(driver):
 
 
 def test_vote_comparison_is_an_order(driver):
-    """better(): the same winner whichever pair comes first, so that a fold may take any order."""
+    """argmax_combine(): the same winner whichever pair comes first, so that splits combine in any order."""
     scores = torch.tensor(
         [-torch.inf, -torch.inf, -1.0, 0.0, -0.0, 0.0, 1.0, torch.inf, torch.inf, torch.nan, 5.0]
     )
     indices = torch.tensor([4, 2, 3, 9, 8, 10, 1, 12, 11, -1, -1], dtype=torch.int32)
     n = len(scores)
     out = torch.empty(n, n, dtype=torch.int32)
-    driver.vote_better(n, *(ctypes.c_void_p(x.data_ptr()) for x in (scores, indices, out)))
+    driver.vote_argmax_combine(n, *(ctypes.c_void_p(x.data_ptr()) for x in (scores, indices, out)))
     assert torch.equal(out, out.t())
     rank = {4: 2, 2: 1, 3: 0}  # -1.0 beats both -inf, of which the lower class wins
     assert out[0, 1] == 2
@@ -490,8 +492,8 @@ MIB = 1 << 20
 def test_vote_plans(driver):
     """Kernels, tiles and memory at the shapes that matter: ImageNet, ViT, iNat21, CIFAR-100."""
     resnet50 = plan(driver, 256, 2048, 7, 1000)
-    assert (resnet50["kernel"], resnet50["layout"], resnet50["pack_weight"]) == (WIDE, ROWS, 0)
-    assert (resnet50["tiles"], resnet50["class_tiles"]) == (98, 4)  # 2.97 waves of 132
+    assert (resnet50["kernel"], resnet50["layout"], resnet50["pack_weight"]) == (WIDE, K_MAJOR, 0)
+    assert (resnet50["tiles"], resnet50["tiles_n"]) == (98, 4)  # 2.97 waves of 132
     assert resnet50["bytes"] <= 0.5 * MIB
     assert plan(driver, 256, 768, 14, 1000)["kernel"] == WIDE
     inat = plan(driver, 256, 2048, 7, 10000)
@@ -501,7 +503,7 @@ def test_vote_plans(driver):
     for D, side in ((512, 4), (256, 8)):
         cifar = plan(driver, 128, D, side, 100, upsample=2)
         assert (cifar["kernel"], cifar["splits"], cifar["bytes"]) == (MMA_MAP, 1, 0)  # one launch
-        assert plan(driver, 128, D, side, 100, upsample=2, nchw=True)["layout"] == POSITION_MINOR
+        assert plan(driver, 128, D, side, 100, upsample=2, nchw=True)["layout"] == MN_MAJOR
     assert plan(driver, 128, 256, 8, 100)["kernel"] == NARROW
     assert plan(driver, 32, 256, 14, 1000, upsample=2)["kernel"] == MMA_PATCH
     # NCHW: 98 bytes from channel to channel are packed, a bounded part of the batch at a time.
@@ -511,7 +513,7 @@ def test_vote_plans(driver):
     assert large["layout"] == PACKED
     assert large["images"] < 1024
     assert large["bytes"] <= 80 * MIB
-    huge = plan(driver, 1 << 20, 2048, 64, 1000)  # rows beyond what the copy engine's coordinates count
+    huge = plan(driver, 1 << 20, 2048, 64, 1000)  # rows beyond TMA's coordinates
     assert huge["kernel"] == MMA
     assert huge["bytes"] == 8 * (1 << 20) * 64 * 64 * huge["splits"]
 
@@ -522,15 +524,15 @@ def test_shapes_for_a_gpu_take_the_wgmma_kernels(driver):
         assert H == W
         for dtype, nchw in itertools.product(TYPES, (False, True)):
             chosen = plan(driver, N, D, H, C, dtype, nchw=nchw)["kernel"]
-            by_position = nchw and dtype != torch.float32 and H * W % 8 == 0 and C <= 512
+            mn_major = nchw and dtype != torch.float32 and H * W % 8 == 0 and C <= 512
             wanted = {"wide": WIDE, "narrow": NARROW}[kernel]
-            assert by_position or chosen == wanted, (N, D, H, C, dtype, nchw)
+            assert mn_major or chosen == wanted, (N, D, H, C, dtype, nchw)
 
 
 # What the emulation catches ---------------------------------------------------------------------------
 
-SM80, SM90, SCORES = "vote_sm80.cuh", "vote_sm90.cuh", "vote_scores.cuh"
-BEST, FOLD, TILES = "vote_best.cuh", "vote_fold.cuh", "vote_tiles.cuh"
+SM80, SM90 = "vote_mma_sm80.cuh", "vote_wgmma_sm90.cuh"
+LAYOUT, EPILOGUE = "vote_layout.cuh", "vote_epilogue.cuh"
 END = "  if constexpr (Config::kCluster > 1) ptx::cluster_sync();\n}"
 FAULTS = {  # name -> file, what stands there, what instead
     "no barrier between copies and products": (
@@ -538,44 +540,52 @@ FAULTS = {  # name -> file, what stands there, what instead
         "ptx::block_sync();\n    start_next();",
         "start_next();",
     ),
-    "waits for one group of copies too few": (SM80, "copies_wait<kStages - 2>", "copies_wait<kStages - 1>"),
+    "waits for one group of copies too few": (
+        SM80,
+        "cp_async_wait_group<kMmaStages - 2>",
+        "cp_async_wait_group<kMmaStages - 1>",
+    ),
     "no barrier between scores and neighbours": (
         SM80,
         "warp_class);\n      ptx::block_sync();",
         "warp_class);",
     ),
-    "one swizzle less": (TILES, "((chunk ^ ((row >> 1) & 3)) << 4)", "(chunk << 4)"),
-    "ties to the highest class": (BEST, "challenger.index < holder.index", "challenger.index > holder.index"),
-    "searched from the wrong end": (SCORES, "block = here ? 8", "block = here && block < 0 ? 8"),
-    "a stage released before its products are done": (SM90, "ptx::products_wait<1>();", ""),
-    "no turn of the parity": (SM90, "at.parity ^ 1", "at.parity"),
+    "one swizzle less": (LAYOUT, "((chunk ^ ((row >> 1) & 3)) << 4)", "(chunk << 4)"),
+    "ties to the highest class": (
+        LAYOUT,
+        "challenger.index < holder.index",
+        "challenger.index > holder.index",
+    ),
+    "searched from the wrong end": (EPILOGUE, "block = here ? 8", "block = here && block < 0 ? 8"),
+    "a stage released before its products are done": (SM90, "ptx::wgmma_wait_group<1>();", ""),
+    "wrong parity of an empty stage": (SM90, "state.phase ^ 1", "state.phase"),
     "the other block's arrivals not counted": (SM90, "Config::kCluster * Config::kConsumers * 4", "8"),
-    "bytes of half a stage announced": (SM90, "Config::kOneStage);", "Config::kOneStage / 2);"),
+    "bytes of half a stage announced": (SM90, "Config::kFullStageBytes);", "Config::kFullStageBytes / 2);"),
     "both halves of the classes alike": (SM90, "static_cast<int32_t>(rank) * Config::kBoxRows", "0"),
     "one buffer for the biases of all tiles": (SM90, "    turn ^= 1;\n", ""),
     "a block leaves its cluster early": (SM90, END, "}"),
-    "counted in before the other lanes have stored": (
-        FOLD,
+    "arrives before the other lanes have stored": (
+        EPILOGUE,
         "  ptx::warp_sync();\n  return lane",
         "  return lane",
     ),
-    "counted in without having stored": (FOLD, "ptx::store_pair(", "if (false) ptx::store_pair("),
-    "folded by the last but one": (FOLD, "results.splits) - 1;\n  if", "results.splits) - 2;\n  if"),
-    "a warp counts at its neighbour's counter": (
+    "arrives without having stored": (EPILOGUE, "ptx::st_global_cg_8(", "if (false) ptx::st_global_cg_8("),
+    "combined by the last but one": (EPILOGUE, "results.splits) - 1;\n  if", "results.splits) - 2;\n  if"),
+    "a warp increments another warp's counter": (
         SM90,
-        "(args.results, put / 16, lane);",
-        "(args.results, put / 32, lane);",
+        "(args.results, stored / 16, lane);",
+        "(args.results, stored / 32, lane);",
     ),
-    "a block's warps count at one counter": (SM80, "tile * kWarps + warp, lane", "tile * kWarps, lane"),
-    "the last tile is never counted in": (
+    "a block's warps increment one counter": (SM80, "tile * kWarps + warp, lane", "tile * kWarps, lane"),
+    "no arrival for the last tile": (
         SM90,
-        "  if (put >= 0 && came_last(args.results, count_in",
-        "  if (false && came_last(args.results, count_in",
+        "  if (stored >= 0 && arrive_is_last(args.results, arrive",
+        "  if (false && arrive_is_last(args.results, arrive",
     ),
 }
 
 
-# What a fault's file is exercised by: kernel, channels (more than the ring holds), classes, upsample.
+# What a fault's file is exercised by: kernel, channels (more than the stages hold), classes, upsample.
 EXERCISES = {SM80: [(MMA, 200, 300, 1), (MMA_MAP, 200, 150, 2)], SM90: [(WIDE, 320, 600, 1)]}
 
 
@@ -603,7 +613,7 @@ def plant(folder: Path, name: str) -> Path:
     """A copy of the kernels with one fault."""
     file, line, instead = FAULTS[name]
     kernels = folder / hashlib.sha256(name.encode()).hexdigest()[:12]
-    shutil.copytree(KERNELS, kernels, ignore=lambda _, names: [n for n in names if not n.startswith("vote")])
+    shutil.copytree(KERNELS, kernels, ignore=shutil.ignore_patterns("loss*", "*.cpp", "*.cu"))
     text = (kernels / file).read_text()
     assert text.count(line) == 1, f"{name}: {file} has {text.count(line)} times {line!r}"
     (kernels / file).write_text(text.replace(line, instead))
@@ -619,8 +629,8 @@ QUICK = {
     "a stage released before its products are done",
     "both halves of the classes alike",
     "a block leaves its cluster early",
-    "counted in before the other lanes have stored",
-    "a warp counts at its neighbour's counter",
+    "arrives before the other lanes have stored",
+    "a warp increments another warp's counter",
 }
 
 
@@ -660,9 +670,13 @@ def cuobjdump() -> Path | None:
     ("file", "arch", "kernels", "wanted"),
     [
         pytest.param(
-            "vote_sm80", "80", 18, ("HMMA.", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"), marks=pytest.mark.slow
+            "vote_mma_sm80",
+            "80",
+            18,
+            ("HMMA.", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"),
+            marks=pytest.mark.slow,
         ),
-        ("vote_sm90", "90a", 6, ("HGMMA.64x", "UTMALDG.2D", "SYNCS.PHASECHK", "USETMAXREG")),
+        ("vote_wgmma_sm90", "90a", 6, ("HGMMA.64x", "UTMALDG.2D", "SYNCS.PHASECHK", "USETMAXREG")),
     ],
 )
 def test_vote_machine_code(tmp_path, file, arch, kernels, wanted):
@@ -685,8 +699,8 @@ def test_vote_machine_code(tmp_path, file, arch, kernels, wanted):
     assert len(functions) == kernels
     for function in functions:
         for instruction in wanted:
-            by_position = "MinorE1" in function.splitlines()[0]
-            name = "LDSM.16.MT88.4" if by_position and instruction == "LDSM.16.M88.4" else instruction
+            mn_major = "MajorE1" in function.splitlines()[0]
+            name = "LDSM.16.MT88.4" if mn_major and instruction == "LDSM.16.M88.4" else instruction
             assert name in function, f"{function.splitlines()[0]} has no {name}"
         assert "LDL" not in function
         assert "STL" not in function

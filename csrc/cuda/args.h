@@ -1,4 +1,4 @@
-// What the loss and label kernels are called with. Plain structures: no CUDA and no torch header.
+// Arguments of the loss and label kernels. Plain structures: no CUDA and no torch header.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@ namespace zipfls::cuda {
 
 constexpr int kWarp = 32;  // threads of a warp
 
-/// Element types of logits and gradient. Arithmetic ("A" in the shapes) runs in float, for float64
-/// in double; an argument of type A is passed as double and narrowed on the device.
+/// Element types of logits and gradient. Arithmetic ("A" in the shapes) uses float, for float64
+/// double; an argument of type A is passed as double and rounded on the device.
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
 
 enum Reduction { kNone, kSum, kMean };
@@ -21,7 +21,7 @@ struct Votes {
   bool wide = false;  // int64
 };
 
-/// What the mean divides by, before it is known: read by every block of loss_fwd, see mean_scales.
+/// What the mean's denominators are computed from, by every block of loss_fwd: see mean_scales.
 struct Denominators {
   const int64_t* target;   // (N,) int64
   const void* weight;      // (C,) A, or null
@@ -58,9 +58,9 @@ struct LossFwd {
   void* zipf_out;  // as loss
   void* grad;  // (N, C) T, contiguous, rows at the same phase of 16 bytes as logits; may be logits;
                // or null
-  void* grad_scale;    // (1,) A where scaled
-  double* sums;        // (2, blocks) float64 scratch; null for kNone
-  uint32_t* arrivals;  // (1,) uint32, 0 before and after; null for kNone
+  void* grad_scale;        // (1,) A where scaled
+  double* sums;            // (2, blocks) float64 scratch; null for kNone
+  uint32_t* tile_counter;  // (1,) uint32, 0 before and after; null for kNone
 };
 
 /// soft_loss_fwd.
@@ -86,7 +86,7 @@ struct LossCorrect {
   int64_t N;
   int32_t C;
   int64_t ignore_index;
-  int32_t* correct;  // (N,) int32: kept, and no other class beats the target
+  int32_t* correct;  // (N,) int32: not ignored, and no class ranks above the target
 };
 
 /// loss_bwd: out = grad * grad_loss * grad_scale.

@@ -1,9 +1,6 @@
-// The machine beneath the kernels: element types, 16-byte vectors, the exponential, rows of
-// threads.
-//
-// The only file that knows whether it is compiled by nvcc or, in the tests' harness, by a C++
-// compiler that runs every CUDA thread as a fiber on the CPU. Kernels hold no launch syntax and no
-// PTX of their own.
+// What the loss and label kernels are built from: element types, 16-byte vectors, reductions, the
+// threads of a row, shared-memory allocation. Kernels hold no launch syntax and no PTX of their
+// own.
 #pragma once
 
 #include <cmath>
@@ -12,20 +9,7 @@
 #define ZIPFLS_ISA cuda  // the namespace that label.h's functions are compiled in
 #include "../label.h"
 
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_pipeline_primitives.h>
-#define ZIPFLS_DEVICE __device__ __forceinline__
-#define ZIPFLS_KERNEL(...) \
-  __global__ void __launch_bounds__(__VA_ARGS__)  // threads, blocks resident
-#define ZIPFLS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#define ZIPFLS_RED_ZONE 0
-#define ZIPFLS_GUARD(at, bytes) (void)(at)
-#else
-#include "cuda_on_cpu.h"
-#endif
-
+#include "ptx.cuh"
 #include "args.h"
 
 namespace zipfls::cuda {
@@ -38,58 +22,39 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
-ZIPFLS_DEVICE float widen(bfloat16 x) { return __bfloat162float(x); }
-ZIPFLS_DEVICE float widen(float16 x) { return __half2float(x); }
-ZIPFLS_DEVICE void narrow(float x, bfloat16* to) { *to = __float2bfloat16_rn(x); }
-ZIPFLS_DEVICE void narrow(float x, float16* to) { *to = __float2half_rn(x); }
+ZIPFLS_DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
+ZIPFLS_DEVICE float to_float(float16 x) { return __half2float(x); }
+ZIPFLS_DEVICE void from_float(float x, bfloat16* to) { *to = __float2bfloat16_rn(x); }
+ZIPFLS_DEVICE void from_float(float x, float16* to) { *to = __float2half_rn(x); }
 
-ZIPFLS_DEVICE float2 widen_two(uint32_t two, bfloat16) {
+ZIPFLS_DEVICE float2 to_float2(uint32_t two, bfloat16) {
   return {__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u)};
 }
-ZIPFLS_DEVICE float2 widen_two(uint32_t two, float16) {
+ZIPFLS_DEVICE float2 to_float2(uint32_t two, float16) {
   return __half22float2(*reinterpret_cast<const __half2*>(&two));
 }
-ZIPFLS_DEVICE uint32_t narrow_two(float low, float high, bfloat16) {
+ZIPFLS_DEVICE uint32_t from_float2(float low, float high, bfloat16) {
   const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&two);
 }
-ZIPFLS_DEVICE uint32_t narrow_two(float low, float high, float16) {
+ZIPFLS_DEVICE uint32_t from_float2(float low, float high, float16) {
   const __half2 two = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&two);
 }
 
-/// Sends for 16 aligned bytes of device memory, past L1, to shared memory; copy_async_wait waits
-/// for all that this thread has sent for. Others see them after a barrier.
-ZIPFLS_DEVICE void copy_async(uint4* to, const void* from) {
-  __pipeline_memcpy_async(to, from, sizeof *to);
-}
-ZIPFLS_DEVICE void copy_async_wait() {
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
-}
-
-/// 2^x by the special-function unit, relative error below 2^-22; results under 2^-126 become 0.
-ZIPFLS_DEVICE float exp2_quick(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 #else
-using harness::bfloat16;
-using harness::copy_async;
-using harness::copy_async_wait;
-using harness::exp2_quick;
-using harness::float16;
-using harness::narrow;
-using harness::narrow_two;
-using harness::widen;
-using harness::widen_two;
+using sim::bfloat16;
+using sim::float16;
+using sim::from_float;
+using sim::from_float2;
+using sim::to_float;
+using sim::to_float2;
 #endif
 
-ZIPFLS_DEVICE float widen(float x) { return x; }
-ZIPFLS_DEVICE double widen(double x) { return x; }
-ZIPFLS_DEVICE void narrow(float x, float* to) { *to = x; }
-ZIPFLS_DEVICE void narrow(double x, double* to) { *to = x; }
+ZIPFLS_DEVICE float to_float(float x) { return x; }
+ZIPFLS_DEVICE double to_float(double x) { return x; }
+ZIPFLS_DEVICE void from_float(float x, float* to) { *to = x; }
+ZIPFLS_DEVICE void from_float(double x, double* to) { *to = x; }
 
 template <class T>
 struct ArithmeticOf {
@@ -99,7 +64,7 @@ template <>
 struct ArithmeticOf<double> {
   using type = double;
 };
-/// The type arithmetic on T runs in.
+/// The type that arithmetic on T uses.
 template <class T>
 using Arithmetic = typename ArithmeticOf<T>::type;
 
@@ -112,7 +77,7 @@ ZIPFLS_DEVICE A not_a_number() {
   return static_cast<A>(NAN);
 }
 
-// <cmath> by type, without its double overloads creeping in.
+// <cmath> by type: float arguments never become double.
 ZIPFLS_DEVICE float larger(float a, float b) { return ::fmaxf(a, b); }  // NaN is ignored
 ZIPFLS_DEVICE double larger(double a, double b) { return ::fmax(a, b); }
 ZIPFLS_DEVICE float exp_of(float x) { return ::expf(x); }
@@ -128,7 +93,7 @@ ZIPFLS_DEVICE double log1p_of(double x) { return ::log1p(x); }
 template <class T>
 ZIPFLS_DEVICE Arithmetic<T> exp_element(Arithmetic<T> x) {
   if constexpr (sizeof(T) == 2) {
-    return exp2_quick(x * 1.44269504088896340736f);
+    return ptx::ex2_approx_ftz(x * 1.44269504088896340736f);
   } else {
     return exp_of(x);
   }
@@ -147,7 +112,7 @@ ZIPFLS_DEVICE void unpack(uint4 raw, Arithmetic<T>* x) {
     if constexpr (sizeof(T) == 4) {
       x[i] = __uint_as_float(word[i]);
     } else if constexpr (sizeof(T) == 2) {
-      const float2 two = widen_two(word[i], T{});
+      const float2 two = to_float2(word[i], T{});
       x[2 * i] = two.x;
       x[2 * i + 1] = two.y;
     } else if (i < 2) {
@@ -165,7 +130,7 @@ ZIPFLS_DEVICE uint4 pack(const Arithmetic<T>* x) {
     if constexpr (sizeof(T) == 4) {
       word[i] = __float_as_uint(x[i]);
     } else if constexpr (sizeof(T) == 2) {
-      word[i] = narrow_two(x[2 * i], x[2 * i + 1], T{});
+      word[i] = from_float2(x[2 * i], x[2 * i + 1], T{});
     } else if (i < 2) {
       word[2 * i] = static_cast<uint32_t>(__double2loint(x[i]));
       word[2 * i + 1] = static_cast<uint32_t>(__double2hiint(x[i]));
@@ -174,24 +139,16 @@ ZIPFLS_DEVICE uint4 pack(const Arithmetic<T>* x) {
   return {word[0], word[1], word[2], word[3]};
 }
 
-/// 16 aligned bytes of device memory that nobody will ask for again soon: read past L1, first to
-/// leave L2.
-ZIPFLS_DEVICE uint4 load_streaming(const void* at) { return __ldcs(static_cast<const uint4*>(at)); }
-/// 16 aligned bytes of device memory that this kernel reads a second time: kept in L2.
-ZIPFLS_DEVICE uint4 load_kept(const void* at) { return __ldcg(static_cast<const uint4*>(at)); }
-/// 16 aligned bytes to device memory. (A plain store of 16-bit elements falls apart into four.)
-ZIPFLS_DEVICE void store_vector(void* at, uint4 raw) { __stcg(static_cast<uint4*>(at), raw); }
-
 // Shared memory -----------------------------------------------------------------------------------
 
-/// Hands out pieces of one block of memory, each on a 16-byte boundary; without memory it counts
-/// the bytes. The test build leaves guarded gaps between the pieces.
-struct Carver {
+/// Allocates arrays in one range of memory, each on a 16-byte boundary; without memory it counts
+/// the bytes. The test build leaves guarded gaps between the arrays.
+struct SmemAllocator {
   unsigned char* memory;
   uint32_t used = 0;  // bytes
 
   template <class X>
-  ZIPFLS_HOST_DEVICE X* take(uint32_t count) {
+  ZIPFLS_HOST_DEVICE X* allocate(uint32_t count) {
     X* const piece = memory == nullptr ? nullptr : reinterpret_cast<X*>(memory + used);
     used += count * static_cast<uint32_t>(sizeof(X));
     if (memory != nullptr) ZIPFLS_GUARD(memory + used, (16 - used % 16) % 16 + ZIPFLS_RED_ZONE);
@@ -202,17 +159,17 @@ struct Carver {
 
 // Rows of threads ---------------------------------------------------------------------------------
 
-/// Reductions over WIDTH neighbouring lanes of a warp, a power of two; every lane gets the result.
-/// All lanes of the warp take part.
+/// Reductions over each WIDTH consecutive lanes of a warp, a power of two; every lane gets the
+/// result. All lanes of the warp call.
 template <int WIDTH, class X>
-ZIPFLS_DEVICE X lanes_sum(X x) {
+ZIPFLS_DEVICE X warp_reduce_sum(X x) {
 #pragma unroll
   for (int offset = WIDTH / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
   return x;
 }
 /// NaN is ignored.
 template <int WIDTH, class X>
-ZIPFLS_DEVICE X lanes_max(X x) {
+ZIPFLS_DEVICE X warp_reduce_max(X x) {
 #pragma unroll
   for (int offset = WIDTH / 2; offset > 0; offset /= 2)
     x = larger(x, __shfl_xor_sync(kAllLanes, x, offset));
@@ -223,7 +180,7 @@ ZIPFLS_DEVICE X lanes_max(X x) {
 template <int LANES>
 struct RowGroup {
   static constexpr bool kWholeBlock = LANES == 0;
-  /// The lanes that do a row's scalar work: all the group's, or the block's first warp.
+  /// Lanes that do a row's scalar work: all the group's, or the block's first warp.
   static constexpr int kLeaders = kWholeBlock ? kWarp : LANES;
 
   ZIPFLS_DEVICE static int size() { return kWholeBlock ? static_cast<int>(blockDim.x) : LANES; }
@@ -260,43 +217,11 @@ struct RowGroup {
   }
 };
 
-// Clusters: blocks that share a row and one another's shared memory (compute capability 9.0 and
-// up).
-#ifdef __CUDACC__
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-ZIPFLS_DEVICE uint32_t cluster_size() { return __clusterSizeInBlocks(); }
-ZIPFLS_DEVICE uint32_t cluster_rank() { return __clusterRelativeBlockRank(); }
-/// Barrier of all the cluster's threads; orders their accesses to one another's shared memory.
-ZIPFLS_DEVICE void cluster_sync() {
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
-}
-/// Where the block of that rank has what this block has at `mine` in shared memory.
-template <class X>
-ZIPFLS_DEVICE X* cluster_peer(X* mine, uint32_t rank) {
-  return static_cast<X*>(__cluster_map_shared_rank(mine, rank));
-}
-#else  // never called: the cluster kernel is empty here
-ZIPFLS_DEVICE uint32_t cluster_size() { return 1; }
-ZIPFLS_DEVICE uint32_t cluster_rank() { return 0; }
-ZIPFLS_DEVICE void cluster_sync() {}
-template <class X>
-ZIPFLS_DEVICE X* cluster_peer(X* mine, uint32_t) {
-  return mine;
-}
-#endif
-#else
-using harness::cluster_peer;
-using harness::cluster_rank;
-using harness::cluster_size;
-using harness::cluster_sync;
-#endif
-
 /// Sum over the block's threads in a fixed order, for thread 0 (others get a part of it).
 /// shared: (blockDim / 32,) X, free again after the next barrier.
 template <class X>
-ZIPFLS_DEVICE X block_sum(X x, X* shared) {
-  x = lanes_sum<kWarp>(x);
+ZIPFLS_DEVICE X block_reduce_sum(X x, X* shared) {
+  x = warp_reduce_sum<kWarp>(x);
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
   __syncthreads();
   X total = 0;
@@ -309,8 +234,8 @@ ZIPFLS_DEVICE X block_sum(X x, X* shared) {
 /// Maximum over the block's threads, for each of them; NaN is ignored. Ends with a barrier passed.
 /// shared: (blockDim / 32,) A.
 template <class A>
-ZIPFLS_DEVICE A block_max(A x, A* shared) {
-  x = lanes_max<kWarp>(x);
+ZIPFLS_DEVICE A block_all_reduce_max(A x, A* shared) {
+  x = warp_reduce_max<kWarp>(x);
   __syncthreads();  // shared may still be read from before
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
   __syncthreads();
@@ -320,8 +245,8 @@ ZIPFLS_DEVICE A block_max(A x, A* shared) {
 
 /// The same for sums, in a fixed order.
 template <class A>
-ZIPFLS_DEVICE A block_total(A x, A* shared) {
-  x = lanes_sum<kWarp>(x);
+ZIPFLS_DEVICE A block_all_reduce_sum(A x, A* shared) {
+  x = warp_reduce_sum<kWarp>(x);
   __syncthreads();
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
   __syncthreads();
@@ -330,10 +255,10 @@ ZIPFLS_DEVICE A block_total(A x, A* shared) {
   return total;
 }
 
-/// x[k] over the block's threads, for each k and each of the threads, joined in a fixed order by
+/// x[k] over the block's threads, for each k and each thread, in a fixed order by
 /// join(A, A), which is associative and commutative but for rounding. shared: (K, blockDim / 32) A.
 template <int K, class A, class Join>
-ZIPFLS_DEVICE void block_join(A (&x)[K], A* shared, Join join) {
+ZIPFLS_DEVICE void block_all_reduce(A (&x)[K], A* shared, Join join) {
   const uint32_t warps = blockDim.x / kWarp;
 #pragma unroll
   for (int k = 0; k < K; k++) {

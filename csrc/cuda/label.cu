@@ -9,9 +9,9 @@ namespace {
 
 template <class A>
 uint32_t table_bytes(int32_t P, int32_t C, bool patches) {
-  Carver carver{nullptr};
-  VoteTables<A>::carve(carver, P, C, patches);
-  return carver.used;
+  SmemAllocator smem{nullptr};
+  VoteTables<A>::allocate(smem, P, C, patches);
+  return smem.used;
 }
 
 }  // namespace
@@ -32,10 +32,10 @@ cudaError_t rank_fwd_cuda(const LabelFwd& a, cudaStream_t stream) {
 
 template <class A>
 static cudaError_t label_fwd(const LabelFwd& a, cudaStream_t stream) {
-  Carver carver{nullptr};
-  carver.take<A>(kLabelBlock / kWarp);
-  VoteTables<A>::carve(carver, a.dense ? 0 : a.votes.P, a.C, false);
-  return launch(label_fwd_kernel<A>, resident_blocks(a.N, kLabelBlock), kLabelBlock, carver.used, 1,
+  SmemAllocator smem{nullptr};
+  smem.allocate<A>(kLabelBlock / kWarp);
+  VoteTables<A>::allocate(smem, a.dense ? 0 : a.votes.P, a.C, false);
+  return launch(label_fwd_kernel<A>, resident_blocks(a.N, kLabelBlock), kLabelBlock, smem.used, 1,
                 stream, a);
 }
 

@@ -1,8 +1,5 @@
-// Stages 2 and 3, for inspection: ranks and soft labels written out. The loss kernels (loss.cuh)
-// build the same tables and keep the label to themselves.
-//
-// Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
-// tests' harness.
+// Stages 2 and 3, for inspection: ranks and soft labels. The loss kernels build the same tables and
+// do not store the label.
 #pragma once
 
 #include "tables.cuh"
@@ -13,15 +10,13 @@ namespace zipfls::cuda {
 ///
 /// - Bytes: P votes read and C int32 written a row. A block a row, rows by grid stride. Tables in
 ///   shared memory.
-/// - Hazard: the ranks of voted classes are stored over the rank of all unvoted ones by other
-///   threads; a barrier stands between.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
-///   harness.
+/// - Hazard: other threads store the ranks of voted classes over the rank of all unvoted ones; a
+///   barrier precedes.
 ZIPFLS_KERNEL(kLabelBlock) rank_fwd_kernel(LabelFwd a) {
   using Group = RowGroup<0>;
   ZIPFLS_DYNAMIC_SHARED(shared);
-  Carver carver{shared};
-  const auto t = VoteTables<float>::carve(carver, a.votes.P, a.C, false);
+  SmemAllocator smem{shared};
+  const auto t = VoteTables<float>::allocate(smem, a.votes.P, a.C, false);
   clear_tables<Group>(t, a.votes.P);
   for (int64_t i = blockIdx.x; i < a.N; i += gridDim.x) {
     __syncthreads();  // the tables are empty
@@ -45,17 +40,15 @@ ZIPFLS_KERNEL(kLabelBlock) rank_fwd_kernel(LabelFwd a) {
 /// - Bytes: P votes read (dense: C log masses, three times, from L2 after the first) and C labels
 ///   written a row. A block a row, rows by grid stride; tables in shared memory; sums in A.
 /// - Hazard: as rank_fwd_kernel.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
-///   harness.
 template <class A>
 ZIPFLS_KERNEL(kLabelBlock)
 label_fwd_kernel(LabelFwd a) {
   using Group = RowGroup<0>;
   ZIPFLS_DYNAMIC_SHARED(shared);
-  Carver carver{shared};
-  A* const partial = carver.take<A>(kLabelBlock / kWarp);  // (warps,) A
+  SmemAllocator smem{shared};
+  A* const partial = smem.allocate<A>(kLabelBlock / kWarp);  // (warps,) A
   const int32_t P = a.dense ? 0 : a.votes.P;
-  const auto t = VoteTables<A>::carve(carver, P, a.C, false);
+  const auto t = VoteTables<A>::allocate(smem, P, a.C, false);
   clear_tables<Group>(t, P);
   for (int64_t i = blockIdx.x; i < a.N; i += gridDim.x) {
     const int64_t target = a.target[i];
@@ -67,21 +60,21 @@ label_fwd_kernel(LabelFwd a) {
     const bool bad_vote = ignored   ? false
                           : a.dense ? check_votes<Group>(a.votes, i, a.C)
                                     : count_votes<Group>(a.votes, i, a.C, t);
-    const bool spoilt = Group::sync_any(bad_vote) || ignored || !inside;
-    const A spoilt_value = ignored ? A(0) : not_a_number<A>();
+    const bool invalid = Group::sync_any(bad_vote) || ignored || !inside;
+    const A invalid_value = ignored ? A(0) : not_a_number<A>();
     if (a.dense) {
       const A* const log_mass = static_cast<const A*>(a.log_mass) + i * a.C;  // (C,) A
       A top = -infinity<A>();
       for (int32_t c = threadIdx.x; c < a.C; c += blockDim.x)
         if (c != y) top = larger(top, log_mass[c]);
-      top = block_max(top, partial);
+      top = block_all_reduce_max(top, partial);
       A mass = 0;
       for (int32_t c = threadIdx.x; c < a.C; c += blockDim.x)
         if (c != y) mass += exp_of(relative_log_mass(log_mass[c], top));
-      mass = block_total(mass, partial);
+      mass = block_all_reduce_sum(mass, partial);
       for (int32_t c = threadIdx.x; c < a.C; c += blockDim.x) {
         const A value = c == y ? A(0) : exp_of(relative_log_mass(log_mass[c], top)) / mass;
-        label[c] = spoilt ? spoilt_value : value;
+        label[c] = invalid ? invalid_value : value;
       }
       continue;
     }
@@ -89,9 +82,9 @@ label_fwd_kernel(LabelFwd a) {
     const int32_t K = t.at_least[1];
     __syncthreads();
     for (int32_t c = threadIdx.x; c < a.C; c += blockDim.x)
-      label[c] = spoilt ? spoilt_value : c == y ? A(0) : t.label[0];
+      label[c] = invalid ? invalid_value : c == y ? A(0) : t.label[0];
     __syncthreads();
-    for (int32_t k = threadIdx.x; k < K && !spoilt; k += blockDim.x) {
+    for (int32_t k = threadIdx.x; k < K && !invalid; k += blockDim.x) {
       const int32_t slot = t.voted[k], c = t.class_of(slot);
       if (c != y) label[c] = t.label[t.counts[slot]];
     }

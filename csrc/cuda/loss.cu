@@ -1,6 +1,7 @@
 // Launchers of the loss kernels.
-#include "loss.cuh"
-#include "loss_cluster.cuh"
+#include "loss_bwd.cuh"
+#include "loss_dense.cuh"
+#include "loss_long.cuh"
 #include "launch.cuh"
 #include "launch.h"
 #include "loss_plan.h"
@@ -45,21 +46,21 @@ cudaError_t loss_fwd_cuda(const LossFwd& a, Dtype dtype, int blocks, cudaStream_
 cudaError_t loss_dense_cuda(const LossFwd& a, Dtype dtype, int blocks, cudaStream_t stream) {
   return with_type(dtype, [&](auto x) {
     using T = decltype(x);
-    Carver carver{nullptr};
-    BlockArea<Arithmetic<T>>::carve(carver);
-    carver.take<Arithmetic<T>>(kDenseBlock / kWarp);
-    return launch(loss_dense_kernel<T>, blocks, kDenseBlock, carver.used, 1, stream, a);
+    SmemAllocator smem{nullptr};
+    BlockArea<Arithmetic<T>>::allocate(smem);
+    smem.allocate<Arithmetic<T>>(kDenseBlock / kWarp);
+    return launch(loss_dense_kernel<T>, blocks, kDenseBlock, smem.used, 1, stream, a);
   });
 }
 
 int totals_blocks(int64_t N) { return N > kScanRows ? kTotalsBlocks : 0; }
 
 cudaError_t loss_totals_cuda(const LossTotals& a, Dtype dtype, int blocks, cudaStream_t stream) {
-  Carver carver{nullptr};
-  BlockArea<double>::carve(carver);
+  SmemAllocator smem{nullptr};
+  BlockArea<double>::allocate(smem);
   if (dtype == kFloat64)
-    return launch(loss_totals_kernel<double>, blocks, kTotalsBlock, carver.used, 1, stream, a);
-  return launch(loss_totals_kernel<float>, blocks, kTotalsBlock, carver.used, 1, stream, a);
+    return launch(loss_totals_kernel<double>, blocks, kTotalsBlock, smem.used, 1, stream, a);
+  return launch(loss_totals_kernel<float>, blocks, kTotalsBlock, smem.used, 1, stream, a);
 }
 
 cudaError_t loss_correct_cuda(const LossCorrect& a, Dtype dtype, cudaStream_t stream) {

@@ -2,7 +2,7 @@
 // repeats.
 #pragma once
 
-#include "loss.cuh"
+#include "loss_rows.cuh"
 
 namespace zipfls::cuda {
 
@@ -18,9 +18,9 @@ template <class T>
 LossLaunch launch_of(const LossFwd& a, const LossPlan& plan, const Device& device) {
   const int32_t P = counted_votes(a);
   const bool lanes8 = plan.kernel == LossPlan::kLanes8, lanes32 = plan.kernel == LossPlan::kLanes32;
-  Carver row{nullptr}, block{nullptr};
-  RowArea<T>::carve(row, plan.vectors, P, a.C, a.grad != nullptr, !lanes8 && !lanes32);
-  BlockArea<Arithmetic<T>>::carve(block);
+  SmemAllocator row{nullptr}, block{nullptr};
+  RowArea<T>::allocate(row, plan.vectors, P, a.C, a.grad != nullptr, !lanes8 && !lanes32);
+  BlockArea<Arithmetic<T>>::allocate(block);
   LossLaunch launch;
   launch.plan = plan;
   launch.row_bytes = row.used;
@@ -45,8 +45,8 @@ LossLaunch launch_of(const LossFwd& a, const LossPlan& plan, const Device& devic
 
 template <class T>
 LossLaunch loss_launch(const LossFwd& a, const Device& device) {
-  Carver tables{nullptr};
-  VoteTables<Arithmetic<T>>::carve(tables, counted_votes(a), a.C, a.grad != nullptr);
+  SmemAllocator tables{nullptr};
+  VoteTables<Arithmetic<T>>::allocate(tables, counted_votes(a), a.C, a.grad != nullptr);
   return launch_of<T>(a, plan_loss(a.N, a.C, counted_votes(a), kVector<T>, tables.used, device),
                       device);
 }

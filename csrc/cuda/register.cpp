@@ -17,7 +17,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "arrivals.h"
+#include "tile_counters.h"
 #include "launch.h"
 
 namespace zipfls::cuda {
@@ -114,7 +114,7 @@ struct LossCall {
   bool dense;  // log_mass is (N, C)
   Parts parts;
   LossFwd a = {};
-  Tensor correct, partials, sums, arrivals;
+  Tensor correct, partials, sums, counter;
 
   /// In place, the logits are contiguous and aligned, and grad is the same memory.
   LossCall(const Tensor& given_logits, const OptionalTensor& given_votes,
@@ -195,9 +195,9 @@ struct LossCall {
   bool ready(int blocks, const c10::cuda::CUDAStream& stream) {
     if (a.reduction == kNone) return a.N > 0;
     sums = at::empty({2, blocks}, options.dtype(at::kDouble));
-    arrivals = arrivals_of(stream, 1);
+    counter = tile_counters(stream, 1);
     a.sums = sums.mutable_data_ptr<double>();
-    a.arrivals = reinterpret_cast<uint32_t*>(arrivals.mutable_data_ptr<int32_t>());
+    a.tile_counter = reinterpret_cast<uint32_t*>(counter.mutable_data_ptr<int32_t>());
     return true;
   }
 };
@@ -276,7 +276,7 @@ Parts soft_loss_parts(const Tensor& given_logits, const Tensor& given_target,
   const int blocks = soft_loss_blocks(s, call.dtype);
   if (call.ready(blocks, stream)) {
     s.loss.sums = call.a.sums;
-    s.loss.arrivals = call.a.arrivals;
+    s.loss.tile_counter = call.a.tile_counter;
     C10_CUDA_CHECK(soft_loss_fwd_cuda(s, call.dtype, blocks, stream));
   }
   return std::move(call.parts);

@@ -10,7 +10,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "arrivals.h"
+#include "tile_counters.h"
 #include "vote.h"
 
 namespace zipfls::cuda {
@@ -98,11 +98,11 @@ at::Tensor vote_fwd(const at::Tensor& features, const at::Tensor& weight,
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor scratch =
       at::empty({static_cast<int64_t>(plan.bytes)}, features.options().dtype(at::kByte));
-  at::Tensor arrivals;
+  at::Tensor held;
   uint32_t* counters = nullptr;
-  if (plan.arrivals > 0) {
-    arrivals = arrivals_of(stream, plan.arrivals);
-    counters = reinterpret_cast<uint32_t*>(arrivals.mutable_data_ptr<int32_t>());
+  if (plan.tile_counters > 0) {
+    held = tile_counters(stream, plan.tile_counters);
+    counters = reinterpret_cast<uint32_t*>(held.mutable_data_ptr<int32_t>());
   }
   C10_CUDA_CHECK(vote_fwd_cuda(x, plan, device, scratch.mutable_data_ptr(), counters, stream));
   return votes;

@@ -22,11 +22,11 @@ cudaError_t soft_loss_fwd_cuda(const SoftLossFwd& s, Dtype dtype, int blocks, cu
 cudaError_t soft_correct_cuda(const SoftLossFwd& s, Dtype dtype, int32_t* correct,
                               cudaStream_t stream) {
   if (s.loss.N == 0) return cudaSuccess;
-  Carver carver{nullptr};
-  carver.take<double>(kWarp);
+  SmemAllocator smem{nullptr};
+  smem.allocate<double>(kWarp);
   return with_type(dtype, [&](auto x) {
     return launch(soft_correct_kernel<decltype(x)>, resident_blocks(s.loss.N, kCorrectBlock),
-                  kCorrectBlock, carver.used, 1, stream, s, correct);
+                  kCorrectBlock, smem.used, 1, stream, s, correct);
   });
 }
 

@@ -12,12 +12,9 @@
 //
 //   soft_loss_fwd_kernel   dense: a log mass for every class given (random laws, ranks by logits)
 //   soft_correct_kernel    which samples count under only_correct
-//
-// Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
-// tests' harness.
 #pragma once
 
-#include "loss.cuh"
+#include "loss_rows.cuh"
 
 namespace zipfls::cuda {
 
@@ -30,11 +27,12 @@ struct SoftArea {
   int32_t* unlabelled;  // (P + 1,) int32: [n] classes outside S with n votes, [0] with any; all 0
                         // between rows
 
-  ZIPFLS_HOST_DEVICE static SoftArea carve(Carver& carver, int32_t P, int32_t C, bool with_grad) {
+  ZIPFLS_HOST_DEVICE static SoftArea allocate(SmemAllocator& smem, int32_t P, int32_t C,
+                                              bool with_grad) {
     SoftArea area;
-    area.partial = carver.take<A>(kSums * kWarp);
-    area.tables = VoteTables<A>::carve(carver, P, C, with_grad);
-    area.unlabelled = carver.take<int32_t>(P + 1);
+    area.partial = smem.allocate<A>(kSums * kWarp);
+    area.tables = VoteTables<A>::allocate(smem, P, C, with_grad);
+    area.unlabelled = smem.allocate<int32_t>(P + 1);
     return area;
   }
 };
@@ -69,10 +67,10 @@ struct SoftShare {
       if (j >= row.count) continue;
       const int32_t column = row.column(j);
       if (row.whole(j)) {
-        logits[u] = load_kept(row.logits + column);
+        logits[u] = ptx::ld_global_cg_16(row.logits + column);
 #pragma unroll
         for (int v = 0; v < V; v += kVector<A>)
-          unpack<A>(load_kept(target + column + v), share + u * V + v);
+          unpack<A>(ptx::ld_global_cg_16(target + column + v), share + u * V + v);
       } else {
         logits[u] = row.load_edge(j);
 #pragma unroll
@@ -122,8 +120,6 @@ struct SoftShare {
 /// - Hazards, each with its barrier: votes counted before the classes of the target are told apart,
 ///   those before ranks; logits looked up at voted classes before the gradient, which may overwrite
 ///   them; gradient before its patches; tables emptied before the next row.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
-///   harness.
 template <class T, bool DENSE>
 ZIPFLS_KERNEL(kSoftBlock, kSoftResident)
 soft_loss_fwd_kernel(SoftLossFwd given) {
@@ -133,9 +129,9 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
   const LossFwd& a = given.loss;
   const int32_t P = counted_votes(given);
   ZIPFLS_DYNAMIC_SHARED(shared);
-  Carver carver{shared};
-  const auto block = BlockArea<A>::carve(carver);
-  const auto area = SoftArea<A>::carve(carver, P, a.C, a.grad != nullptr);
+  SmemAllocator smem{shared};
+  const auto block = BlockArea<A>::allocate(smem);
+  const auto area = SoftArea<A>::allocate(smem, P, a.C, a.grad != nullptr);
   const VoteTables<A>& t = area.tables;
   clear_tables<Group>(t, P);
   for (int32_t n = threadIdx.x; n <= P; n += blockDim.x) area.unlabelled[n] = 0;
@@ -180,8 +176,8 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
       most[1] = larger(most[1], -p);
       bad |= p != p;
     });
-    block_join(most, area.partial, larger_of);
-    sample.spoilt = Group::sync_any(bad);
+    block_all_reduce(most, area.partial, larger_of);
+    sample.invalid = Group::sync_any(bad);
     const A top = most[0], least = -most[1];
     const auto in_s = [&](A p) { return a.zipf && p == least; };
 
@@ -200,7 +196,7 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
       top_s[0] = larger(top_s[0], z);
       if (DENSE) top_s[1] = larger(top_s[1], log_mass[c]);
     });
-    block_join(top_s, area.partial, larger_of);
+    block_all_reduce(top_s, area.partial, larger_of);
     const A shift = shift_of(top_s[0]);
 
     // 3. Sums: over all classes, then over S.
@@ -232,7 +228,7 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
         s_sum += z - shift;
       }
     });
-    block_join(sum, area.partial, sum_of);
+    block_all_reduce(sum, area.partial, sum_of);
 
     // 4. Losses, and the gradient at the voted classes, which others may not compute any more once
     // the gradient is being written.
@@ -262,7 +258,7 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
                       : t.at_least[n] - t.at_least[n + 1] - area.unlabelled[n];
       });
       __syncwarp(kAllLanes);  // lanes read one another's labels
-      const auto logit = [&](int32_t c) { return widen(x.row.logits[c]); };
+      const auto logit = [&](int32_t c) { return to_float(x.row.logits[c]); };
       const auto voted = voted_sums<Group>(a, i, true, t, shift, logit,
                                            [&](int32_t c) { return in_s(x.target[c]); });
       const A q = t.label[0];
@@ -288,7 +284,7 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
         for (int v = 0; v < V; v++) {
           const int32_t c = x.row.column(j) + v;
           g[v] = not_a_number<A>();
-          if (sample.spoilt || !x.row.has(c)) continue;
+          if (sample.invalid || !x.row.has(c)) continue;
           const A p = x.share[u * V + v];
           A label = q;
           if (DENSE && labelled && in_s(p))
@@ -300,15 +296,15 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
       if (!DENSE && labelled) {
         __syncthreads();  // the patches come over the gradient, from other threads
 #pragma unroll 1
-        for (int32_t k = threadIdx.x; k < K && !sample.spoilt; k += blockDim.x)
-          narrow(t.patch[k], x.row.grad + t.class_of(t.voted[k]));
+        for (int32_t k = threadIdx.x; k < K && !sample.invalid; k += blockDim.x)
+          from_float(t.patch[k], x.row.grad + t.class_of(t.voted[k]));
       }
     }
     forget_votes<Group>(t, P, K);
     for (int32_t n = threadIdx.x; n <= P; n += blockDim.x) area.unlabelled[n] = 0;
     __syncthreads();
   }
-  fold_losses<A>(a, block);
+  combine_losses<A>(a, block);
 }
 
 /// Whether argmax z = argmax t, the lowest class among equals in both; NaN is never the largest
@@ -316,17 +312,15 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
 ///
 /// - Bytes: C (itemsize + 4) a row (float64: 8 for 4). 128 threads a row, rows by grid stride,
 ///   elements one by one: needed by only_correct alone.
-/// - Hazards: none but block_max's.
-/// - Never run on a GPU yet: compiled for sm_80, sm_90a and sm_100; logic run on the CPU by the
-///   harness.
+/// - Hazards: none but block_all_reduce_max's.
 template <class T>
 ZIPFLS_KERNEL(kCorrectBlock)
 soft_correct_kernel(SoftLossFwd given, int32_t* correct) {
   using A = Arithmetic<T>;
   const LossFwd& a = given.loss;
   ZIPFLS_DYNAMIC_SHARED(shared);
-  Carver carver{shared};
-  double* const partial = carver.take<double>(kWarp);  // (warps,) float64: of a class, exact
+  SmemAllocator smem{shared};
+  double* const partial = smem.allocate<double>(kWarp);  // (warps,) float64: of a class, exact
   for (int64_t i = blockIdx.x; i < a.N; i += gridDim.x) {
     const T* const z = static_cast<const T*>(a.logits) + i * a.logits_stride;          // (C,) T
     const A* const t = static_cast<const A*>(given.target) + i * given.target_stride;  // (C,) A
@@ -338,18 +332,18 @@ soft_correct_kernel(SoftLossFwd given, int32_t* correct) {
         y = c;
       }
     }
-    const double top = block_max(static_cast<double>(most), partial);
+    const double top = block_all_reduce_max(static_cast<double>(most), partial);
     if (static_cast<double>(most) != top) y = a.C;
-    y = static_cast<int32_t>(-block_max(-static_cast<double>(y), partial));
+    y = static_cast<int32_t>(-block_all_reduce_max(-static_cast<double>(y), partial));
     y = y == a.C ? 0 : y;
-    const A z_target = widen(z[y]);
-    bool beaten = false;
+    const A z_target = to_float(z[y]);
+    bool misclassified = false;
     for (int32_t c = threadIdx.x; c < a.C; c += blockDim.x) {
-      const A x = widen(z[c]);
-      beaten |= x > z_target || (x == z_target && c < y);
+      const A x = to_float(z[c]);
+      misclassified |= x > z_target || (x == z_target && c < y);
     }
-    beaten = RowGroup<0>::sync_any(beaten);
-    if (threadIdx.x == 0) correct[i] = !beaten;
+    misclassified = RowGroup<0>::sync_any(misclassified);
+    if (threadIdx.x == 0) correct[i] = !misclassified;
   }
 }
 
@@ -366,10 +360,10 @@ int soft_threads(int32_t C) {
 /// Shared memory of a block of soft_loss_fwd.
 template <class T>
 uint32_t soft_shared_bytes(const SoftLossFwd& s) {
-  Carver carver{nullptr};
-  BlockArea<Arithmetic<T>>::carve(carver);
-  SoftArea<Arithmetic<T>>::carve(carver, counted_votes(s), s.loss.C, s.loss.grad != nullptr);
-  return carver.used;
+  SmemAllocator smem{nullptr};
+  BlockArea<Arithmetic<T>>::allocate(smem);
+  SoftArea<Arithmetic<T>>::allocate(smem, counted_votes(s), s.loss.C, s.loss.grad != nullptr);
+  return smem.used;
 }
 
 }  // namespace zipfls::cuda

@@ -1,5 +1,5 @@
-// Votes to ranks to labels: the tables of one row of votes in shared memory, which the label and
-// the loss kernels build alike. The maths between counts and masses is ../label.h's.
+// Votes to ranks to labels: the tables of one row of votes in shared memory, for the label and the
+// loss kernels. ../label.h has the maths between counts and masses.
 #pragma once
 
 #include "device.cuh"
@@ -11,9 +11,8 @@ namespace zipfls::cuda {
 
 constexpr int32_t kEmpty = -1;  // key of a free slot
 
-/// What a row knows of its votes. Everything is integer until the label, so the order in which the
-/// threads count changes nothing; only the order of `voted` does depend on it, and nothing is
-/// summed in that order.
+/// A row's votes, counted. All is integer but the label, so that the result does not depend on the
+/// order of the threads; the order of `voted` does, and no sum uses it.
 template <class A>
 struct VoteTables {
   int32_t* counts;  // (slots,) int32: votes of the class in a slot; all 0 between rows
@@ -26,8 +25,9 @@ struct VoteTables {
   A* patch;   // (min(P, C),) A: gradient at voted[k]; null where no gradient is wanted
   int32_t slots, hash_shift;
 
-  /// Lays the tables out for P votes over C classes. On the host, without memory, it measures them.
-  ZIPFLS_HOST_DEVICE static VoteTables carve(Carver& carver, int32_t P, int32_t C, bool patches) {
+  /// The tables of P votes over C classes; on the host, without memory, their bytes.
+  ZIPFLS_HOST_DEVICE static VoteTables allocate(SmemAllocator& smem, int32_t P, int32_t C,
+                                                bool patches) {
     VoteTables t;
     t.hash_shift = 32;
     if (C <= kDirectClasses) {
@@ -40,12 +40,12 @@ struct VoteTables {
       }
     }
     const uint32_t distinct = static_cast<uint32_t>(P < C ? P : C);
-    t.counts = carver.take<int32_t>(P > 0 ? t.slots : 0);
-    t.keys = carver.take<int32_t>(C <= kDirectClasses || P == 0 ? 0 : t.slots);
-    t.at_least = carver.take<int32_t>(P + 2);
-    t.voted = carver.take<int32_t>(distinct);
-    t.label = carver.take<A>(P + 1);
-    t.patch = carver.take<A>(patches ? distinct : 0);
+    t.counts = smem.allocate<int32_t>(P > 0 ? t.slots : 0);
+    t.keys = smem.allocate<int32_t>(C <= kDirectClasses || P == 0 ? 0 : t.slots);
+    t.at_least = smem.allocate<int32_t>(P + 2);
+    t.voted = smem.allocate<int32_t>(distinct);
+    t.label = smem.allocate<A>(P + 1);
+    t.patch = smem.allocate<A>(patches ? distinct : 0);
     if (C <= kDirectClasses) t.keys = nullptr;
     if (!patches) t.patch = nullptr;
     return t;
@@ -109,12 +109,11 @@ ZIPFLS_DEVICE int32_t load_vote(const Votes& votes, int64_t i, int32_t p, int32_
   return c < 0 ? kNoVote : c >= C ? kBadVote : static_cast<int32_t>(c);
 }
 
-/// Counts row i's votes into empty tables. Returns whether this thread met a vote outside the
+/// Counts row i's votes into empty tables. Returns whether this thread read a vote outside the
 /// classes.
 ///
-/// at_least grows while counting: the vote that lifts a class to n votes adds one to at_least[n],
-/// so ranks need no scan over the counts. A class's first vote draws its place in `voted` from
-/// at_least[1].
+/// at_least grows while counting: the n-th vote of a class adds one to at_least[n], so that ranks
+/// need no scan over the counts. A class's first vote takes its index in `voted` from at_least[1].
 template <class Group, class A>
 ZIPFLS_DEVICE bool count_votes(const Votes& votes, int64_t i, int32_t C, const VoteTables<A>& t) {
   bool bad = false;
@@ -141,9 +140,9 @@ ZIPFLS_DEVICE bool check_votes(const Votes& votes, int64_t i, int32_t C) {
   return bad;
 }
 
-/// Empties the tables again, in O(K + highest count); the caller's barrier publishes it. K:
-/// at_least[1], read before the barrier that came last. voted[k] and its key belong to the thread
-/// that class_of(voted[k]) belonged to in a loop like this one: no barrier need stand between.
+/// Empties the tables again, in O(K + highest count), for threads that a barrier by the caller
+/// orders. K: at_least[1], read before the last barrier. A loop over voted[k] with this stride may
+/// precede without a barrier: the same thread then reads and clears each entry.
 template <class Group, class A>
 ZIPFLS_DEVICE void forget_votes(const VoteTables<A>& t, int32_t P, int32_t K) {
 #pragma unroll 1
@@ -152,15 +151,15 @@ ZIPFLS_DEVICE void forget_votes(const VoteTables<A>& t, int32_t P, int32_t K) {
     t.counts[slot] = 0;
     if (t.keys != nullptr) t.keys[slot] = kEmpty;
   }
-  // at_least never grows with n, so the first zero a thread meets ends its share.
+  // at_least does not grow with n: a thread's first zero ends its share.
 #pragma unroll 1
   for (int32_t n = 1 + Group::lane(); n <= P && t.at_least[n] != 0; n += Group::size())
     t.at_least[n] = 0;
 }
 
 /// Labels by number of votes: t.label[n] = p~ of a labelled class with n votes, 0 where there is
-/// none. Returns sum_c p~_c log p~_c. Run by the row's leading lanes after a barrier; another one
-/// publishes it.
+/// none. Returns sum_c p~_c log p~_c. By the row's leading lanes, after a barrier; readers need
+/// another.
 ///
 /// log_mass: (R,) A by rank. members_of(n): number of labelled classes with n votes.
 template <class Group, class A, class MembersOf>
@@ -168,20 +167,19 @@ ZIPFLS_DEVICE A label_members(const VoteTables<A>& t, int32_t P, const A* log_ma
                               MembersOf members_of) {
   constexpr int kLanes = Group::kLeaders;
   const int32_t lane = Group::lane();
-  // Counts that nobody reached end the loops: from there on at_least is zero. Each lane comes back
-  // to its own entries only, so label needs no barrier in between.
+  // The loops stop at the first count that no class reached: from there on at_least is zero. Each
+  // lane reads back its own entries of label alone, without a barrier.
   auto occurs = [&](int32_t n) { return n <= P && (n == 0 || t.at_least[n] != 0); };
 
   A largest = -infinity<A>();
 #pragma unroll 1
   for (int32_t n = lane; occurs(n); n += kLanes) {
-    if (members_of(n) == 0)
-      continue;  // rank and mass of nobody: not even in the table if all have votes
+    if (members_of(n) == 0) continue;  // a rank without a class may be past the end of the table
     const A mass = log_mass_of_rank(log_mass, rank_below(t.at_least[n + 1]));
     t.label[n] = mass;
     largest = larger(largest, mass);
   }
-  largest = lanes_max<kLanes>(largest);
+  largest = warp_reduce_max<kLanes>(largest);
 
   MassSums<A> sums;
 #pragma unroll 1
@@ -195,8 +193,8 @@ ZIPFLS_DEVICE A label_members(const VoteTables<A>& t, int32_t P, const A* log_ma
     sums.add(members, mass, relative);
     t.label[n] = mass;
   }
-  sums.mass = lanes_sum<kLanes>(sums.mass);
-  sums.entropy = lanes_sum<kLanes>(sums.entropy);
+  sums.mass = warp_reduce_sum<kLanes>(sums.mass);
+  sums.entropy = warp_reduce_sum<kLanes>(sums.entropy);
   const A normaliser = sums.normaliser();
 #pragma unroll 1
   for (int32_t n = lane; occurs(n); n += kLanes) t.label[n] *= normaliser;

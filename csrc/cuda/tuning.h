@@ -1,8 +1,7 @@
 // Launch constants, each with its reason, and the choice of kernel and launch from a call's shape.
 //
-// None of them has been measured yet: they come from the arithmetic beside them and from the
-// compiled code (registers, shared memory, instructions per element). A measurement that overrules
-// one belongs here.
+// The reasons are arithmetic and compiled code (registers, shared memory, instructions per
+// element); a measurement that contradicts one replaces it here.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +13,12 @@ namespace zipfls::cuda {
 // Rows --------------------------------------------------------------------------------------------
 
 /// 16-byte vectors of its row that a thread of loss_fwd keeps in registers between the statistics
-/// and the gradient: 64 bytes, all sent for before the first is used. 1024 threads a multiprocessor
+/// and the gradient: 64 bytes, all copied before the first is used. 1024 threads a multiprocessor
 /// have 64 KB in flight with that, twice what hides the memory's latency.
 constexpr int kHeldVectors = 4;
 
 /// Threads of a block whose rows take a warp or less: four warps, so that the tail of a launch is
-/// fine-grained and few warps wait for the slowest at the end. The blocks resident bound the
+/// fine-grained and few warps wait at its end. The blocks resident bound the
 /// registers (96 at 5, 80 at 6, 128 at 4), as low as the compiled code goes without spilling.
 constexpr int kSmallBlock = 128;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -69,8 +68,8 @@ constexpr uint32_t kClusterSlice = 768;
 constexpr int32_t kDirectClasses = 2048;
 /// Slots of the hash table for each vote: half full at worst, so a probe or two finds a class.
 constexpr int32_t kSlotsPerVote = 2;
-/// Most shared memory a row's tables may take; more votes than that are ranked by the caller, who
-/// hands over (N, C) masses. Some 2000 votes above kDirectClasses, 5000 below.
+/// Most shared memory a row's tables may take; more votes are ranked by the caller, which
+/// passes (N, C) masses. Some 2000 votes above kDirectClasses, 5000 below.
 constexpr uint32_t kMostTableBytes = 64 * 1024;
 
 // Denominators and sums ---------------------------------------------------------------------------
@@ -191,3 +190,101 @@ inline LossPlan plan_loss(int64_t N, int32_t C, int32_t P, int vector, uint32_t 
 }
 
 }  // namespace zipfls::cuda
+
+namespace zipfls::cuda::vote {
+
+// Votes: mma.sync kernel (vote_mma_sm80.cuh)
+// ---------------------------------------------------------------------
+
+/// Bytes of a row in one pipeline stage: 32 half-precision or 16 float32 channels, two instructions
+/// deep. With twice as many, one block instead of two would fit a multiprocessor.
+constexpr int kMmaRowBytes = 64;
+
+/// Stages in flight. 128 x 128 tiles: 4 * 16 KB = 64 KB a block, so that two blocks share the 164
+/// KB of an sm_80 and one fits the 100 KB of sm_86, sm_89 and sm_120. With 3 loads ahead, 24 KB per
+/// block are pending: at 47 bytes a clock and multiprocessor from L2 that covers 1000 clocks
+/// of latency for two blocks.
+constexpr int kMmaStages = 4;
+
+/// 128 x 128 tiles by 4 warps of 64 x 64: per 16 channels a warp reads 4 KB of fragments for 32
+/// instructions (256 clocks of the tensor core), half of what shared memory delivers in that time;
+/// 64 x 32 would need 75 %. 128 accumulators a thread; two blocks a multiprocessor, so that one
+/// block's argmax (16 * 3.8 / D of the main loop: 12 % at D = 512, 3 % at 2048) runs beside the
+/// other's product.
+constexpr int kTileM = 128, kTileN = 128, kWarpsM = 2, kWarpsN = 2;
+constexpr int kBlocksPerMultiprocessor = 2;
+
+/// 64 x 128 tiles where 128 rows would leave multiprocessors idle.
+constexpr int kSmallTileM = 64;
+
+/// Upsampling: the scores of a tile pass through shared memory. Whole small maps in 64 positions x
+/// 128 classes (36 KB of scores beside 48 KB of stages), patches of larger ones in 128 x 64 (36 KB
+/// beside 48 KB): either fits the 99 KB a block may have anywhere. 8 warps of 32 x 32, because
+/// interpolation and argmax (about 40 instructions per position and class) outweigh the product
+/// there. At 64 positions and C = 100, 4 threads a position: 25 classes * 40 * 8 warps / 4
+/// schedulers = 2000 clocks, 1.2 us.
+constexpr int kSmallMapTileM = 64, kSmallMapTileN = 128;
+constexpr int kPatchTileM = 128, kPatchTileN = 64;
+constexpr int kUpsampleWarps = 8;
+
+/// Splits of the classes at most, and so pairs of a position: 8
+/// bytes each, 3.9 MB for 12544 positions. 10000 classes are 79 tiles of 128: 2 a block, 40 pairs.
+constexpr int kMaxSplits = 40;
+
+// Votes: wgmma kernel (vote_wgmma_sm90.cuh)
+// ------------------------------------------------------------------------
+
+/// 128 bytes of a row a stage: the widest swizzle of TMA, four instructions deep.
+constexpr int kTmaRowBytes = 128;
+
+/// Rows of a tile: 64 for each of two consumer warpgroups, the M of one wgmma.
+constexpr int kWgmmaTileM = 128;
+
+/// Classes of a tile: 256, the widest wgmma (128 accumulators a thread). A stage is 16 + 32 KB and
+/// lasts 1024 clocks of the tensor cores; two blocks of a cluster share the classes' half by
+/// multicast, so that L2 delivers 32 bytes a clock and multiprocessor instead of 48 (all that an
+/// H100's L2 is reported to give: 5.5 to 7 TB/s is 26 to 32). 128 x 128 tiles in ping-pong would
+/// hide the argmax completely, but ask 48 of L2 even with multicast; the stagger below hides it
+/// without that.
+constexpr int kWideTileN = 256, kWideCluster = 2, kWideStages = 4;  // 4 * 48 KB = 192 KB of 227
+
+/// 128 classes and no cluster where there are few classes or few tiles: 8192 x 100 is 64 blocks.
+constexpr int kNarrowTileN = 128, kNarrowCluster = 1, kNarrowStages = 6;  // 6 * 32 KB = 192 KB
+
+/// Cost of a narrow tile relative to half a wide one (more bytes from L2 for the same product),
+/// where waves of wide tiles are badly filled: 128 x 49 positions and 1000 classes are 1.5 waves.
+constexpr double kNarrowPenalty = 1.35;
+
+/// Stages by which the second consumer warpgroup follows the first: during one's argmax (128 scores
+/// a thread, 3.8 instructions each, about 650 clocks with latencies) the other has 2 * 512 clocks
+/// of products of its own tile left, and the tensor cores stay busy. Below the number of stages.
+constexpr int kStagger = 2;
+
+/// Registers a thread after setmaxnreg: 40 * 128 + 232 * 256 = 64512 of 65536. With 24 the
+/// producer's 64-bit tile arithmetic spilled.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+/// Bytes of features that stay in L2 while the classes are read: tiles are visited in groups of
+/// rows of about this size. 16 MB at D = 2048 are 16 clusters' rows; for 10000 classes the weights
+/// (41 MB) are then read three times instead of once per 256 rows: 170 MB, 40 us of memory time
+/// beside 650 us of product.
+constexpr int64_t kGroupBytes = int64_t{16} << 20;
+
+/// With fewer tiles of 128 x 128 than this the mma.sync kernel with 64 rows a block serves.
+constexpr int64_t kMinWgmmaTiles = 33;
+
+// Votes: layouts
+// -----------------------------------------------------------------------------------------
+
+/// NCHW maps that 16-byte copies can read (positions a multiple of 8) are read MN-major by mma.sync
+/// up to this many classes. Beyond, packing (4 bytes moved per element at 4 TB/s: 1e-12 s) plus
+/// wgmma (C * 2.5e-15 s) beats mma.sync at 60 % of its rate (C * 4.2e-15 s).
+constexpr int64_t kMNMajorMaxClasses = 512;
+
+/// Bytes of features that are packed at a time: bounds the scratch whatever the batch.
+constexpr int64_t kPackBytes = int64_t{64} << 20;
+
+/// A slice of longer images is computed in place where at most 1/4 of the rows are in between.
+constexpr int64_t kPitchSlack = 4;
+
+}  // namespace zipfls::cuda::vote

@@ -88,11 +88,11 @@ vote::VotePlan vote_plan(const VoteProblem& x, const VoteDevice& device) {
 }
 
 cudaError_t vote_fwd_cuda(const VoteProblem& problem, const vote::VotePlan& plan,
-                          const VoteDevice& device, void* scratch, uint32_t* arrivals,
+                          const VoteDevice& device, void* scratch, uint32_t* tile_counters,
                           cudaStream_t stream) {
   vote::StreamLauncher launcher = {device.multiprocessors, stream};
   vote::run_votes(launcher, plan, problem, device.multiprocessors, static_cast<char*>(scratch),
-                  arrivals);
+                  tile_counters);
   return launcher.error;
 }
 

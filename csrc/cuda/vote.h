@@ -24,9 +24,9 @@ vote::VotePlan vote_plan(const VoteProblem& problem, const VoteDevice& device);
 ///
 /// Args:
 ///   scratch: plan.bytes bytes of device memory on a 256-byte boundary.
-///   arrivals: plan.arrivals counters in device memory, 0 before and after.
+///   tile_counters: plan.tile_counters counters in device memory, 0 before and after.
 cudaError_t vote_fwd_cuda(const VoteProblem& problem, const vote::VotePlan& plan,
-                          const VoteDevice& device, void* scratch, uint32_t* arrivals,
+                          const VoteDevice& device, void* scratch, uint32_t* tile_counters,
                           cudaStream_t stream);
 
 }  // namespace zipfls::cuda

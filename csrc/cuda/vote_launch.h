@@ -10,13 +10,13 @@ namespace zipfls::cuda::vote {
 struct MmaArgs;
 struct WgmmaProblem;
 
-/// vote_sm80.cu: one of the mma.sync kernels.
+/// vote_mma_sm80.cu: one of the mma.sync kernels.
 cudaError_t launch_mma(Kernel kernel, VoteType type, Layout layout, const MmaArgs& args,
                        int64_t blocks, cudaStream_t stream);
 /// Shared memory a block of it takes, bytes.
 size_t mma_shared_bytes(Kernel kernel);
 
-/// vote_sm90.cu: whether this build has a wgmma kernel for the current device.
+/// vote_wgmma_sm90.cu: whether this build has a wgmma kernel for the current device.
 bool wgmma_present();
 
 /// One of the wgmma kernels.

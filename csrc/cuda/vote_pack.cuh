@@ -1,33 +1,30 @@
-// Rows for the copy engines: features or weights in any layout -> (rows, pitch), channels next to
-// each other, every row on a 16-byte boundary. Never run on a GPU yet.
+// Packing: features or weights of any layout -> (rows, pitch), K-major (channels next to each
+// other), every row on a 16-byte boundary.
 //
-// Why this exists: 7 x 7 maps in NCHW order have a channel every 98 bytes. No copy wider than 2
-// bytes can take such a row (cp.async wants 4, 8 or 16 aligned bytes, the bulk tensor copy strides
-// of 16), and neither ldmatrix nor wgmma can read it from shared memory where it is (16-byte rows,
-// both). Converting inside the product would be done again for every tile of classes, and costs
-// about what shared memory has left beside wgmma's own reads (40 % of its cycles); so it is done
-// once, at the speed of memory.
+// Why: 7 x 7 maps in NCHW order have a channel every 98 bytes. No copy wider than 2 bytes can read
+// such a row (cp.async needs 4, 8 or 16 aligned bytes, TMA strides of 16), and neither ldmatrix nor
+// wgmma can read it from shared memory (both: 16-byte rows). Converting inside the product would
+// repeat for every tile of classes, and costs about what shared memory has left beside wgmma's own
+// reads (40 % of its cycles); so it is done once, at the speed of memory.
 //
-// Bytes moved: each element read once and written once (4 bytes for a half-precision element). What
-// is read is marked as not wanted again, so that L2 keeps what is written for the product to read.
+// Bytes moved: each element read once and written once (4 bytes for a half-precision element).
+// Reads are evicted first, so that L2 keeps what is written for the product to read.
 //
 // pack_slabs: 16-bit maps whose channels follow one another. 64 channels of one image are then one
-// piece of memory, whatever the number of positions: it comes in by 16 bytes, lies in shared memory
-// as it comes, and leaves by 8 channels of a position, 16 bytes. Groups of 8 channels are an odd
-// number of 16 bytes apart there: the 8 groups by 4 positions that a warp gathers from touch each
-// bank once.
+// range of memory, whatever the number of positions: it is read by 16 bytes, copied to shared
+// memory in that order, and stored by 8 channels of a position, 16 bytes. Groups of 8 channels are
+// an odd number of 16 bytes apart there: the 8 groups by 4 positions that a warp gathers from touch
+// each bank once.
 //
 // pack_rows: any other layout. 64 positions by 64 channels a block of 256 threads, 16 loads of a
-// thread in flight, lanes along whichever index is contiguous; through shared memory, padded so
-// that either direction is free of bank conflicts for 16-bit elements.
+// thread pending, lanes along whichever index is contiguous; through shared memory, padded so that
+// either direction is free of bank conflicts for 16-bit elements.
 //
 // Hazards: offsets written -> read, and tile written -> read by other threads: a block_sync each.
 #pragma once
 
-#include "vote_tiles.cuh"
-#ifdef __CUDACC__
-#include "vote_ptx.cuh"
-#endif  // elsewhere the includer has its own ptx::
+#include "ptx.cuh"
+#include "vote_layout.cuh"
 
 namespace zipfls::cuda::vote {
 
@@ -55,8 +52,8 @@ struct alignas(2 * sizeof(T)) Two {
 };
 
 template <class T>
-ZIPFLS_VOTE_DEVICE void pack_rows(const PackArgs& args, int64_t block, int thread,
-                                  PackShared<T>& shared) {
+ZIPFLS_DEVICE void pack_rows(const PackArgs& args, int64_t block, int thread,
+                             PackShared<T>& shared) {
   const int64_t rows = args.N * args.H * args.W;
   const int64_t first_row = block / args.channel_tiles * kPackTile;
   const int64_t first_channel = block % args.channel_tiles * kPackTile;
@@ -74,8 +71,8 @@ ZIPFLS_VOTE_DEVICE void pack_rows(const PackArgs& args, int64_t block, int threa
               minor = thread % kPackTile;
     const int r = args.by_position ? minor : major, k = args.by_position ? major : minor;
     const bool there = shared.offset[r] >= 0 && first_channel + k < args.D;
-    x[i] = there ? ptx::load_once(static_cast<const T*>(args.from) + shared.offset[r] +
-                                  (first_channel + k) * args.stride_d)
+    x[i] = there ? ptx::ld_global_cs(static_cast<const T*>(args.from) + shared.offset[r] +
+                                     (first_channel + k) * args.stride_d)
                  : T{};
   }
 #pragma unroll
@@ -97,7 +94,7 @@ ZIPFLS_VOTE_DEVICE void pack_rows(const PackArgs& args, int64_t block, int threa
 
 // Slabs -------------------------------------------------------------------------------------------
 
-/// Most positions of a map whose slab of 64 channels is held: 14 x 14, in 25 KB.
+/// Most positions of a map whose slab of 64 channels fits: 14 x 14, in 25 KB.
 constexpr int kSlabPositions = 196;
 constexpr int kSlabGroups = kPackTile / 8;  // of 8 channels
 
@@ -119,8 +116,7 @@ struct SlabShared {
 };
 
 /// Block `block` of images * channel tiles.
-ZIPFLS_VOTE_DEVICE void pack_slabs(const PackArgs& args, int64_t block, int thread,
-                                   SlabShared& shared) {
+ZIPFLS_DEVICE void pack_slabs(const PackArgs& args, int64_t block, int thread, SlabShared& shared) {
   const int64_t n = block / args.channel_tiles;
   const int64_t first_channel = block % args.channel_tiles * kPackTile;
   const int P = static_cast<int>(args.H * args.W), pitch = P | 1;  // 16 bytes each
@@ -131,7 +127,7 @@ ZIPFLS_VOTE_DEVICE void pack_slabs(const PackArgs& args, int64_t block, int thre
 #pragma unroll 2
   for (int i = thread; i < groups * P; i += kPackThreads)
     shared.vectors[i / P * pitch + i % P] =
-        ptx::load_once(reinterpret_cast<const Eight*>(from) + i);
+        ptx::ld_global_cs(reinterpret_cast<const Eight*>(from) + i);
   ptx::block_sync();
   const int g = thread % kSlabGroups;
   if (g >= groups) return;
@@ -142,7 +138,7 @@ ZIPFLS_VOTE_DEVICE void pack_slabs(const PackArgs& args, int64_t block, int thre
     Eight x;
 #pragma unroll
     for (int k = 0; k < 8; k++) x.x[k] = group[k * P + p];
-    ptx::store16(to + p * args.pitch, x);
+    ptx::st_global_cg(to + p * args.pitch, x);
   }
 }
 

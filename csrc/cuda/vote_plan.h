@@ -1,12 +1,12 @@
-// Which kernel serves a problem, in what tiles, from which layout: host arithmetic only.
+// The choice of kernel, tiles and layout for a problem: host arithmetic only.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "vote_problem.h"
-#include "vote_tiles.cuh"
-#include "vote_tuning.h"
+#include "vote_layout.cuh"
+#include "tuning.h"
 
 namespace zipfls::cuda::vote {
 
@@ -20,10 +20,10 @@ enum class Kernel {
 };
 
 enum class Layout {
-  kRows,           // as they are: channels next to each other, rows on 16-byte boundaries
-  kPositionMinor,  // as they are: positions next to each other (NCHW), channels on 16-byte
-                   // boundaries
-  kPacked,         // copied to scratch as rows
+  kKMajor,   // as they are: channels next to each other, rows on 16-byte boundaries
+  kMNMajor,  // as they are: positions next to each other (NCHW), channels on 16-byte
+             // boundaries
+  kPacked,   // copied to scratch as rows
 };
 
 struct VotePlan {
@@ -33,23 +33,23 @@ struct VotePlan {
   int64_t images;                   // of one round: all, but for packed features beyond kPackBytes
   int64_t row_pitch, weight_pitch;  // elements, of what is packed
   size_t weight_at, features_at, pairs_at, bytes;  // scratch, see lay_out
-  int64_t arrivals;                                // counters, see vote_fold.cuh
+  int64_t tile_counters;                           // see vote_epilogue.cuh
 };
 
-/// The product of one round.
+/// The product's shape in one round.
 struct VoteShape {
-  int64_t rows;     // of the product, those between images included; upsampling: votes
+  int64_t rows;     // of the product, including those between images; upsampling: votes
   RowMap map;       // rows <-> positions; upsampling: the identity on votes
   Patches patches;  // upsampling
   int64_t tiles;    // of rows
-  int32_t class_tiles, tiles_per_split, splits;
+  int32_t tiles_n, tiles_per_split, splits;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t element_size(VoteType type) { return type == VoteType::kTensorFloat32 ? 4 : 2; }
 
 /// Elements from position to position, and positions from image to image, where a problem's
-/// positions are rows of one matrix (slices of longer images included); pitch 0 where they are not.
+/// positions are rows of one matrix (slices of longer images included); otherwise pitch 0.
 struct Flat {
   int64_t stride, pitch;
 };
@@ -77,19 +77,19 @@ inline bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 1
 
 inline Layout layout_of(const VoteProblem& x, bool wgmma) {
   const int64_t size = element_size(x.type), P = x.H * x.W;
-  if (x.D == 0) return Layout::kRows;
+  if (x.D == 0) return Layout::kKMajor;
   const Flat flat = flat_rows(x);
   const bool strides_fit = keeps_alignment(x.N, x.stride_n, size) &&
                            keeps_alignment(x.H, x.stride_h, size) &&
                            keeps_alignment(x.W, x.stride_w, size);
   if (aligned(x.features) && (x.D == 1 || x.stride_d == 1) && strides_fit &&
       (x.upsample == 2 || flat.pitch > 0))
-    return Layout::kRows;
+    return Layout::kKMajor;
   const bool contiguous = (x.W == 1 || x.stride_w == 1) && (x.H == 1 || x.stride_h == x.W);
   if (size == 2 && P % 8 == 0 && contiguous && aligned(x.features) &&
       keeps_alignment(x.N, x.stride_n, size) && keeps_alignment(x.D, x.stride_d, size)) {
-    if (x.upsample == 2 ? P <= kSmallMapRows : !wgmma || x.C <= kPositionMinorClasses)
-      return Layout::kPositionMinor;
+    if (x.upsample == 2 ? P <= kSmallMapTileM : !wgmma || x.C <= kMNMajorMaxClasses)
+      return Layout::kMNMajor;
   }
   return Layout::kPacked;
 }
@@ -119,17 +119,17 @@ struct TileSize {
 inline TileSize tile_size(Kernel kernel) {
   switch (kernel) {
     case Kernel::kMma:
-      return {kRows, kClasses};
+      return {kTileM, kTileN};
     case Kernel::kMmaFew:
-      return {kFewRows, kClasses};
+      return {kSmallTileM, kTileN};
     case Kernel::kMmaSmallMap:
-      return {kSmallMapRows, kSmallMapClasses};
+      return {kSmallMapTileM, kSmallMapTileN};
     case Kernel::kMmaPatch:
-      return {kPatchRows, kPatchClasses};
+      return {kPatchTileM, kPatchTileN};
     case Kernel::kWgmmaWide:
-      return {kBulkRows, kWideClasses};
+      return {kWgmmaTileM, kWideTileN};
     case Kernel::kWgmmaNarrow:
-      return {kBulkRows, kNarrowClasses};
+      return {kWgmmaTileM, kNarrowTileN};
   }
   return {0, 0};
 }
@@ -140,8 +140,8 @@ inline VoteShape shape_of(const VotePlan& plan, const VoteProblem& x, int64_t im
   const int64_t P = x.H * x.W;
   const TileSize tile = tile_size(plan.kernel);
   VoteShape shape = {};
-  shape.class_tiles = static_cast<int32_t>(ceil_div(x.C, tile.classes));
-  int64_t splits = std::min<int64_t>(shape.class_tiles, kMaxSplits);
+  shape.tiles_n = static_cast<int32_t>(ceil_div(x.C, tile.classes));
+  int64_t splits = std::min<int64_t>(shape.tiles_n, kMaxSplits);
   if (x.upsample == 2) {
     shape.patches = cut_maps(static_cast<int32_t>(x.H), static_cast<int32_t>(x.W), tile.rows);
     shape.tiles =
@@ -151,15 +151,15 @@ inline VoteShape shape_of(const VotePlan& plan, const VoteProblem& x, int64_t im
     splits = std::min(splits,
                       ceil_div(int64_t{kBlocksPerMultiprocessor} * multiprocessors, shape.tiles));
   } else {
-    const int64_t pitch = plan.features == Layout::kRows && x.D > 0 ? flat_rows(x).pitch : P;
+    const int64_t pitch = plan.features == Layout::kKMajor && x.D > 0 ? flat_rows(x).pitch : P;
     shape.map = {P, images == 1 ? P : pitch};
     shape.rows = (images - 1) * shape.map.pitch + P;
     shape.tiles = ceil_div(shape.rows, tile.rows);
     if (plan.kernel == Kernel::kWgmmaWide || plan.kernel == Kernel::kWgmmaNarrow)
-      splits = shape.class_tiles;
+      splits = shape.tiles_n;
   }
-  shape.tiles_per_split = static_cast<int32_t>(ceil_div(shape.class_tiles, splits));
-  shape.splits = static_cast<int32_t>(ceil_div(shape.class_tiles, shape.tiles_per_split));
+  shape.tiles_per_split = static_cast<int32_t>(ceil_div(shape.tiles_n, splits));
+  shape.splits = static_cast<int32_t>(ceil_div(shape.tiles_n, shape.tiles_per_split));
   return shape;
 }
 
@@ -168,24 +168,24 @@ inline double wgmma_cost(int64_t rows, int64_t C, int multiprocessors, int32_t c
                          int32_t cluster) {
   const int64_t at_a_time = std::max(1, multiprocessors / cluster);
   const int64_t waves =
-      ceil_div(ceil_div(rows, kBulkRows * cluster) * ceil_div(C, classes), at_a_time);
-  return static_cast<double>(waves) * classes / kWideClasses;
+      ceil_div(ceil_div(rows, kWgmmaTileM * cluster) * ceil_div(C, classes), at_a_time);
+  return static_cast<double>(waves) * classes / kWideTileN;
 }
 
-/// Where a plan's scratch lies, large enough for every round: the last one may have fewer images,
+/// Offsets of a plan's scratch, large enough for every round: the last one may have fewer images,
 /// so fewer tiles, and so more splits than the others.
 inline void lay_out(VotePlan& plan, const VoteProblem& x, int multiprocessors) {
   const int64_t size = element_size(x.type),
                 features = plan.images * x.H * x.W * plan.row_pitch * size;
   int64_t pairs = 0;
-  plan.arrivals = 0;
+  plan.tile_counters = 0;
   for (const int64_t images : {plan.images, x.N % plan.images}) {
     if (images == 0) continue;
     const VoteShape shape = shape_of(plan, x, images, multiprocessors);
     if (shape.splits == 1) continue;
-    pairs = std::max(pairs, shape.splits * shape.rows * static_cast<int64_t>(sizeof(Best)));
+    pairs = std::max(pairs, shape.splits * shape.rows * static_cast<int64_t>(sizeof(ScoreIndex)));
     // 8 warps or fewer have a tile's rows; a cluster may have one more tile than there are.
-    plan.arrivals = std::max(plan.arrivals, (shape.tiles + 1) * 8);
+    plan.tile_counters = std::max(plan.tile_counters, (shape.tiles + 1) * 8);
   }
   const auto round_up = [](int64_t bytes) {
     return static_cast<size_t>(ceil_div(bytes, 256) * 256);
@@ -201,13 +201,13 @@ inline VotePlan plan_votes(const VoteProblem& x, const VoteDevice& device, bool 
   const int64_t size = element_size(x.type), P = x.H * x.W, round = 16 / size;
   VotePlan plan = {};
   plan.features = layout_of(x, wgmma);
-  // Rows that overlap, or are one and the same, are packed too: the copy engine is told a distance
-  // between rows, and its documentation does not say that it may be less than a row.
+  // Rows that overlap or coincide are packed too: no document says that TMA's stride between rows
+  // may be less than a row.
   const auto apart = [&](int64_t rows, int64_t stride) { return rows <= 1 || stride >= x.D; };
   plan.pack_weight =
       x.D > 0 && !(aligned(x.weight) && (x.D == 1 || x.weight_stride_d == 1) &&
                    keeps_alignment(x.C, x.weight_stride_c, size) && apart(x.C, x.weight_stride_c));
-  if (wgmma && x.upsample == 1 && plan.features == Layout::kRows && x.D > 0 &&
+  if (wgmma && x.upsample == 1 && plan.features == Layout::kKMajor && x.D > 0 &&
       !apart(x.N * P, flat_rows(x).stride))
     plan.features = Layout::kPacked;
   plan.row_pitch = plan.weight_pitch = ceil_div(x.D, round) * round;
@@ -218,16 +218,16 @@ inline VotePlan plan_votes(const VoteProblem& x, const VoteDevice& device, bool 
 
   const int64_t rows = plan.images * P;
   if (x.upsample == 2) {
-    plan.kernel = P <= kSmallMapRows ? Kernel::kMmaSmallMap : Kernel::kMmaPatch;
-  } else if (wgmma && x.D > 0 && plan.features != Layout::kPositionMinor &&
-             rows + rows / kPitchSlack < INT32_MAX - kBulkRows * kWideCluster &&
-             ceil_div(rows, kBulkRows) * ceil_div(x.C, kNarrowClasses) >= kMinBulkTiles) {
-    const double wide = wgmma_cost(rows, x.C, device.multiprocessors, kWideClasses, kWideCluster);
+    plan.kernel = P <= kSmallMapTileM ? Kernel::kMmaSmallMap : Kernel::kMmaPatch;
+  } else if (wgmma && x.D > 0 && plan.features != Layout::kMNMajor &&
+             rows + rows / kPitchSlack < INT32_MAX - kWgmmaTileM * kWideCluster &&
+             ceil_div(rows, kWgmmaTileM) * ceil_div(x.C, kNarrowTileN) >= kMinWgmmaTiles) {
+    const double wide = wgmma_cost(rows, x.C, device.multiprocessors, kWideTileN, kWideCluster);
     const double narrow =
-        wgmma_cost(rows, x.C, device.multiprocessors, kNarrowClasses, kNarrowCluster);
+        wgmma_cost(rows, x.C, device.multiprocessors, kNarrowTileN, kNarrowCluster);
     plan.kernel = wide <= narrow * kNarrowPenalty ? Kernel::kWgmmaWide : Kernel::kWgmmaNarrow;
   } else {
-    const bool many = ceil_div(rows, kRows) * ceil_div(x.C, kClasses) >= device.multiprocessors;
+    const bool many = ceil_div(rows, kTileM) * ceil_div(x.C, kTileN) >= device.multiprocessors;
     plan.kernel = many ? Kernel::kMma : Kernel::kMmaFew;
   }
   lay_out(plan, x, device.multiprocessors);

@@ -1,5 +1,4 @@
-// One call of the dense votes, and the device it is meant for: what vote.h launches and vote_plan.h
-// plans.
+// The arguments of one call of the dense votes, and the device that it runs on.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +28,7 @@ struct VoteProblem {
   int32_t* votes = nullptr;  // (N, upsample*H * upsample*W), contiguous
 };
 
-/// What the choice of kernel and tiles depends on, of the device the problem's tensors are on.
+/// Properties of the problem's device that decide kernel and tiles.
 struct VoteDevice {
   int major = 0, minor = 0;  // compute capability
   int multiprocessors = 0;

@@ -10,8 +10,8 @@
 
 #include "vote_pack.cuh"
 #include "vote_plan.h"
-#include "vote_sm80.cuh"
-#include "vote_sm90.cuh"
+#include "vote_mma_sm80.cuh"
+#include "vote_wgmma_sm90.cuh"
 
 namespace zipfls::cuda::vote {
 
@@ -27,16 +27,16 @@ bool pack(Launcher& launcher, PackArgs args, int64_t size) {
 /// The product of the problem's images, features and weight in their final layout.
 template <class Launcher>
 bool multiply(Launcher& launcher, const VotePlan& plan, const VoteProblem& x, int multiprocessors,
-              char* scratch, uint32_t* arrivals) {
+              char* scratch, uint32_t* tile_counters) {
   const int64_t size = element_size(x.type);
-  const bool plain_rows = x.upsample == 1 && plan.features != Layout::kPositionMinor;
+  const bool plain_rows = x.upsample == 1 && plan.features != Layout::kMNMajor;
   const VoteShape shape = shape_of(plan, x, x.N, multiprocessors);
   const Results results = {x.votes,
                            shape.map,
                            shape.rows,
                            shape.splits,
-                           reinterpret_cast<Best*>(scratch + plan.pairs_at),
-                           arrivals};
+                           reinterpret_cast<ScoreIndex*>(scratch + plan.pairs_at),
+                           tile_counters};
   if (plan.kernel == Kernel::kWgmmaWide || plan.kernel == Kernel::kWgmmaNarrow) {
     WgmmaProblem product = {};
     product.type = x.type;
@@ -68,17 +68,17 @@ bool multiply(Launcher& launcher, const VotePlan& plan, const VoteProblem& x, in
   args.H = static_cast<int32_t>(x.H);
   args.W = static_cast<int32_t>(x.W);
   args.C = static_cast<int32_t>(x.C);
-  args.class_tiles = shape.class_tiles;
+  args.tiles_n = shape.tiles_n;
   args.tiles_per_split = shape.tiles_per_split;
   args.patches = shape.patches;
   args.results = results;
   return launcher.mma(plan.kernel, x.type, plan.features, args, shape.tiles * shape.splits);
 }
 
-/// The whole call. arrivals: plan.arrivals counters, 0 before and after.
+/// The whole call. tile_counters: plan.tile_counters counters, 0 before and after.
 template <class Launcher>
 bool run_votes(Launcher& launcher, const VotePlan& plan, const VoteProblem& problem,
-               int multiprocessors, char* scratch, uint32_t* arrivals) {
+               int multiprocessors, char* scratch, uint32_t* tile_counters) {
   const int64_t size = element_size(problem.type);
   VoteProblem x = problem;
   if (plan.pack_weight) {
@@ -94,7 +94,7 @@ bool run_votes(Launcher& launcher, const VotePlan& plan, const VoteProblem& prob
     x.weight_stride_c = plan.weight_pitch, x.weight_stride_d = 1;
   }
   if (plan.features != Layout::kPacked)
-    return multiply(launcher, plan, x, multiprocessors, scratch, arrivals);
+    return multiply(launcher, plan, x, multiprocessors, scratch, tile_counters);
 
   for (int64_t n = 0; n < problem.N; n += plan.images) {
     PackArgs args = {};
@@ -112,7 +112,7 @@ bool run_votes(Launcher& launcher, const VotePlan& plan, const VoteProblem& prob
     x.stride_d = 1, x.stride_w = plan.row_pitch;
     x.stride_h = x.W * x.stride_w, x.stride_n = x.H * x.stride_h;
     x.votes = problem.votes + n * x.H * x.W * x.upsample * x.upsample;
-    if (!multiply(launcher, plan, x, multiprocessors, scratch, arrivals)) return false;
+    if (!multiply(launcher, plan, x, multiprocessors, scratch, tile_counters)) return false;
   }
   return true;
 }

@@ -12,9 +12,9 @@
 
 #define ZIPFLS_DEVICE inline
 #define ZIPFLS_KERNEL(...) inline void
-#define ZIPFLS_DYNAMIC_SHARED(name) unsigned char* const name = harness::shared_memory()
+#define ZIPFLS_DYNAMIC_SHARED(name) unsigned char* const name = sim::shared_memory()
 #define ZIPFLS_RED_ZONE 32
-#define ZIPFLS_GUARD(at, bytes) harness::guard(at, bytes)
+#define ZIPFLS_GUARD(at, bytes) sim::guard(at, bytes)
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -23,7 +23,7 @@ struct alignas(8) float2 {
   float x, y;
 };
 
-namespace harness {
+namespace sim {
 
 struct Index {
   uint32_t x;
@@ -47,10 +47,6 @@ uint32_t cluster_size();
 uint32_t cluster_rank();
 void cluster_sync();
 void* cluster_map(void* mine, uint32_t rank);
-template <class X>
-X* cluster_peer(X* mine, uint32_t rank) {
-  return static_cast<X*>(cluster_map(mine, rank));
-}
 
 template <class To, class From>
 To bits_as(From x) {
@@ -67,12 +63,12 @@ struct float16 {
   uint16_t bits;
 };
 
-inline float widen(bfloat16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
-inline void narrow(float x, bfloat16* to) {
+inline float to_float(bfloat16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
+inline void from_float(float x, bfloat16* to) {
   const uint32_t u = bits_as<uint32_t>(x);
   to->bits = static_cast<uint16_t>(x != x ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
-inline float widen(float16 x) {
+inline float to_float(float16 x) {
   const uint32_t sign = uint32_t{x.bits} >> 15 << 31, exponent = x.bits >> 10 & 31,
                  fraction = x.bits & 1023;
   if (exponent == 31) return bits_as<float>(sign | 0x7f800000u | fraction << 13);
@@ -80,7 +76,7 @@ inline float widen(float16 x) {
                                    : bits_as<float>((exponent + 112) << 23 | fraction << 13);
   return sign != 0 ? -size : size;
 }
-inline void narrow(float x, float16* to) {
+inline void from_float(float x, float16* to) {
   const uint16_t sign = static_cast<uint16_t>(bits_as<uint32_t>(x) >> 31 << 15);
   const float size = std::fabs(x);
   uint32_t bits;
@@ -98,71 +94,84 @@ inline void narrow(float x, float16* to) {
   to->bits = static_cast<uint16_t>(sign | bits);
 }
 template <class T>
-float2 widen_two(uint32_t two, T) {
+float2 to_float2(uint32_t two, T) {
   T low, high;
   low.bits = static_cast<uint16_t>(two);
   high.bits = static_cast<uint16_t>(two >> 16);
-  return {widen(low), widen(high)};
+  return {to_float(low), to_float(high)};
 }
 template <class T>
-uint32_t narrow_two(float low, float high, T) {
+uint32_t from_float2(float low, float high, T) {
   T a, b;
-  narrow(low, &a);
-  narrow(high, &b);
+  from_float(low, &a);
+  from_float(high, &b);
   return a.bits | uint32_t{b.bits} << 16;
 }
-// At once, the earliest that it may happen: a missing barrier shows, a missing copy_async_wait does
-// not.
-inline void copy_async(uint4* to, const void* from) { *to = *static_cast<const uint4*>(from); }
-inline void copy_async_wait() {}
-inline float exp2_quick(float x) {
-  const float y = std::exp2(x);
-  return y < 1.17549435e-38f ? 0.0f : y;
-}
+}  // namespace sim
 
-}  // namespace harness
+#define threadIdx sim::thread_index
+#define blockIdx sim::block_index
+#define blockDim sim::block_size
+#define gridDim sim::grid_size
 
-#define threadIdx harness::thread_index
-#define blockIdx harness::block_index
-#define blockDim harness::block_size
-#define gridDim harness::grid_size
-
-inline void __syncthreads(int line = __builtin_LINE()) { harness::sync_threads(line); }
+inline void __syncthreads(int line = __builtin_LINE()) { sim::sync_threads(line); }
 inline int __syncthreads_or(int x, int line = __builtin_LINE()) {
-  return harness::sync_threads_or(x != 0, line);
+  return sim::sync_threads_or(x != 0, line);
 }
-inline void __syncwarp(uint32_t mask, int line = __builtin_LINE()) {
-  harness::sync_warp(mask, line);
-}
+inline void __syncwarp(uint32_t mask, int line = __builtin_LINE()) { sim::sync_warp(mask, line); }
 inline uint32_t __ballot_sync(uint32_t mask, bool x, int line = __builtin_LINE()) {
-  return harness::ballot(mask, x, line);
+  return sim::ballot(mask, x, line);
 }
 template <class X>
 X __shfl_xor_sync(uint32_t mask, X x, int lane_mask, int line = __builtin_LINE()) {
-  harness::exchange(mask, &x, sizeof x, static_cast<int>(threadIdx.x % 32) ^ lane_mask, line);
+  sim::exchange(mask, &x, sizeof x, static_cast<int>(threadIdx.x % 32) ^ lane_mask, line);
   return x;
 }
-inline int32_t atomicAdd(int32_t* at, int32_t x) { return harness::atomic_add(at, x); }
+inline int32_t atomicAdd(int32_t* at, int32_t x) { return sim::atomic_add(at, x); }
 inline uint32_t atomicAdd(uint32_t* at, uint32_t x) {
   return static_cast<uint32_t>(
-      harness::atomic_add(reinterpret_cast<int32_t*>(at), static_cast<int32_t>(x)));
+      sim::atomic_add(reinterpret_cast<int32_t*>(at), static_cast<int32_t>(x)));
 }
 inline int32_t atomicCAS(int32_t* at, int32_t expected, int32_t x) {
-  return harness::atomic_cas(at, expected, x);
+  return sim::atomic_cas(at, expected, x);
 }
 inline void __threadfence() {}
 
 inline uint4 __ldcs(const uint4* at) { return *at; }
 inline uint4 __ldcg(const uint4* at) { return *at; }
-inline double __ldcg(const double* at) { return harness::read_published(at); }
+inline double __ldcg(const double* at) { return sim::read_published(at); }
 inline void __stcg(uint4* at, uint4 x) { *at = x; }
-inline float __uint_as_float(uint32_t x) { return harness::bits_as<float>(x); }
-inline uint32_t __float_as_uint(float x) { return harness::bits_as<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return sim::bits_as<float>(x); }
+inline uint32_t __float_as_uint(float x) { return sim::bits_as<uint32_t>(x); }
 inline double __hiloint2double(int high, int low) {
-  return harness::bits_as<double>(uint64_t{static_cast<uint32_t>(high)} << 32 |
-                                  static_cast<uint32_t>(low));
+  return sim::bits_as<double>(uint64_t{static_cast<uint32_t>(high)} << 32 |
+                              static_cast<uint32_t>(low));
 }
-inline int __double2loint(double x) { return static_cast<int>(harness::bits_as<uint64_t>(x)); }
-inline int __double2hiint(double x) {
-  return static_cast<int>(harness::bits_as<uint64_t>(x) >> 32);
+inline int __double2loint(double x) { return static_cast<int>(sim::bits_as<uint64_t>(x)); }
+inline int __double2hiint(double x) { return static_cast<int>(sim::bits_as<uint64_t>(x) >> 32); }
+
+namespace zipfls::cuda::ptx {
+
+// At once, the earliest that it may happen: a missing barrier shows, a missing wait does not.
+inline void cp_async_16(void* to, const void* from) {
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 }
+inline void cp_async_commit_group() {}
+template <int kPending>
+void cp_async_wait_group() {}
+inline uint4 ld_global_cs_16(const void* at) { return *static_cast<const uint4*>(at); }
+inline uint4 ld_global_cg_16(const void* at) { return *static_cast<const uint4*>(at); }
+inline void st_global_cg_16(void* at, uint4 x) { *static_cast<uint4*>(at) = x; }
+inline float ex2_approx_ftz(float x) {
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+}
+inline uint32_t cluster_size() { return sim::cluster_size(); }
+inline uint32_t cluster_rank() { return sim::cluster_rank(); }
+inline void cluster_sync() { sim::cluster_sync(); }
+template <class X>
+X* mapa(X* mine, uint32_t rank) {
+  return static_cast<X*>(sim::cluster_map(mine, rank));
+}
+
+}  // namespace zipfls::cuda::ptx

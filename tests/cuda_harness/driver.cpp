@@ -13,8 +13,9 @@
 #include "runtime.h"
 // The kernels, unchanged.
 #include "../../csrc/cuda/label.cuh"
-#include "../../csrc/cuda/loss.cuh"
-#include "../../csrc/cuda/loss_cluster.cuh"
+#include "../../csrc/cuda/loss_bwd.cuh"
+#include "../../csrc/cuda/loss_dense.cuh"
+#include "../../csrc/cuda/loss_long.cuh"
 #include "../../csrc/cuda/loss_plan.h"
 #include "../../csrc/cuda/soft_loss.cuh"
 
@@ -67,18 +68,18 @@ std::vector<std::unique_ptr<Array>> arrays;
 unsigned char* read_array(size_t bytes, const char* name, size_t phase = 0) {
   arrays.push_back(std::make_unique<Array>(bytes, phase));
   if (std::fread(arrays.back()->data(), 1, bytes, in) != bytes) std::abort();
-  harness::watch(arrays.back()->data(), bytes, true, name);
+  sim::watch(arrays.back()->data(), bytes, true, name);
   return arrays.back()->data();
 }
 
 unsigned char* new_array(size_t bytes, const char* name, size_t phase = 0) {
   arrays.push_back(std::make_unique<Array>(bytes, phase));
-  harness::watch(arrays.back()->data(), bytes, false, name);
+  sim::watch(arrays.back()->data(), bytes, false, name);
   return arrays.back()->data();
 }
 
 void write_result(const std::vector<std::pair<const void*, size_t>>& results) {
-  const std::string text = harness::faults();
+  const std::string text = sim::faults();
   const int64_t size = static_cast<int64_t>(text.size());
   std::fwrite(&size, 8, 1, out);
   std::fwrite(text.data(), 1, text.size(), out);
@@ -147,9 +148,9 @@ LossFwd read_loss(const Header& h, const Numbers& x, F between) {
     a.grad = h.in_place != 0 ? logits : new_array(h.N * h.C * sizeof(T), "grad", h.phase);
   a.grad_scale = new_array(sizeof(A), "grad_scale");
   arrays.push_back(std::make_unique<Array>(4));
-  a.arrivals = reinterpret_cast<uint32_t*>(arrays.back()->data());
-  *a.arrivals = 0;
-  harness::watch(a.arrivals, 4, true, "arrivals");
+  a.tile_counter = reinterpret_cast<uint32_t*>(arrays.back()->data());
+  *a.tile_counter = 0;
+  sim::watch(a.tile_counter, 4, true, "tile_counter");
   return a;
 }
 
@@ -162,7 +163,7 @@ template <class T>
 void write_loss(const Header& h, const LossFwd& a, const LossPlan& plan) {
   using A = Arithmetic<T>;
   const size_t results = results_of(h);
-  const int64_t chosen[4] = {plan.kernel, plan.threads, plan.cluster, *a.arrivals};
+  const int64_t chosen[4] = {plan.kernel, plan.threads, plan.cluster, *a.tile_counter};
   write_result({{a.loss, results * sizeof(A)},
                 {a.ce_out, results * sizeof(A)},
                 {a.zipf_out, results * sizeof(A)},
@@ -172,7 +173,7 @@ void write_loss(const Header& h, const LossFwd& a, const LossPlan& plan) {
 }
 
 template <class T>
-void run_loss(const Header& h, const Numbers& x, const harness::Schedule& schedule) {
+void run_loss(const Header& h, const Numbers& x, const sim::Schedule& schedule) {
   using A = Arithmetic<T>;
   const Device device{static_cast<int>(h.multiprocessors), 227 * 1024, h.clusters != 0};
   LossFwd a = read_loss<T>(h, x, [&](LossFwd& a) {
@@ -193,12 +194,12 @@ void run_loss(const Header& h, const Numbers& x, const harness::Schedule& schedu
     l = launch_of<T>(a, l.plan, device);
   }
   if (h.dense != 0) {
-    Carver carver{nullptr};
-    BlockArea<A>::carve(carver);
-    carver.take<A>(kDenseBlock / kWarp);
+    SmemAllocator smem{nullptr};
+    BlockArea<A>::allocate(smem);
+    smem.allocate<A>(kDenseBlock / kWarp);
     l.plan.threads = kDenseBlock;
     l.plan.cluster = 1;
-    l.shared = carver.used;
+    l.shared = smem.used;
     l.blocks = 2;
   }
   if (h.blocks != 0) l.blocks = static_cast<int>(h.blocks) * l.plan.cluster;
@@ -206,16 +207,15 @@ void run_loss(const Header& h, const Numbers& x, const harness::Schedule& schedu
   if (h.only_correct != 0 && h.reduction == kMean && h.zipf != 0) {
     LossCorrect c{a.logits, a.logits_stride, a.target, a.N, a.C, a.ignore_index, nullptr};
     c.correct = reinterpret_cast<int32_t*>(new_array(h.N * 4, "correct"));
-    harness::launch([&] { loss_correct_kernel<T>(c); }, 3, kCorrectBlock, 1, 0, schedule);
+    sim::launch([&] { loss_correct_kernel<T>(c); }, 3, kCorrectBlock, 1, 0, schedule);
     a.correct = c.correct;
   }
   a.denominators = {a.target, a.weight, a.correct, nullptr, 0, a.N, a.C, a.ignore_index};
   if (h.totals != 0) {
     LossTotals t{a.denominators, reinterpret_cast<double*>(new_array(3 * h.totals * 8, "totals"))};
-    Carver carver{nullptr};
-    BlockArea<A>::carve(carver);
-    harness::launch([&] { loss_totals_kernel<A>(t); }, h.totals, kTotalsBlock, 1, carver.used,
-                    schedule);
+    SmemAllocator smem{nullptr};
+    BlockArea<A>::allocate(smem);
+    sim::launch([&] { loss_totals_kernel<A>(t); }, h.totals, kTotalsBlock, 1, smem.used, schedule);
     a.denominators.partials = t.partials;
     a.denominators.num_partials = static_cast<int32_t>(h.totals);
   }
@@ -236,12 +236,12 @@ void run_loss(const Header& h, const Numbers& x, const harness::Schedule& schedu
     }
   };
   for (int64_t r = 0; r < h.repeats; r++)
-    harness::launch(kernel, l.blocks, l.plan.threads, l.plan.cluster, l.shared, schedule);
+    sim::launch(kernel, l.blocks, l.plan.threads, l.plan.cluster, l.shared, schedule);
   write_loss<T>(h, a, l.plan);
 }
 
 template <class T>
-void run_soft_loss(const Header& h, const Numbers& x, const harness::Schedule& schedule) {
+void run_soft_loss(const Header& h, const Numbers& x, const sim::Schedule& schedule) {
   using A = Arithmetic<T>;
   SoftLossFwd s = {};
   s.loss = read_loss<T>(h, x, [&](LossFwd&) {
@@ -253,8 +253,8 @@ void run_soft_loss(const Header& h, const Numbers& x, const harness::Schedule& s
   s.dense = h.dense != 0;
   if (h.only_correct != 0 && h.zipf != 0) {
     auto* const correct = reinterpret_cast<int32_t*>(new_array(h.N * 4, "correct"));
-    harness::launch([&] { soft_correct_kernel<T>(s, correct); }, 3, kCorrectBlock, 1,
-                    kWarp * 8 + ZIPFLS_RED_ZONE, schedule);
+    sim::launch([&] { soft_correct_kernel<T>(s, correct); }, 3, kCorrectBlock, 1,
+                kWarp * 8 + ZIPFLS_RED_ZONE, schedule);
     a.correct = correct;
   }
   const uint32_t blocks = h.blocks != 0 ? h.blocks : 2;
@@ -262,14 +262,14 @@ void run_soft_loss(const Header& h, const Numbers& x, const harness::Schedule& s
   LossPlan plan = {};
   plan.threads = h.threads != 0 ? static_cast<int>(h.threads) : soft_threads<T>(a.C);
   for (int64_t r = 0; r < h.repeats; r++)
-    harness::launch(
+    sim::launch(
         [&] { s.dense ? soft_loss_fwd_kernel<T, true>(s) : soft_loss_fwd_kernel<T, false>(s); },
         blocks, plan.threads, 1, soft_shared_bytes<T>(s), schedule);
   write_loss<T>(h, a, plan);
 }
 
 template <class T>
-void run_backward(const Header& h, const harness::Schedule& schedule) {
+void run_backward(const Header& h, const sim::Schedule& schedule) {
   using A = Arithmetic<T>;
   LossBwd a = {};
   a.N = h.N;
@@ -280,32 +280,32 @@ void run_backward(const Header& h, const harness::Schedule& schedule) {
   a.grad_loss = read_array(((h.N - 1) * h.grad_loss_stride + 1) * sizeof(A), "grad_loss");
   if (h.scaled != 0) a.grad_scale = read_array(sizeof(A), "grad_scale");
   a.out = h.in_place != 0 ? grad : new_array(h.N * h.C * sizeof(T), "out", h.row_gap);
-  harness::launch([&] { loss_bwd_kernel<T>(a); }, 2, kScaleBlock, 1, 0, schedule);
+  sim::launch([&] { loss_bwd_kernel<T>(a); }, 2, kScaleBlock, 1, 0, schedule);
   write_result({{a.out, h.N * h.C * sizeof(T)}});
 }
 
 template <class A>
-void run_label(const Header& h, const harness::Schedule& schedule) {
+void run_label(const Header& h, const sim::Schedule& schedule) {
   LabelFwd a = {};
   a.N = h.N;
   a.C = static_cast<int32_t>(h.C);
   a.ignore_index = h.ignore_index;
   a.dense = h.dense != 0;
   a.votes = read_votes(h);
-  Carver carver{nullptr};
+  SmemAllocator smem{nullptr};
   size_t bytes = h.N * h.C * 4;
   if (h.op == kRank) {
-    VoteTables<float>::carve(carver, a.votes.P, a.C, false);
+    VoteTables<float>::allocate(smem, a.votes.P, a.C, false);
     a.out = new_array(bytes, "rank");
-    harness::launch([&] { rank_fwd_kernel(a); }, 2, kLabelBlock, 1, carver.used, schedule);
+    sim::launch([&] { rank_fwd_kernel(a); }, 2, kLabelBlock, 1, smem.used, schedule);
   } else {
     a.target = reinterpret_cast<int64_t*>(read_array(h.N * 8, "target"));
     a.log_mass = read_array((a.dense ? h.N * h.C : h.R) * sizeof(A), "log_mass");
-    carver.take<A>(kLabelBlock / kWarp);
-    VoteTables<A>::carve(carver, a.dense ? 0 : a.votes.P, a.C, false);
+    smem.allocate<A>(kLabelBlock / kWarp);
+    VoteTables<A>::allocate(smem, a.dense ? 0 : a.votes.P, a.C, false);
     bytes = h.N * h.C * sizeof(A);
     a.out = new_array(bytes, "label");
-    harness::launch([&] { label_fwd_kernel<A>(a); }, 2, kLabelBlock, 1, carver.used, schedule);
+    sim::launch([&] { label_fwd_kernel<A>(a); }, 2, kLabelBlock, 1, smem.used, schedule);
   }
   write_result({{a.out, bytes}});
 }
@@ -320,9 +320,9 @@ int main(int argc, char** argv) {
   Header h;
   Numbers x;
   while (std::fread(&h, sizeof h, 1, in) == 1 && std::fread(&x, sizeof x, 1, in) == 1) {
-    const harness::Schedule schedule{static_cast<harness::Schedule::Order>(h.order),
-                                     static_cast<harness::Schedule::Fill>(h.fill),
-                                     static_cast<uint64_t>(h.seed)};
+    const sim::Schedule schedule{static_cast<sim::Schedule::Order>(h.order),
+                                 static_cast<sim::Schedule::Fill>(h.fill),
+                                 static_cast<uint64_t>(h.seed)};
     if (h.op == kLoss) {
       with_type(h.dtype, [&](auto t) { run_loss<decltype(t)>(h, x, schedule); });
     } else if (h.op == kSoftLoss) {
@@ -330,14 +330,14 @@ int main(int argc, char** argv) {
     } else if (h.op == kBackward) {
       with_type(h.dtype, [&](auto t) { run_backward<decltype(t)>(h, schedule); });
     } else if (h.op == kFault) {
-      const int result = harness::run_faulty_kernel(static_cast<int>(h.kernel), schedule);
+      const int result = sim::run_faulty_kernel(static_cast<int>(h.kernel), schedule);
       write_result({{&result, 4}});
     } else if (h.dtype == kFloat64) {
       run_label<double>(h, schedule);
     } else {
       run_label<float>(h, schedule);
     }
-    harness::forget_watched();
+    sim::forget_watched();
     arrays.clear();
   }
   std::fclose(out);

@@ -4,7 +4,7 @@
 #include "../../csrc/cuda/device.cuh"
 #include "runtime.h"
 
-namespace harness {
+namespace sim {
 
 enum Fault {
   kNone,              // every kernel below without its fault
@@ -24,9 +24,9 @@ enum Fault {
 inline void faulty_kernel(int fault, int32_t* total, int32_t* out) {
   using namespace zipfls::cuda;
   ZIPFLS_DYNAMIC_SHARED(shared);
-  Carver carver{shared};
-  int32_t* const values = carver.take<int32_t>(64);
-  int32_t* const count = carver.take<int32_t>(1);
+  SmemAllocator smem{shared};
+  int32_t* const values = smem.allocate<int32_t>(64);
+  int32_t* const count = smem.allocate<int32_t>(1);
   const int32_t t = static_cast<int32_t>(threadIdx.x);
   if (fault == kEarlyExit && t == 5) return;
   if (fault == kMissingBarrier) values[63 - t] = t;  // so that the order alone is at fault
@@ -57,14 +57,14 @@ inline void faulty_kernel(int fault, int32_t* total, int32_t* out) {
 
 /// Faults are the harness's to tell (or a sanitizer's, which ends the program).
 inline int run_faulty_kernel(int fault, const Schedule& schedule) {
-  zipfls::cuda::Carver carver{nullptr};
-  carver.take<int32_t>(64);
-  carver.take<int32_t>(1);
+  zipfls::cuda::SmemAllocator smem{nullptr};
+  smem.allocate<int32_t>(64);
+  smem.allocate<int32_t>(1);
   const auto total = std::make_unique<int32_t[]>(1), out = std::make_unique<int32_t[]>(64);
   watch(total.get(), 4, true, "total");
   watch(out.get(), 256, false, "out");
-  launch([&] { faulty_kernel(fault, total.get(), out.get()); }, 1, 64, 1, carver.used, schedule);
+  launch([&] { faulty_kernel(fault, total.get(), out.get()); }, 1, 64, 1, smem.used, schedule);
   return total[0];
 }
 
-}  // namespace harness
+}  // namespace sim

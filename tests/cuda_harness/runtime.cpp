@@ -35,7 +35,7 @@
 #include <ucontext.h>
 #endif
 
-namespace harness {
+namespace sim {
 
 Index thread_index, block_index, block_size, grid_size;
 
@@ -543,7 +543,7 @@ int32_t atomic_cas(int32_t* at, int32_t expected, int32_t x) {
   return before;
 }
 
-}  // namespace harness
+}  // namespace sim
 
 #if defined(HARNESS_RACES)
 // What -fsanitize=thread calls.
@@ -551,18 +551,18 @@ extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit(void*) {}
-#define ZIPFLS_ACCESS(n)                                                           \
-  void __tsan_read##n(void* at) { harness::check(at, n, false, false); }           \
-  void __tsan_write##n(void* at) { harness::check(at, n, true, false); }           \
-  void __tsan_unaligned_read##n(void* at) { harness::check(at, n, false, false); } \
-  void __tsan_unaligned_write##n(void* at) { harness::check(at, n, true, false); }
+#define ZIPFLS_ACCESS(n)                                                       \
+  void __tsan_read##n(void* at) { sim::check(at, n, false, false); }           \
+  void __tsan_write##n(void* at) { sim::check(at, n, true, false); }           \
+  void __tsan_unaligned_read##n(void* at) { sim::check(at, n, false, false); } \
+  void __tsan_unaligned_write##n(void* at) { sim::check(at, n, true, false); }
 ZIPFLS_ACCESS(1)
 ZIPFLS_ACCESS(2)
 ZIPFLS_ACCESS(4)
 ZIPFLS_ACCESS(8)
 ZIPFLS_ACCESS(16)
-void __tsan_read_range(void* at, size_t bytes) { harness::check(at, bytes, false, false); }
-void __tsan_write_range(void* at, size_t bytes) { harness::check(at, bytes, true, false); }
+void __tsan_read_range(void* at, size_t bytes) { sim::check(at, bytes, false, false); }
+void __tsan_write_range(void* at, size_t bytes) { sim::check(at, bytes, true, false); }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 }

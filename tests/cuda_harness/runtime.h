@@ -6,7 +6,7 @@
 #include <functional>
 #include <string>
 
-namespace harness {
+namespace sim {
 
 /// The order in which the threads of a block take turns, and what fresh shared memory holds.
 struct Schedule {
@@ -26,4 +26,4 @@ void forget_watched();
 /// What went wrong since the last call, a line each; empty: nothing.
 std::string faults();
 
-}  // namespace harness
+}  // namespace sim

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <random>
 
-#include "emulator.h"
+#include "cuda_on_cpu.h"
 
 #include "vote_run.h"
 
@@ -87,44 +87,43 @@ struct EmulatedLauncher {
               });
     return true;
   }
-  template <class Element, Minor kMinor>
+  template <class Element, Major kMajor>
   bool mma_of(Kernel kernel, const MmaArgs& args, int64_t blocks) {
     if constexpr (has(Kernel::kMma))
       if (kernel == Kernel::kMma)
-        return mma_as<MmaConfig<Element, kRows, kClasses, kWarpsDown, kWarpsAcross, kMinor, false>>(
-            args, blocks);
+        return mma_as<MmaConfig<Element, kTileM, kTileN, kWarpsM, kWarpsN, kMajor, false>>(args,
+                                                                                           blocks);
     if constexpr (has(Kernel::kMmaFew))
       if (kernel == Kernel::kMmaFew)
-        return mma_as<
-            MmaConfig<Element, kFewRows, kClasses, kWarpsDown, kWarpsAcross, kMinor, false>>(
+        return mma_as<MmaConfig<Element, kSmallTileM, kTileN, kWarpsM, kWarpsN, kMajor, false>>(
             args, blocks);
     if constexpr (has(Kernel::kMmaSmallMap))
       if (kernel == Kernel::kMmaSmallMap)
-        return mma_as<MmaConfig<Element, kSmallMapRows, kSmallMapClasses, 2, kUpsampleWarps / 2,
-                                kMinor, true>>(args, blocks);
-    if constexpr (has(Kernel::kMmaPatch) && kMinor == Minor::kChannels)
+        return mma_as<MmaConfig<Element, kSmallMapTileM, kSmallMapTileN, 2, kUpsampleWarps / 2,
+                                kMajor, true>>(args, blocks);
+    if constexpr (has(Kernel::kMmaPatch) && kMajor == Major::kK)
       if (kernel == Kernel::kMmaPatch)
         return mma_as<
-            MmaConfig<Element, kPatchRows, kPatchClasses, 4, kUpsampleWarps / 4, kMinor, true>>(
+            MmaConfig<Element, kPatchTileM, kPatchTileN, 4, kUpsampleWarps / 4, kMajor, true>>(
             args, blocks);
     throw emulator::Fault("no such kernel");
   }
   bool mma(Kernel kernel, VoteType type, Layout layout, const MmaArgs& args, int64_t blocks) {
-    const bool by_position = layout == Layout::kPositionMinor;
+    const bool by_position = layout == Layout::kMNMajor;
     const char* const names[] = {"128", "64", "map", "patch"};
     journal() +=
         std::string("mma ") + names[static_cast<int>(kernel)] + (by_position ? " nchw;" : ";");
     if constexpr (kAllTypes) {
       if (type == VoteType::kFloat16)
-        return by_position ? mma_of<Float16, Minor::kPositions>(kernel, args, blocks)
-                           : mma_of<Float16, Minor::kChannels>(kernel, args, blocks);
+        return by_position ? mma_of<Float16, Major::kMN>(kernel, args, blocks)
+                           : mma_of<Float16, Major::kK>(kernel, args, blocks);
       if (type == VoteType::kTensorFloat32 && !by_position)
-        return mma_of<TensorFloat32, Minor::kChannels>(kernel, args, blocks);
+        return mma_of<TensorFloat32, Major::kK>(kernel, args, blocks);
       if (type == VoteType::kBFloat16 && by_position)
-        return mma_of<BFloat16, Minor::kPositions>(kernel, args, blocks);
+        return mma_of<BFloat16, Major::kMN>(kernel, args, blocks);
     }
     if (type == VoteType::kBFloat16 && !by_position)
-      return mma_of<BFloat16, Minor::kChannels>(kernel, args, blocks);
+      return mma_of<BFloat16, Major::kK>(kernel, args, blocks);
     throw emulator::Fault("no such kernel");
   }
 
@@ -230,21 +229,21 @@ int vote_run(const Call* call) {
     std::vector<char> scratch(plan.bytes + 256 + kGuard, static_cast<char>(0xff));
     char* const first =
         scratch.data() + (256 - reinterpret_cast<uintptr_t>(scratch.data()) % 256) % 256;
-    std::vector<uint32_t> arrivals(static_cast<size_t>(plan.arrivals) + kGuard);
-    std::fill_n(arrivals.end() - kGuard, kGuard, 77);
+    std::vector<uint32_t> counters(static_cast<size_t>(plan.tile_counters) + kGuard);
+    std::fill_n(counters.end() - kGuard, kGuard, 77);
     EmulatedLauncher launcher = {{static_cast<emulator::Schedule::Order>(call->order),
                                   call->late != 0, static_cast<unsigned>(call->seed)},
                                  static_cast<int>(call->multiprocessors)};
-    run_votes(launcher, plan, problem_of(*call), launcher.multiprocessors, first, arrivals.data());
+    run_votes(launcher, plan, problem_of(*call), launcher.multiprocessors, first, counters.data());
     for (size_t i = 0; i < kGuard; i++) {
       if (first[plan.bytes + i] != static_cast<char>(0xff))
         throw emulator::Fault("written past the scratch");
-      if (arrivals[arrivals.size() - kGuard + i] != 77)
+      if (counters[counters.size() - kGuard + i] != 77)
         throw emulator::Fault("counted past the counters");
     }
-    for (int64_t i = 0; i < plan.arrivals; i++)
-      if (arrivals[static_cast<size_t>(i)] != 0)
-        throw emulator::Fault("a counter of arrivals is not back at 0");
+    for (int64_t i = 0; i < plan.tile_counters; i++)
+      if (counters[static_cast<size_t>(i)] != 0)
+        throw emulator::Fault("a tile counter is not back at 0");
     return 0;
   } catch (const std::exception& error) {
     message() = error.what();
@@ -263,7 +262,7 @@ void vote_plan(const Call* call, int64_t* out) {
                             plan.pack_weight,
                             plan.images,
                             shape.tiles,
-                            shape.class_tiles,
+                            shape.tiles_n,
                             shape.splits,
                             static_cast<int64_t>(plan.bytes)};
   std::memcpy(out, values, sizeof values);
@@ -272,8 +271,8 @@ void vote_plan(const Call* call, int64_t* out) {
 /// Tiles in the order of the walk: (count, 2) int64.
 void vote_tiles(int64_t down, int32_t across, int64_t group, int64_t* out) {
   for (int64_t t = 0; t < down * across; t++) {
-    const TileAt tile = tile_at(t, down, across, group);
-    out[2 * t] = tile.down, out[2 * t + 1] = tile.across;
+    const Tile tile = tile_at(t, down, across, group);
+    out[2 * t] = tile.m, out[2 * t + 1] = tile.n;
   }
 }
 
@@ -297,7 +296,7 @@ int vote_patches(int64_t N, int32_t H, int32_t W, int32_t rows, int32_t* votes) 
                         w = std::min(std::max(at.w + dw, 0), W - 1);
           if (there.n != at.n || there.h != h || there.w != w) return -1;
         }
-      for (int32_t q = 0; q < 4; q++) votes[doubled(at, H, W, q / 2, q % 2)]++;
+      for (int32_t q = 0; q < 4; q++) votes[upsampled_index(at, H, W, q / 2, q % 2)]++;
     }
   }
   return 0;
@@ -309,7 +308,7 @@ int vote_fragment(int blocks, const float* scores, const float* bias, int32_t fi
                   int32_t* out) {
   const int columns = 8 * blocks;
   for (int row = 0; row < 8; row++) {
-    Best best[2] = {nothing(), nothing()};
+    ScoreIndex best[2] = {identity(), identity()};
     for (int lane = 4 * row; lane < 4 * row + 4; lane++) {
       float x[128];
       for (int j = 0; j < blocks; j++)
@@ -317,24 +316,24 @@ int vote_fragment(int blocks, const float* scores, const float* bias, int32_t fi
           for (int e = 0; e < 2; e++)
             x[4 * j + 2 * half + e] =
                 scores[(row + 8 * half) * columns + 8 * j + 2 * (lane % 4) + e];
-      Best mine[2];
+      ScoreIndex mine[2];
       switch (blocks) {
         case 4:
-          best_of_fragment<4>(x, bias, fragment_column(lane), first_class, mine);
+          argmax_of_fragment<4>(x, bias, fragment_column(lane), first_class, mine);
           break;
         case 8:
-          best_of_fragment<8>(x, bias, fragment_column(lane), first_class, mine);
+          argmax_of_fragment<8>(x, bias, fragment_column(lane), first_class, mine);
           break;
         case 16:
-          best_of_fragment<16>(x, bias, fragment_column(lane), first_class, mine);
+          argmax_of_fragment<16>(x, bias, fragment_column(lane), first_class, mine);
           break;
         case 32:
-          best_of_fragment<32>(x, bias, fragment_column(lane), first_class, mine);
+          argmax_of_fragment<32>(x, bias, fragment_column(lane), first_class, mine);
           break;
         default:
           return -1;
       }
-      for (int half = 0; half < 2; half++) best[half] = better(best[half], mine[half]);
+      for (int half = 0; half < 2; half++) best[half] = argmax_combine(best[half], mine[half]);
     }
     out[row] = best[0].index, out[row + 8] = best[1].index;
   }
@@ -343,14 +342,14 @@ int vote_fragment(int blocks, const float* scores, const float* bias, int32_t fi
 
 /// Every float16 widened: (65536,) float.
 void vote_widen(float* out) {
-  for (uint32_t x = 0; x < 65536; x++) out[x] = Float16::widen(static_cast<uint16_t>(x));
+  for (uint32_t x = 0; x < 65536; x++) out[x] = Float16::to_float(static_cast<uint16_t>(x));
 }
 
-/// better() of every pair: scores (n,) float, indices (n,) -> (n, n) indices.
-void vote_better(int n, const float* scores, const int32_t* indices, int32_t* out) {
+/// argmax_combine() of every pair: scores (n,) float, indices (n,) -> (n, n) indices.
+void vote_argmax_combine(int n, const float* scores, const int32_t* indices, int32_t* out) {
   for (int i = 0; i < n; i++)
     for (int j = 0; j < n; j++)
-      out[i * n + j] = better({scores[i], indices[i]}, {scores[j], indices[j]}).index;
+      out[i * n + j] = argmax_combine({scores[i], indices[i]}, {scores[j], indices[j]}).index;
 }
 
 }  // extern "C"

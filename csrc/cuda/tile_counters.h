@@ -9,6 +9,6 @@ namespace zipfls::cuda {
 
 /// At least `count` counters, int32, for one launch in `stream`, whose device is the current one.
 /// The caller holds on to the tensor until it has launched.
-at::Tensor arrivals_of(const c10::cuda::CUDAStream& stream, int64_t count);
+at::Tensor tile_counters(const c10::cuda::CUDAStream& stream, int64_t count);
 
 }  // namespace zipfls::cuda

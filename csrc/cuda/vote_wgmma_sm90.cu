@@ -1,4 +1,4 @@
-// Launches of the wgmma kernels; see vote_sm90.cuh.
+// Launches of the wgmma kernels; see vote_wgmma_sm90.cuh.
 //
 // Build for sm_90a (-gencode arch=compute_90a,code=sm_90a). For any other architecture the kernels
 // compile to nothing, so that the file may be built for the same list as the rest; wgmma_present
@@ -7,7 +7,7 @@
 
 #include <cuda.h>
 
-#include "vote_sm90.cuh"
+#include "vote_wgmma_sm90.cuh"
 
 namespace zipfls::cuda::vote {
 namespace {
@@ -59,7 +59,7 @@ cudaError_t encode(CUtensorMap* map, VoteType type, const void* at, int64_t rows
                                        CU_TENSOR_MAP_DATA_TYPE_TFLOAT32};
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(D), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(kBulkBytes / element_size(type)), 128};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(kTmaRowBytes / element_size(type)), 128};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult result =
       encoder(map, types[static_cast<int>(type)], 2, const_cast<void*>(at), sizes, strides, box,

@@ -1,6 +1,6 @@
 // Launches on one stream come one after another, so each stream has its own counters; a graph may
 // be replayed on any stream, so each captured launch has its own.
-#include "arrivals.h"
+#include "tile_counters.h"
 
 #include <algorithm>
 #include <map>
@@ -14,7 +14,7 @@
 
 namespace zipfls::cuda {
 
-at::Tensor arrivals_of(const c10::cuda::CUDAStream& stream, int64_t count) {
+at::Tensor tile_counters(const c10::cuda::CUDAStream& stream, int64_t count) {
   const auto options = at::TensorOptions().device(stream.device()).dtype(at::kInt);
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
     return at::zeros({count}, options);

@@ -1,5 +1,5 @@
 // A GPU's blocks and clusters on the CPU, for the vote kernels: one fiber per CUDA thread, and
-// csrc/cuda/vote_ptx.cuh's functions written out from the PTX ISA's description of each
+// csrc/cuda/ptx.cuh's functions written out from the PTX ISA's description of each
 // instruction, independently of the kernels' own index arithmetic.
 //
 // What is asynchronous on a GPU is made as late, or as early, as the rules allow:
@@ -31,7 +31,9 @@
 #include <string>
 #include <vector>
 
-#include "vote_tiles.cuh"
+#include "vote_layout.cuh"
+
+#define ZIPFLS_DEVICE inline
 
 namespace emulator {
 
@@ -372,13 +374,13 @@ inline uint32_t float_to_bits(float x) {
 template <class Element>
 float tensor_core_value(const char* at);
 template <>
-inline float tensor_core_value<zipfls::cuda::vote::BFloat16>(const char* at) {
+inline float tensor_core_value<zipfls::cuda::BFloat16>(const char* at) {
   uint16_t x;
   std::memcpy(&x, at, 2);
   return bits_to_float(static_cast<uint32_t>(x) << 16);
 }
 template <>
-inline float tensor_core_value<zipfls::cuda::vote::Float16>(const char* at) {
+inline float tensor_core_value<zipfls::cuda::Float16>(const char* at) {
   uint16_t x;
   std::memcpy(&x, at, 2);
   const int exponent = x >> 10 & 31, fraction = x & 1023;
@@ -389,7 +391,7 @@ inline float tensor_core_value<zipfls::cuda::vote::Float16>(const char* at) {
   return x & 0x8000 ? -magnitude : magnitude;
 }
 template <>
-inline float tensor_core_value<zipfls::cuda::vote::TensorFloat32>(const char* at) {
+inline float tensor_core_value<zipfls::cuda::TensorFloat32>(const char* at) {
   uint32_t x;
   std::memcpy(&x, at, 4);
   return bits_to_float(x & 0xffffe000u);  // the low 13 bits are not looked at
@@ -397,7 +399,7 @@ inline float tensor_core_value<zipfls::cuda::vote::TensorFloat32>(const char* at
 
 }  // namespace emulator
 
-namespace zipfls::cuda::vote::ptx {
+namespace zipfls::cuda::ptx {
 
 using emulator::block;
 using emulator::fail;
@@ -420,12 +422,12 @@ inline char* shared_pointer(emulator::Block& where, uint32_t address, size_t byt
 }
 
 template <class T>
-T load_once(const T* at) {
+T ld_global_cs(const T* at) {
   if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) fail("misaligned device memory");
   return *at;
 }
 template <class Vector>
-void store16(void* at, const Vector& x) {
+void st_global_cg(void* at, const Vector& x) {
   if (reinterpret_cast<uintptr_t>(at) % 16 != 0) fail("misaligned device memory");
   std::memcpy(at, &x, 16);
 }
@@ -445,17 +447,17 @@ inline void cluster_sync() {
   const int slot = block().rank * block().all.size + self().thread;
   emulator::together(m.cluster, slot, "cluster_sync", nullptr);
 }
-inline void group_sync(int barrier, int threads) {
+inline void named_barrier_sync(int barrier, int threads) {
   if (barrier < 1 || barrier > 15) fail("no such barrier");
   emulator::Collective& who = block().named[barrier];
   if (who.size == 0) who.size = threads;
   if (who.size != threads) fail("threads disagree about a barrier's size");
-  emulator::together(who, who.arrived, "group_sync", nullptr);
+  emulator::together(who, who.arrived, "named_barrier_sync", nullptr);
 }
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(block().rank); }
 
 template <class T>
-T shuffle(T x, int from, const char* what = "shuffle") {
+T shfl(T x, int from, const char* what = "shuffle") {
   struct Call {
     T in, out;
     int from;
@@ -469,28 +471,30 @@ T shuffle(T x, int from, const char* what = "shuffle") {
   return call.out;
 }
 template <class T>
-T shuffle_xor(T x, int mask) {
-  return shuffle(x, self().thread % 32 ^ mask, "shuffle_xor");
+T shfl_xor(T x, int mask) {
+  return shfl(x, self().thread % 32 ^ mask, "shfl_xor");
 }
 
 // Pairs that other blocks read --------------------------------------------------------------------
 
 /// Late, a pair is stored when its thread releases, or one that it has met at a barrier before, and
 /// else when the kernel ends.
-inline void store_pair(Best* at, Best pair) {
+template <class T>
+void st_global_cg_8(T* at, T x) {
   if (reinterpret_cast<uintptr_t>(at) % 8 != 0) fail("misaligned device memory");
-  const auto store = [=] { *at = pair; };
+  const auto store = [=] { *at = x; };
   if (emulator::machine()->schedule.late) {
     self().stores.push_back(store);
   } else {
     store();
   }
 }
-inline Best load_pair(const Best* at) {
+template <class T>
+T ld_global_cg_8(const T* at) {
   if (reinterpret_cast<uintptr_t>(at) % 8 != 0) fail("misaligned device memory");
   return *at;
 }
-inline uint32_t count_release(uint32_t* counter, uint32_t last) {
+inline uint32_t atom_inc_release(uint32_t* counter, uint32_t last) {
   auto& ordered = block().stores[static_cast<size_t>(self().thread / 32)];
   for (const auto& store : ordered) store();
   ordered.clear();
@@ -500,7 +504,7 @@ inline uint32_t count_release(uint32_t* counter, uint32_t last) {
   *counter = before >= last ? 0 : before + 1;
   return before;
 }
-inline void acquire() { emulator::together_warp("acquire", nullptr); }
+inline void fence_acq_rel() { emulator::together_warp("acquire", nullptr); }
 
 // cp.async ----------------------------------------------------------------------------------------
 
@@ -508,7 +512,7 @@ inline void finish(const emulator::Fiber::Copy& copy) {
   std::memset(copy.to, 0, 16);
   if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
 }
-inline void copy16(uint32_t to, const void* from, uint32_t bytes) {
+inline void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
   if (bytes > 16) fail("cp.async of more than 16 bytes");
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0 && bytes > 0)
     fail("cp.async from a misaligned address");
@@ -520,12 +524,12 @@ inline void copy16(uint32_t to, const void* from, uint32_t bytes) {
     finish(copy);
   }
 }
-inline void copies_commit() {
+inline void cp_async_commit_group() {
   self().groups.push_back(std::move(self().open));
   self().open.clear();
 }
 template <int kPending>
-void copies_wait() {
+void cp_async_wait_group() {
   while (self().groups.size() > kPending) {
     for (const auto& copy : self().groups.front()) finish(copy);
     self().groups.pop_front();
@@ -538,7 +542,7 @@ struct MatrixCall {
   uint32_t from;
   uint32_t* x;
 };
-inline void load_matrices_any(uint32_t (&x)[4], uint32_t from, bool transposed) {
+inline void ldmatrix_x4_any(uint32_t (&x)[4], uint32_t from, bool transposed) {
   MatrixCall call = {from, x};
   emulator::Block& where = block();
   emulator::together_warp(
@@ -564,15 +568,10 @@ inline void load_matrices_any(uint32_t (&x)[4], uint32_t from, bool transposed) 
         }
       });
 }
-inline void load_matrices(uint32_t (&x)[4], uint32_t from) { load_matrices_any(x, from, false); }
-inline void load_matrices_transposed(uint32_t (&x)[4], uint32_t from) {
-  load_matrices_any(x, from, true);
-}
+inline void ldmatrix_x4(uint32_t (&x)[4], uint32_t from) { ldmatrix_x4_any(x, from, false); }
+inline void ldmatrix_x4_trans(uint32_t (&x)[4], uint32_t from) { ldmatrix_x4_any(x, from, true); }
 
-template <class Element>
-void round_operand(uint32_t&) {}
-template <>
-inline void round_operand<TensorFloat32>(uint32_t& x) {
+inline void cvt_rna_tf32(uint32_t& x) {
   if ((x & 0x7f800000u) != 0x7f800000u) x += 0x1000;
   x &= (x & 0x7f800000u) != 0x7f800000u ? 0xffffe000u : 0xffffffffu;
 }
@@ -584,7 +583,7 @@ struct MultiplyCall {
 };
 /// mma.m16n8k16 (16-bit) and m16n8k8 (32-bit), fragments as the PTX ISA tabulates them.
 template <class Element>
-void multiply(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void mma_sync(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   MultiplyCall call = {d, a, {b0, b1}};
   emulator::together_warp("mma", &call, [](std::vector<void*>& lanes) {
     constexpr size_t kDepth = 32 / kSize<Element>,
@@ -619,7 +618,7 @@ void multiply(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 
 // mbarriers and bulk copies -----------------------------------------------------------------------
 
-struct alignas(8) Barrier {
+struct alignas(8) mbarrier_t {
   char bytes[8];
 };
 
@@ -636,29 +635,30 @@ inline void arrive(emulator::MBarrier& b, int64_t bytes) {
   b.pending--;
   barrier_check(b);
 }
-inline void barrier_init(Barrier* barrier, uint32_t arrivals) {
+inline void mbarrier_init(mbarrier_t* barrier, uint32_t arrivals) {
   block().barriers.push_back({barrier, {arrivals, arrivals, 0, 0}});
 }
-inline void barriers_publish() {}
-inline void barrier_expect(Barrier* barrier, uint32_t bytes) {
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive_expect_tx(mbarrier_t* barrier, uint32_t bytes) {
   arrive(block().barrier(barrier), bytes);
 }
-inline void barrier_arrive(Barrier* barrier) { arrive(block().barrier(barrier), 0); }
+inline void mbarrier_arrive(mbarrier_t* barrier) { arrive(block().barrier(barrier), 0); }
 /// The other block's barrier at the same address.
-inline Barrier* there(const void* barrier, size_t rank) {
+inline mbarrier_t* there(const void* barrier, size_t rank) {
   emulator::Block& to = *emulator::machine()->blocks[rank];
-  return reinterpret_cast<Barrier*>(to.arena + (static_cast<const char*>(barrier) - block().arena));
+  return reinterpret_cast<mbarrier_t*>(to.arena +
+                                       (static_cast<const char*>(barrier) - block().arena));
 }
-inline void barrier_arrive_at(Barrier* barrier, uint32_t rank) {
+inline void mbarrier_arrive_cluster(mbarrier_t* barrier, uint32_t rank) {
   if (rank >= emulator::machine()->blocks.size()) fail("no such block in the cluster");
   arrive(emulator::machine()->blocks[rank]->barrier(there(barrier, rank)), 0);
 }
-inline void barrier_wait(Barrier* barrier, uint32_t parity) {
+inline void mbarrier_wait_parity(mbarrier_t* barrier, uint32_t parity) {
   emulator::Block* const where = &block();
   where->barrier(barrier);
   // The phase of that parity is complete where the current, incomplete one has the other parity.
   const auto complete = [=] { return where->barrier(barrier).phase % 2 != parity % 2; };
-  if (!complete()) emulator::pause("barrier_wait", complete);
+  if (!complete()) emulator::pause("mbarrier_wait_parity", complete);
 }
 
 /// A matrix of rows, boxes of 128 rows by 128 bytes.
@@ -667,17 +667,17 @@ struct TensorMap {
   int64_t rows, stride, row_bytes;
   int element;  // bytes
 };
-inline void prefetch_map(const TensorMap*) {}
+inline void prefetch_tensormap(const TensorMap*) {}
 
-inline void copy_box_to(uint16_t blocks, void* to, const TensorMap* map, Barrier* barrier,
-                        int32_t x, int32_t y) {
+inline void tma_load_2d_multicast(uint16_t blocks, void* to, const TensorMap* map,
+                                  mbarrier_t* barrier, int32_t x, int32_t y) {
   constexpr uint32_t kBox = 128 * 128;
   for (size_t rank = 0; rank < emulator::machine()->blocks.size(); rank++) {
     if ((blocks >> rank & 1) == 0) continue;
     emulator::Block* const where = emulator::machine()->blocks[rank].get();
     const uint32_t address = shared_address(to);
     char* const first = shared_pointer(*where, address, kBox, 1024);
-    Barrier* const signal = there(barrier, rank);
+    mbarrier_t* const signal = there(barrier, rank);
     const auto complete = [=] {
       for (uint32_t i = 0; i < kBox; i += static_cast<uint32_t>(map->element)) {
         const int64_t row = y + static_cast<int64_t>(i / 128);
@@ -704,18 +704,18 @@ inline void copy_box_to(uint16_t blocks, void* to, const TensorMap* map, Barrier
     }
   }
 }
-inline void copy_box(void* to, const TensorMap* map, Barrier* barrier, int32_t x, int32_t y) {
-  copy_box_to(static_cast<uint16_t>(1u << block().rank), to, map, barrier, x, y);
+inline void tma_load_2d(void* to, const TensorMap* map, mbarrier_t* barrier, int32_t x, int32_t y) {
+  tma_load_2d_multicast(static_cast<uint16_t>(1u << block().rank), to, map, barrier, x, y);
 }
 
 // wgmma -------------------------------------------------------------------------------------------
 
 template <int kRegisters>
-void release_registers() {
+void setmaxnreg_dec() {
   emulator::together_group("setmaxnreg", nullptr);
 }
 template <int kRegisters>
-void claim_registers() {
+void setmaxnreg_inc() {
   emulator::together_group("setmaxnreg", nullptr);
 }
 inline emulator::Warpgroup& products() {
@@ -724,8 +724,8 @@ inline emulator::Warpgroup& products() {
 inline emulator::Warpgroup::Warp& products_of_warp() {
   return products().warps[self().thread % 128 / 32];
 }
-inline void products_begin() { emulator::together_warp("wgmma.fence", nullptr); }
-inline void products_commit() {
+inline void wgmma_fence() { emulator::together_warp("wgmma.fence", nullptr); }
+inline void wgmma_commit_group() {
   emulator::together_warp("wgmma.commit", nullptr, [](std::vector<void*>&) {
     products_of_warp().groups.push_back(products_of_warp().issued);
   });
@@ -739,7 +739,7 @@ inline void multiply_until(emulator::Warpgroup& group, size_t count) {
   }
 }
 template <int kPending>
-void products_wait() {
+void wgmma_wait_group() {
   emulator::together_warp("wgmma.wait", nullptr);
   emulator::Warpgroup& group = products();
   const auto& groups = products_of_warp().groups;
@@ -751,7 +751,7 @@ void products_wait() {
   multiply_until(group, count);
 }
 template <int kCount>
-void hold(float (&)[kCount]) {}
+void fence_operand(float (&)[kCount]) {}
 
 /// Element k of row r of an operand of 32-byte rows, channels next to each other, through its
 /// descriptor.
@@ -772,7 +772,7 @@ struct GroupCall {
   uint32_t accumulate;
 };
 template <class Element, int N>
-void multiply_group(float (&d)[N / 2], uint64_t a, uint64_t b, uint32_t accumulate) {
+void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, uint32_t accumulate) {
   const auto call = std::make_shared<GroupCall>(GroupCall{d, a, b, accumulate});
   emulator::machine()->calls.push_back(call);  // other warps may come much later
   emulator::Warpgroup& group = products();
@@ -829,4 +829,4 @@ void multiply_group(float (&d)[N / 2], uint64_t a, uint64_t b, uint32_t accumula
   });
 }
 
-}  // namespace zipfls::cuda::vote::ptx
+}  // namespace zipfls::cuda::ptx

@@ -1,20 +1,20 @@
-// Where things are: element types, shared-memory layouts, fragments, tile orders, patches. Index
-// arithmetic alone, for host and device: the tests check it exhaustively and replay the kernels
-// with it.
+// The votes' index arithmetic: element types, shared-memory layouts, fragments, tile orders,
+// patches, and the order of scores. For host and device: the tests check it exhaustively.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "vote_best.cuh"
-
+#ifndef ZIPFLS_HOST_DEVICE
 #ifdef __CUDACC__
-#define ZIPFLS_VOTE_DEVICE __device__ __forceinline__
+#define ZIPFLS_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define ZIPFLS_VOTE_DEVICE inline
+#define ZIPFLS_HOST_DEVICE inline __attribute__((always_inline))
+#endif
 #endif
 
-namespace zipfls::cuda::vote {
+namespace zipfls::cuda {
 
 // Elements ----------------------------------------------------------------------------------------
 
@@ -28,9 +28,11 @@ ZIPFLS_HOST_DEVICE float float_of_bits(uint32_t bits) {
 #endif
 }
 
+// Operands of the tensor cores, as they are stored.
+
 struct BFloat16 {
   using Stored = uint16_t;
-  ZIPFLS_HOST_DEVICE static float widen(Stored x) {
+  ZIPFLS_HOST_DEVICE static float to_float(Stored x) {
     return float_of_bits(static_cast<uint32_t>(x) << 16);
   }
 };
@@ -38,7 +40,7 @@ struct BFloat16 {
 struct Float16 {
   using Stored = uint16_t;
   /// Exact: the exponent is rebased by a multiplication, which also normalises subnormals.
-  ZIPFLS_HOST_DEVICE static float widen(Stored x) {
+  ZIPFLS_HOST_DEVICE static float to_float(Stored x) {
     const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fffu) << 13;
     const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16;
     if (magnitude >= 0x0f800000u) return float_of_bits(sign | magnitude | 0x70000000u);  // inf, NaN
@@ -48,11 +50,13 @@ struct Float16 {
 
 struct TensorFloat32 {
   using Stored = float;
-  ZIPFLS_HOST_DEVICE static float widen(Stored x) { return x; }
+  ZIPFLS_HOST_DEVICE static float to_float(Stored x) { return x; }
 };
 
 template <class Element>
 constexpr int kSize = static_cast<int>(sizeof(typename Element::Stored));
+
+namespace vote {
 
 /// bias[c] as it is stored, 0 without one or past the last class.
 template <class Element>
@@ -65,8 +69,50 @@ ZIPFLS_HOST_DEVICE typename Element::Stored stored_bias(const void* bias, int64_
 /// winning without a select or a branch of their own.
 template <class Element>
 ZIPFLS_HOST_DEVICE float padded_bias(typename Element::Stored bias, int64_t c, int64_t C) {
-  return c < C ? Element::widen(bias) : NAN;
+  return c < C ? Element::to_float(bias) : NAN;
 }
+
+// Scores ------------------------------------------------------------------------------------------
+
+/// A score and its class. Class -1: every score so far is NaN, and `score` has no meaning.
+///
+/// The one source of the vote's order: among equal computed scores the lowest class wins; a NaN
+/// score never wins; minus infinity may. argmax_combine is associative and commutative, so that
+/// splits may be combined in any order.
+struct alignas(8) ScoreIndex {
+  float score;
+  int32_t index;
+};
+
+/// argmax_combine's identity.
+ZIPFLS_HOST_DEVICE ScoreIndex identity() { return {-INFINITY, -1}; }
+
+ZIPFLS_HOST_DEVICE bool beats(ScoreIndex challenger, ScoreIndex holder) {
+  if (challenger.index < 0) return false;
+  if (holder.index < 0) return true;
+  return challenger.score > holder.score ||
+         (challenger.score == holder.score && challenger.index < holder.index);
+}
+
+ZIPFLS_HOST_DEVICE ScoreIndex argmax_combine(ScoreIndex a, ScoreIndex b) {
+  const bool second = beats(b, a);  // field by field, to stay in registers
+  return {second ? b.score : a.score, second ? b.index : a.index};
+}
+
+/// Rows of the matrix product and positions: image n's P positions are rows n * pitch .. + P. pitch
+/// > P where the tensor is a slice of longer images (tokens without their class token): the rows in
+/// between are computed and not read.
+struct RowMap {
+  int64_t positions;  // P
+  int64_t pitch;
+
+  /// Index of a row's vote, -1 for a row in between.
+  ZIPFLS_HOST_DEVICE int64_t vote_of(int64_t row) const {
+    if (pitch == positions) return row;
+    const int64_t p = row % pitch;
+    return p < positions ? row / pitch * positions + p : -1;
+  }
+};
 
 // Shared memory -----------------------------------------------------------------------------------
 
@@ -106,17 +152,17 @@ ZIPFLS_HOST_DEVICE int fragment_column(int lane) { return lane % 4 * 2; }
 
 // Tile orders -------------------------------------------------------------------------------------
 
-struct TileAt {
-  int64_t down;    // tile of rows
-  int32_t across;  // tile of classes
+struct Tile {
+  int64_t m;  // tile of rows
+  int32_t n;  // tile of classes
 };
 
-/// Tile t of down * across tiles, in groups of `group` tiles of rows: a group's rows stay in L2
-/// while the classes pass, and neighbours in time share a class tile.
-ZIPFLS_HOST_DEVICE TileAt tile_at(int64_t t, int64_t down, int32_t across, int64_t group) {
-  const int64_t first = t / (group * across) * group;
-  const int64_t size = down - first < group ? down - first : group;
-  const int64_t within = t - first * across;
+/// Tile t of tiles_m * tiles_n, in groups of `group` tiles of rows: a group's rows stay in L2 while
+/// the class tiles pass, and tiles next to each other in time share a class tile.
+ZIPFLS_HOST_DEVICE Tile tile_at(int64_t t, int64_t tiles_m, int32_t tiles_n, int64_t group) {
+  const int64_t first = t / (group * tiles_n) * group;
+  const int64_t size = tiles_m - first < group ? tiles_m - first : group;
+  const int64_t within = t - first * tiles_n;
   return {first + within % size, static_cast<int32_t>(within / size)};
 }
 
@@ -187,9 +233,10 @@ ZIPFLS_HOST_DEVICE int32_t neighbour(const Patch& patch, const Position& at, int
 }
 
 /// Index of the vote in quarter (dy, dx) of a position.
-ZIPFLS_HOST_DEVICE int64_t doubled(const Position& at, int32_t H, int32_t W, int32_t dy,
-                                   int32_t dx) {
+ZIPFLS_HOST_DEVICE int64_t upsampled_index(const Position& at, int32_t H, int32_t W, int32_t dy,
+                                           int32_t dx) {
   return (at.n * 2 * H + 2 * at.h + dy) * 2 * W + 2 * at.w + dx;
 }
 
-}  // namespace zipfls::cuda::vote
+}  // namespace vote
+}  // namespace zipfls::cuda

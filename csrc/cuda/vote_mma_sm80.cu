@@ -1,6 +1,6 @@
-// Launches of the mma.sync kernels; see vote_sm80.cuh.
+// Launches of the mma.sync kernels; see vote_mma_sm80.cuh.
 #include "vote_launch.h"
-#include "vote_sm80.cuh"
+#include "vote_mma_sm80.cuh"
 
 namespace zipfls::cuda::vote {
 namespace {
@@ -29,24 +29,23 @@ cudaError_t launch(const MmaArgs& args, int64_t blocks, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-template <class Element, Minor kMinor>
+template <class Element, Major kMajor>
 cudaError_t launch_of(Kernel kernel, const MmaArgs& args, int64_t blocks, cudaStream_t stream) {
   switch (kernel) {
     case Kernel::kMma:
-      return launch<MmaConfig<Element, kRows, kClasses, kWarpsDown, kWarpsAcross, kMinor, false>>(
+      return launch<MmaConfig<Element, kTileM, kTileN, kWarpsM, kWarpsN, kMajor, false>>(
           args, blocks, stream);
     case Kernel::kMmaFew:
-      return launch<
-          MmaConfig<Element, kFewRows, kClasses, kWarpsDown, kWarpsAcross, kMinor, false>>(
+      return launch<MmaConfig<Element, kSmallTileM, kTileN, kWarpsM, kWarpsN, kMajor, false>>(
           args, blocks, stream);
     case Kernel::kMmaSmallMap:
       return launch<
-          MmaConfig<Element, kSmallMapRows, kSmallMapClasses, 2, kUpsampleWarps / 2, kMinor, true>>(
+          MmaConfig<Element, kSmallMapTileM, kSmallMapTileN, 2, kUpsampleWarps / 2, kMajor, true>>(
           args, blocks, stream);
     case Kernel::kMmaPatch:
-      if constexpr (kMinor == Minor::kChannels)
+      if constexpr (kMajor == Major::kK)
         return launch<
-            MmaConfig<Element, kPatchRows, kPatchClasses, 4, kUpsampleWarps / 4, kMinor, true>>(
+            MmaConfig<Element, kPatchTileM, kPatchTileN, 4, kUpsampleWarps / 4, kMajor, true>>(
             args, blocks, stream);
       break;
     default:
@@ -59,33 +58,32 @@ cudaError_t launch_of(Kernel kernel, const MmaArgs& args, int64_t blocks, cudaSt
 
 cudaError_t launch_mma(Kernel kernel, VoteType type, Layout layout, const MmaArgs& args,
                        int64_t blocks, cudaStream_t stream) {
-  const bool by_position = layout == Layout::kPositionMinor;
+  const bool by_position = layout == Layout::kMNMajor;
   switch (type) {
     case VoteType::kBFloat16:
-      return by_position ? launch_of<BFloat16, Minor::kPositions>(kernel, args, blocks, stream)
-                         : launch_of<BFloat16, Minor::kChannels>(kernel, args, blocks, stream);
+      return by_position ? launch_of<BFloat16, Major::kMN>(kernel, args, blocks, stream)
+                         : launch_of<BFloat16, Major::kK>(kernel, args, blocks, stream);
     case VoteType::kFloat16:
-      return by_position ? launch_of<Float16, Minor::kPositions>(kernel, args, blocks, stream)
-                         : launch_of<Float16, Minor::kChannels>(kernel, args, blocks, stream);
+      return by_position ? launch_of<Float16, Major::kMN>(kernel, args, blocks, stream)
+                         : launch_of<Float16, Major::kK>(kernel, args, blocks, stream);
     case VoteType::kTensorFloat32:
-      if (!by_position)
-        return launch_of<TensorFloat32, Minor::kChannels>(kernel, args, blocks, stream);
+      if (!by_position) return launch_of<TensorFloat32, Major::kK>(kernel, args, blocks, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 size_t mma_shared_bytes(Kernel kernel) {
   const auto of = [](auto config) { return static_cast<size_t>(decltype(config)::kSharedBytes); };
-  constexpr Minor kMinor = Minor::kChannels;
+  constexpr Major kMajor = Major::kK;
   switch (kernel) {
     case Kernel::kMmaSmallMap:
-      return of(MmaConfig<BFloat16, kSmallMapRows, kSmallMapClasses, 2, kUpsampleWarps / 2, kMinor,
+      return of(MmaConfig<BFloat16, kSmallMapTileM, kSmallMapTileN, 2, kUpsampleWarps / 2, kMajor,
                           true>());
     case Kernel::kMmaPatch:
       return of(
-          MmaConfig<BFloat16, kPatchRows, kPatchClasses, 4, kUpsampleWarps / 4, kMinor, true>());
+          MmaConfig<BFloat16, kPatchTileM, kPatchTileN, 4, kUpsampleWarps / 4, kMajor, true>());
     default:
-      return of(MmaConfig<BFloat16, kRows, kClasses, kWarpsDown, kWarpsAcross, kMinor, false>());
+      return of(MmaConfig<BFloat16, kTileM, kTileN, kWarpsM, kWarpsN, kMajor, false>());
   }
 }
 

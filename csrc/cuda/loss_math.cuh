@@ -1,0 +1,405 @@
+// Stage 4: a row's statistics, losses and gradient factors, shared by the loss kernels.
+//
+// With m = max z_c, s = sum exp(z_c - m) and t = sum (z_c - m), the target left out of all three,
+// and a label that is q for every class without a vote (MATH.md, "Why one pass is enough"):
+//
+//     L_zipf = sum p log p - (q t + sum_voted (p_c - q)(z_c - m)) + log s
+//     dz_c   = exp(z_c - m) k1 - k2,   k1 = CE's a / (Z e^-m) + lambda / s,   k2 = lambda q
+//
+// for c without a vote; the gradient of at most P voted classes and of the target differs, and is
+// patched. Kernels:
+//
+//   loss_fwd_kernel, loss_fwd_cluster_kernel  loss_rows.cuh: a row on chip, in 8 lanes, a warp, a
+//                                             block or a cluster
+//   loss_fwd_long_kernel                      loss_long.cuh: a row that is read twice
+//   loss_dense_kernel                         loss_dense.cuh: a log mass for every class given
+//   soft_loss_fwd_kernel                      soft_loss.cuh: a target of probabilities
+//   loss_totals_kernel, loss_correct_kernel   loss_reduce.cuh: what a mean divides by
+//   loss_bwd_kernel                           loss_bwd.cuh: the upstream gradient
+//
+// The gradient may be written over the logits (LossFwd::grad == logits): a row belongs to one block
+// (or cluster), and a barrier separates the row's last read of a logit that another thread
+// overwrites from its first gradient. No pointer is __restrict__.
+#pragma once
+
+#include "loss_reduce.cuh"
+#include "tables.cuh"
+
+namespace zipfls::cuda {
+
+// Statistics of a row -----------------------------------------------------------------------------
+
+/// Sums over (a part of) a row's non-target classes. shift: the largest logit, or 0 where that is
+/// -inf.
+template <class A>
+struct RowStats {
+  A max = -infinity<A>();  // -inf where there is no class, or none but -inf
+  A sum_exp = 0;           // sum exp(z - shift)
+  A sum = 0;               // sum (z - shift) over finite z
+  A smooth = 0;            // sum w (z - shift) over all z: weighted label smoothing only
+  A smooth_weight = 0;     // sum w, likewise
+  int32_t finite = 0;      // classes whose logit is not -inf (NaN and +inf reach the sums anyway)
+  int32_t misclassified = 0;  // classes that rank above the target; only_correct only
+};
+
+template <class A>
+ZIPFLS_DEVICE A shift_of(A max) {
+  return max == -infinity<A>() ? A(0) : max;
+}
+
+/// One RowStats from those of WIDTH consecutive lanes; all lanes of the warp call.
+template <int WIDTH, class A>
+ZIPFLS_DEVICE RowStats<A> merge_lanes(RowStats<A> x, bool weighted, bool misclassified) {
+  RowStats<A> all;
+  all.max = warp_reduce_max<WIDTH>(x.max);
+  const A lift = shift_of(x.max) - shift_of(all.max);
+  // A part of -inf alone adds 0 whatever its shift; a NaN stays one.
+  const A factor = x.max == -infinity<A>() ? A(0) : exp_of(lift);
+  all.sum_exp = warp_reduce_sum<WIDTH>(x.sum_exp * factor);
+  all.sum = warp_reduce_sum<WIDTH>(x.finite == 0 ? x.sum : x.sum + static_cast<A>(x.finite) * lift);
+  all.finite = warp_reduce_sum<WIDTH>(x.finite);
+  if (weighted) {
+    const bool none = x.smooth_weight == 0;  // and 0 times an infinite lift would be NaN
+    all.smooth = warp_reduce_sum<WIDTH>(none ? x.smooth : x.smooth + x.smooth_weight * lift);
+    all.smooth_weight = warp_reduce_sum<WIDTH>(x.smooth_weight);
+  }
+  if (misclassified) all.misclassified = warp_reduce_sum<WIDTH>(x.misclassified);
+  return all;
+}
+
+/// Adds a vector of V logits to the sums, whose shift is given, and turns x into exp(x - shift).
+/// Elements that the sums leave out are -inf: the target, and columns outside the row.
+template <class T, class A>
+ZIPFLS_DEVICE void add_vector(A* x, A shift, RowStats<A>& stats) {
+  constexpr int V = kVector<T>;
+  A above[V], vector_sum = 0, vector_exp = 0;
+#pragma unroll
+  for (int v = 0; v < V; v++) {
+    above[v] = x[v] - shift;
+    x[v] = exp_element<T>(above[v]);
+    vector_exp += x[v];
+    vector_sum += above[v];
+  }
+  stats.sum_exp += vector_exp;
+  if (vector_sum == -infinity<A>()) {  // rare, and so one test for all V
+    vector_sum = 0;
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      if (above[v] == -infinity<A>()) continue;
+      vector_sum += above[v];
+      stats.finite++;
+    }
+  } else {
+    stats.finite += V;
+  }
+  stats.sum += vector_sum;
+}
+
+/// Sums that only some options need, class by class in a separate loop.
+template <class A>
+struct RareSums {
+  const A* smooth_weight;  // (C,) A, or null
+  bool misclassified;      // only_correct looks at the row
+  int32_t y;
+  A z_target;
+
+  ZIPFLS_DEVICE bool wanted() const { return smooth_weight != nullptr || misclassified; }
+  ZIPFLS_DEVICE void add(int32_t c, A z, A shift, RowStats<A>& stats) const {
+    if (c == y) return;
+    if (smooth_weight != nullptr) {
+      stats.smooth += smooth_weight[c] * (z - shift);
+      stats.smooth_weight += smooth_weight[c];
+    }
+    if (misclassified) stats.misclassified += z > z_target || (z == z_target && c < y);
+  }
+};
+
+// One sample --------------------------------------------------------------------------------------
+
+/// A row's target, before its logits are read.
+struct Sample {
+  int64_t i;
+  int32_t y;     // target class; 0 where there is none to read
+  bool live;     // not ignored, with a target inside the classes: only then are logits read
+  bool ignored;  // loss and gradient 0
+  bool invalid;  // an index outside the classes: loss and gradient NaN
+};
+
+/// A row i >= N, of a warp whose other rows exist, is ignored.
+ZIPFLS_DEVICE Sample load_sample(const LossFwd& a, int64_t i) {
+  const int64_t target = i < a.N ? a.target[i] : a.ignore_index;
+  const bool ignored = target == a.ignore_index, inside = target >= 0 && target < a.C;
+  const bool live = !ignored && inside;
+  return {i, live ? static_cast<int32_t>(target) : 0, live, ignored, !ignored && !inside};
+}
+
+/// Cross-entropy of a row, and its share of the gradient before ce_step.
+template <class A>
+struct CrossEntropy {
+  A loss;
+  A per_exp;    // d loss / d z_c = exp(z_c - shift) per_exp - share w_c, c != y
+  A at_target;  // d loss / d z_y
+};
+
+/// Adds the target to the other classes' statistics, without subtraction: exact where it dominates.
+///
+/// weight: w_y. others: sum w_c, others_sum: sum w_c (z_c - shift), over c != y. share: label
+/// smoothing / C.
+template <class A>
+ZIPFLS_DEVICE CrossEntropy<A> cross_entropy_of(const RowStats<A>& stats, A z_target, A weight,
+                                               A others, A others_sum, A smoothing, A share) {
+  const A shift = shift_of(stats.max);
+  const bool alone = stats.max == -infinity<A>();
+  A nll, per_exp, rest,
+      log_others;  // -log p_y; p_c / exp(z_c - shift); 1 - p_y; log p_c - (z_c - shift)
+  if (z_target > stats.max || alone) {
+    const A factor = alone ? A(0) : exp_of(stats.max - z_target);
+    // z_y - z_y: 0, and NaN at an infinite z_y, as the softmax of an infinity is.
+    const A other_exp = (alone ? stats.sum_exp : stats.sum_exp * factor) + (z_target - z_target);
+    nll = log1p_of(other_exp);
+    per_exp = factor / (1 + other_exp);
+    rest = other_exp / (1 + other_exp);
+    log_others = (shift - z_target) - nll;
+  } else {
+    const A total = stats.sum_exp + exp_of(z_target - shift), log_total = log_of(total);
+    nll = (shift - z_target) + log_total;
+    per_exp = A(1) / total;
+    rest = stats.sum_exp / total;
+    log_others = -log_total;
+  }
+  if (smoothing == 0) return {weight * nll, weight * per_exp, -weight * rest};
+  // Skipped, not multiplied by 0: the log probability of a masked class is -inf.
+  const A loss =
+      (1 - smoothing) * weight * nll - share * (others_sum + others * log_others - weight * nll);
+  const A a = (1 - smoothing) * weight + share * (others + weight);
+  return {loss, a * per_exp, share * others - a * rest};
+}
+
+/// A row's losses, and the factors of its gradient: exp(z_c - shift) per_exp - constant for a class
+/// c without a vote.
+template <class A>
+struct Finished {
+  A shift;
+  A per_exp, constant;
+  A at_target;
+  A label_step;   // factor of p~ in the gradient
+  A smooth_step;  // factor of w_c; 0 unless weighted label smoothing
+  A fill_value;   // the whole gradient, where fill
+  int32_t fill;
+  A ce, zipf;
+};
+
+/// Losses and gradient factors from a row's statistics, without the label's part.
+template <class A>
+ZIPFLS_DEVICE Finished<A> finish_cross_entropy(const LossFwd& a, const Sample& sample,
+                                               const RowStats<A>& stats, A z_target,
+                                               const Scales<A>& scales, bool counted) {
+  Finished<A> f{};
+  f.shift = shift_of(stats.max);
+  const A* const weight = static_cast<const A*>(a.weight);
+  if (a.ce && sample.live) {
+    const A w = weight == nullptr ? A(1) : weight[sample.y];
+    const A smoothing = static_cast<A>(a.label_smoothing), share = smoothing / static_cast<A>(a.C);
+    const A others = weight == nullptr ? static_cast<A>(a.C - 1) : stats.smooth_weight;
+    const A others_sum = weight != nullptr        ? stats.smooth
+                         : stats.finite < a.C - 1 ? -infinity<A>()
+                                                  : stats.sum;
+    const auto ce = cross_entropy_of(stats, z_target, w, others, others_sum, smoothing, share);
+    f.ce = ce.loss;
+    f.per_exp = scales.ce_step * ce.per_exp;
+    f.at_target = scales.ce_step * ce.at_target;
+    if (smoothing != 0) (weight == nullptr ? f.constant : f.smooth_step) = scales.ce_step * share;
+  }
+  if (a.zipf && counted) {
+    f.label_step = scales.zipf_step;
+    f.per_exp += scales.zipf_step / stats.sum_exp;
+  }
+  // A row that counts in no part has gradient 0 whatever its logits.
+  f.fill = sample.ignored || sample.invalid || (!a.ce && !(a.zipf && counted));
+  f.fill_value = sample.invalid ? not_a_number<A>() : A(0);
+  return f;
+}
+
+/// Whether a row's Zipf part counts.
+template <class A>
+ZIPFLS_DEVICE bool counts(const LossFwd& a, const Sample& sample, const RowStats<A>& stats) {
+  if (!sample.live || !a.only_correct) return sample.live;
+  return a.correct != nullptr ? a.correct[sample.i] != 0 : stats.misclassified == 0;
+}
+
+/// Stores a row's losses, or adds them to those of the group's earlier rows: by one thread of the
+/// group.
+template <class A>
+ZIPFLS_DEVICE void report_row(const LossFwd& a, const BlockArea<A>& block, int row_in_block,
+                              const Sample& sample, const Finished<A>& f) {
+  const A nan = not_a_number<A>();
+  const A ce = sample.ignored ? A(0) : sample.invalid ? nan : f.ce;
+  const A zipf = sample.ignored ? A(0) : sample.invalid ? nan : f.zipf;
+  if (a.reduction != kNone) {
+    block.sums[row_in_block] += static_cast<double>(ce);
+    block.sums[kMostRows + row_in_block] += static_cast<double>(zipf);
+  } else if (sample.i < a.N) {
+    static_cast<A*>(a.ce_out)[sample.i] = ce;
+    static_cast<A*>(a.zipf_out)[sample.i] = zipf;
+    static_cast<A*>(a.loss)[sample.i] =
+        static_cast<A>(a.ce_weight) * ce + static_cast<A>(a.zipf_weight) * zipf;
+  }
+}
+
+/// Sums over a row's voted classes.
+template <class A>
+struct VotedSums {
+  A cross;   // sum (p_c - q)(z_c - m) of finite z_c; -inf where a class with a label has a logit of
+             // -inf
+  A absent;  // classes with a logit of -inf
+};
+
+/// Over the votes of row i if it is live, each with 1 / n_c of its class: the order of the votes is
+/// fixed, that of the list of classes is not. By the row's leading lanes.
+///
+/// logit(c): z_c, in A. labelled(c): whether class c has a label.
+template <class Group, class A, class Logit, class Labelled>
+ZIPFLS_DEVICE VotedSums<A> voted_sums(const LossFwd& a, int64_t i, bool live,
+                                      const VoteTables<A>& t, A shift, Logit logit,
+                                      Labelled labelled) {
+  constexpr int kLanes = Group::kLeaders;
+  const A q = t.label[0];
+  A cross = 0, absent = 0;
+  if (live) {
+#pragma unroll 1
+    for (int32_t p = Group::lane(); p < a.votes.P; p += kLanes) {
+      const int32_t c = load_vote(a.votes, i, p, a.C);
+      if (c < 0 || !labelled(c)) continue;
+      const int32_t n = t.votes_for(c);
+      const A label = t.label[n], z = logit(c), share = A(1) / static_cast<A>(n);
+      if (z == -infinity<A>()) {
+        absent += share;
+        if (label > 0) cross = -infinity<A>();
+      } else {
+        cross += (label - q) * (z - shift) * share;
+      }
+    }
+  }
+  return {warp_reduce_sum<kLanes>(cross), warp_reduce_sum<kLanes>(absent)};
+}
+
+/// By a row's leading lanes: losses, gradient factors, and the gradient at its voted classes.
+///
+/// logit(c): z_c, in A. in_part(c): whether a class belongs to this block's part of the row.
+template <class Group, class A, class Logit, class InPart>
+ZIPFLS_DEVICE Finished<A> finish_row(const LossFwd& a, const Sample& sample,
+                                     const RowStats<A>& stats, A z_target, A entropy,
+                                     const VoteTables<A>& t, int32_t K, const Scales<A>& scales,
+                                     Logit logit, InPart in_part) {
+  constexpr int kLanes = Group::kLeaders;
+  const bool counted = counts(a, sample, stats);
+  Finished<A> f = finish_cross_entropy(a, sample, stats, z_target, scales, counted);
+  if (!a.zipf) return f;
+
+  const A q = t.label[0];
+  const auto voted = voted_sums<Group>(a, sample.i, sample.live, t, f.shift, logit,
+                                       [&](int32_t c) { return c != sample.y; });
+  const bool absent_rest = static_cast<A>(a.C - 1 - stats.finite) - voted.absent > A(0.5);
+  if (counted) {
+    f.zipf = entropy - (q * stats.sum + voted.cross) + log_of(stats.sum_exp);
+    if (absent_rest && q > 0) f.zipf += infinity<A>();
+  }
+  const A smooth_constant = f.constant;
+  f.constant += f.label_step * q;
+
+  if (t.patch == nullptr) return f;
+#pragma unroll 1
+  for (int32_t k = Group::lane(); k < K; k += kLanes) {
+    const int32_t slot = t.voted[k], c = t.class_of(slot);
+    if (c == sample.y || !in_part(c)) continue;
+    const A label = f.label_step * t.label[t.counts[slot]];
+    A g = exp_of(logit(c) - f.shift) * f.per_exp - (label + smooth_constant);
+    if (f.smooth_step != 0) g -= f.smooth_step * static_cast<const A*>(a.weight)[c];
+    t.patch[k] = g;
+  }
+  return f;
+}
+
+// A row's vectors --------------------------------------------------------------------------------
+
+/// The 16-byte vectors of one row of logits (and of its gradient, at the same phase). The row may
+/// begin and end in the middle of a vector: vector j holds the columns from j V - phase on.
+template <class T>
+struct RowVectors {
+  static constexpr int V = kVector<T>;
+  const T* logits;  // (C,) T
+  T* grad;          // (C,) T, or null
+  int32_t C, phase;
+  uint32_t count;  // vectors the row touches
+
+  ZIPFLS_DEVICE static RowVectors of(const LossFwd& a, const Sample& sample) {
+    RowVectors row;
+    row.C = a.C;
+    const int64_t i = sample.i < a.N ? sample.i : 0;
+    row.logits = static_cast<const T*>(a.logits) + i * a.logits_stride;
+    row.grad = a.grad == nullptr || sample.i >= a.N ? nullptr : static_cast<T*>(a.grad) + i * a.C;
+    row.phase = static_cast<int32_t>(reinterpret_cast<uintptr_t>(row.logits) % 16 / sizeof(T));
+    row.count = static_cast<uint32_t>(row.phase + int64_t{a.C} + V - 1) / V;
+    return row;
+  }
+  ZIPFLS_DEVICE int32_t column(uint32_t j) const { return static_cast<int32_t>(j * V) - phase; }
+  ZIPFLS_DEVICE bool has(int32_t c) const {
+    return static_cast<uint32_t>(c) < static_cast<uint32_t>(C);
+  }
+  ZIPFLS_DEVICE bool whole(uint32_t j) const { return column(j) >= 0 && column(j) + V <= C; }
+
+  /// A vector of which only some columns exist; the others become -inf.
+  ZIPFLS_DEVICE uint4 load_edge(uint32_t j) const {
+    Arithmetic<T> x[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      const int32_t c = column(j) + v;
+      x[v] = c >= 0 && c < C ? to_float(logits[c]) : -infinity<Arithmetic<T>>();
+    }
+    return pack<T>(x);
+  }
+  /// The same, element by element to shared memory, to (V,) T.
+  ZIPFLS_DEVICE void copy_edge(uint32_t j, T* to) const {
+#pragma unroll 1
+    for (int v = 0; v < V; v++) {
+      const int32_t c = column(j) + v;
+      if (c >= 0 && c < C) {
+        to[v] = logits[c];
+      } else {
+        from_float(-infinity<Arithmetic<T>>(), to + v);
+      }
+    }
+  }
+  ZIPFLS_DEVICE void store(uint32_t j, const Arithmetic<T>* g) const {
+    if (whole(j)) {
+      ptx::st_global_cg_16(grad + column(j), pack<T>(g));
+      return;
+    }
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      const int32_t c = column(j) + v;
+      if (c >= 0 && c < C) from_float(g[v], grad + c);
+    }
+  }
+};
+
+/// Gradient of V columns from exp(z - shift), x, and its factors; factor: from x's own shift to the
+/// row's.
+template <int V, class A>
+ZIPFLS_DEVICE void gradient_vector(A* x, int32_t column, int32_t C, A factor, const Finished<A>& f,
+                                   const A* weight) {
+  if (f.fill) {
+#pragma unroll
+    for (int v = 0; v < V; v++) x[v] = f.fill_value;
+    return;
+  }
+  const A per_exp = f.per_exp * factor;
+#pragma unroll
+  for (int v = 0; v < V; v++) x[v] = x[v] * per_exp - f.constant;
+  if (f.smooth_step == 0) return;
+#pragma unroll
+  for (int v = 0; v < V; v++)
+    if (column + v >= 0 && column + v < C) x[v] -= f.smooth_step * weight[column + v];
+}
+
+}  // namespace zipfls::cuda
