@@ -1,18 +1,16 @@
 """The CUDA kernels of the loss and the labels, run on the CPU: one fiber per CUDA thread.
 
-tests/cuda_harness compiles the unchanged csrc/cuda/*.cuh three ways: plain; under AddressSanitizer and UBSan;
-with a race check. Values are compared with reference.py in float64, under several orders of the threads and
-several contents of fresh shared memory. Kernels with one planted fault each show what it catches.
+simulator.py compiles the unchanged launchers and kernels of csrc/cuda three ways: plain; under
+AddressSanitizer and UBSan; with a race check. Values are compared with reference.py in float64, under several
+orders of the threads, several contents of fresh shared memory, and with asynchronous copies as early and as
+late as they may come. Kernels with one planted fault each show what it catches.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
 import itertools
-import os
 import re
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -21,37 +19,15 @@ import numpy as np
 import pytest
 import torch
 from cases import KINDS, error, make
-from processes import alone
+from simulator import BUILDS, GXX, KERNELS, compiled, copy_sources, plant
 from test_soft import KINDS as TARGETS
 from test_soft import infinite_rows, probabilities
 
 import zipfls_cuda as zls
 from zipfls_cuda import functional, reference
 
-ROOT = Path(__file__).parent.parent
-HARNESS = Path(__file__).parent / "cuda_harness"
-KERNELS = ROOT / "csrc" / "cuda"
-GXX = shutil.which("g++")
-
 pytestmark = pytest.mark.skipif(GXX is None, reason="no g++ to compile the CUDA kernels for the CPU with")
 
-FLAGS = ["-std=c++17", "-g1", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
-# name -> (flags for the kernels, further flags for the runtime, flags for linking)
-BUILDS = {  # slowest first
-    "sanitized": (
-        ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DHARNESS_DTYPES=5"],
-        [],
-        ["-fsanitize=address,undefined"],
-    ),
-    "plain": (["-O1"], [], []),
-    # No float16 and float64 here: the same templates, and every build costs time.
-    "races": (
-        ["-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-DHARNESS_DTYPES=5"],
-        ["-DHARNESS_RACES"],
-        [],
-    ),
-}
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 LANES8, LANES32, BLOCK, CLUSTER, LONG = range(5)
 SHAPES = {"8 lanes": (LANES8, 128, 1), "32 lanes": (LANES32, 128, 1), "block": (BLOCK, 64, 1)}
@@ -71,46 +47,10 @@ def held(shape: tuple[int, int, int], C: int, dtype: torch.dtype) -> tuple[int, 
     return shape
 
 
-def compile_harness(name: str, kernels: Path = KERNELS, extra: tuple[str, ...] = ()) -> Path:
-    """The driver of a build, compiled unless its sources have been before."""
-    csrc = kernels.parent
-    sources = sorted([*HARNESS.glob("*.cpp"), *HARNESS.glob("*.h"), *HARNESS.glob("*.cuh")])
-    sources += sorted([*kernels.glob("*.cuh"), *kernels.glob("*.h"), csrc / "label.h"])
-    for_kernels, for_runtime, for_linking = BUILDS[name]
-    if extra:
-        for_kernels = [flag for flag in for_kernels if not flag.startswith("-DHARNESS_DTYPES")]
-    digest = hashlib.sha256(repr((BUILDS[name], FLAGS, extra)).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    folder = ROOT / "build" / "cuda_harness"
-    program = folder / f"{name}-{digest.hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    # The harness includes the kernels by their path from tests/; a copy of them brings its own tests/ along.
-    harness = csrc.parent / "tests" / "cuda_harness"
-    plain = [flag for flag in for_kernels if "thread" not in flag and "tsan" not in flag]
-    compile_it = [GXX, *FLAGS, "-I", harness, "-c"]
-    ours = f"{program}.part"
-    commands = [
-        [*compile_it, *for_kernels, *extra, harness / "driver.cpp", "-o", f"{ours}.1.o"],
-        [*compile_it, *plain, *for_runtime, harness / "runtime.cpp", "-o", f"{ours}.2.o"],
-        [GXX, *for_linking, f"{ours}.1.o", f"{ours}.2.o", "-o", ours],
-    ]
-    with alone(program):
-        if program.exists():
-            return program
-        for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-        os.replace(ours, program)
-        for part in (1, 2):
-            os.unlink(f"{ours}.{part}.o")
-    return program
-
-
 @pytest.fixture(scope="module")
-def harnesses() -> dict[str, Path]:
+def drivers() -> dict[str, Path]:
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(BUILDS, pool.map(compile_harness, BUILDS)))
+        return dict(zip(BUILDS, pool.map(lambda build: compiled("loss", build), BUILDS)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,12 +64,12 @@ def _one_thread():
 
 # The driver's protocol ----------------------------------------------------------------------------
 
-# The fields of Header in driver.cpp, in its order.
+# The fields of Header in loss_driver.cpp, in its order.
 HEADER = [
     *("op", "dtype", "N", "C", "P", "wide", "has_votes", "dense", "has_weight", "ce", "zipf"),
     *("only_correct", "ignore_index", "reduction", "with_grad", "scaled", "phase", "row_gap"),
     *("kernel", "threads", "cluster", "blocks", "totals", "multiprocessors", "clusters"),
-    *("order", "fill", "seed", "R", "grad_loss_stride", "in_place", "repeats"),
+    *("order", "fill", "seed", "late", "R", "grad_loss_stride", "in_place", "repeats"),
 ]
 LOSS, BACKWARD, RANK, LABEL, FAULT, SOFT_LOSS = range(6)
 DEFAULTS = {"kernel": -1, "multiprocessors": 132, "clusters": 1, "repeats": 1, "ignore_index": -100}
@@ -285,22 +225,22 @@ def check_loss(program, tmp_path, calls: list[tuple]) -> None:
 # Values, in every kernel --------------------------------------------------------------------------
 
 SIZES = [(5, 12, 9), (3, 2, 5), (4, 3, 1), (5, 100, 49), (2, 97, 320), (20, 37, 5), (1, 7, 0)]
-SCHEDULES = [{"order": o, "fill": f, "seed": 7 + o} for o, f in zip(range(4), (2, 0, 1, 2))]
+SCHEDULES = [{"order": o, "fill": f, "seed": 7 + o, "late": o % 2} for o, f in zip(range(4), (2, 0, 1, 2))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_in_every_kernel(harnesses, tmp_path, shape, dtype):
+def test_loss_in_every_kernel(drivers, tmp_path, shape, dtype):
     calls = [(make(*size, dtype=dtype), {"zipf_weight": 0.5}) for size in SIZES]
     calls += [(make(5, 12, 9, kind=kind, dtype=dtype), {"reduction": "sum"}) for kind in KINDS]
     calls += [(make(5, 6, 40, kind=kind, dtype=dtype), {"votes_dtype": torch.int64}) for kind in KINDS]
     for i, (_, options) in enumerate(calls):
         options |= {"shape": SHAPES[shape]} | SCHEDULES[i % 4]
-    check_loss(harnesses["plain"], tmp_path, calls)
+    check_loss(drivers["plain"], tmp_path, calls)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_options_in_every_kernel(harnesses, tmp_path, shape):
+def test_loss_options_in_every_kernel(drivers, tmp_path, shape):
     case = make(9, 41, 6, seed=3)
     case.logits[torch.arange(4), case.target[:4]] += 8  # half of them classified correctly
     case.logits[5, 7] = case.logits[5, case.target[5]]  # a tie
@@ -313,7 +253,7 @@ def test_loss_options_in_every_kernel(harnesses, tmp_path, shape):
         options |= {"only_correct": only_correct, "ce_weight": ce_weight, "zipf_weight": zipf_weight}
         calls.append((case, options | {"shape": SHAPES[shape], "blocks": 2} | SCHEDULES[len(calls) % 4]))
     calls += [(case, options | {"with_grad": False}) for case, options in calls[::7]]
-    check_loss(harnesses["plain"], tmp_path, calls)
+    check_loss(drivers["plain"], tmp_path, calls)
 
 
 def corner_cases(dtype) -> list:
@@ -356,7 +296,7 @@ def corner_cases(dtype) -> list:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_corners_in_every_kernel(harnesses, tmp_path, shape, dtype):
+def test_corners_in_every_kernel(drivers, tmp_path, shape, dtype):
     calls = []
     for case in corner_cases(dtype):
         for options in (
@@ -367,11 +307,11 @@ def test_corners_in_every_kernel(harnesses, tmp_path, shape, dtype):
             {"reduction": "none", "ce_weight": 0.0, "law": zls.Zipf(8.0)},
         ):
             calls.append((case, options | {"shape": SHAPES[shape]} | SCHEDULES[len(calls) % 4]))
-    check_loss(harnesses["plain"], tmp_path, calls)
+    check_loss(drivers["plain"], tmp_path, calls)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_masked_shares_of_low_rows(harnesses, tmp_path, dtype):
+def test_masked_shares_of_low_rows(drivers, tmp_path, dtype):
     """A warp, or a block of a cluster, with nothing but -inf, in rows whose exponentials would overflow."""
     vector, calls = 16 // dtype.itemsize, []
     for shape, low, zipf in itertools.product(SHAPES.values(), (-1000.0, -300.0, 300.0), (0.0, 0.5)):
@@ -382,22 +322,22 @@ def test_masked_shares_of_low_rows(harnesses, tmp_path, dtype):
             masked = case._replace(logits=case.logits.clone())
             masked.logits[:, first * vector : last * vector] = -torch.inf
             calls.append((masked, {"shape": shape, "zipf_weight": zipf, "reduction": "sum"}))
-    check_loss(harnesses["plain"], tmp_path, calls)
+    check_loss(drivers["plain"], tmp_path, calls)
 
 
-def test_masked_class_without_mass_is_skipped(harnesses, tmp_path):
+def test_masked_class_without_mass_is_skipped(drivers, tmp_path):
     votes = torch.tensor([[c for c in range(6) for _ in range(6 - c)]]).int()  # every rank is taken
     logits, target = torch.tensor([[1.0, 0.5, -0.5, 2.0, 0.0, -torch.inf]]), torch.tensor([0])
     options = {"law": zls.LinearDecay(0.0), "ce_weight": 0.0}
     check_loss(
-        harnesses["plain"],
+        drivers["plain"],
         tmp_path,
         [((logits, target, votes), options | {"shape": shape}) for shape in SHAPES.values()],
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ragged_rows(harnesses, tmp_path, dtype):
+def test_ragged_rows(drivers, tmp_path, dtype):
     """Every phase of a row to the 16-byte vectors, and gaps between rows that keep it."""
     size, calls = dtype.itemsize, []
     vector = 16 // size
@@ -406,11 +346,11 @@ def test_ragged_rows(harnesses, tmp_path, dtype):
             phase = len(calls) % vector * size
             calls.append((make(3, C, 10, seed=C, dtype=dtype), {"shape": shape, "phase": phase}))
     calls += [(case, options | {"row_gap": vector}) for case, options in calls[::3]]
-    check_loss(harnesses["plain"], tmp_path, calls)
+    check_loss(drivers["plain"], tmp_path, calls)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_long_rows(harnesses, tmp_path, dtype):
+def test_long_rows(drivers, tmp_path, dtype):
     """Hash tables of votes (above kDirectClasses), several vectors a thread, empty slices of a cluster."""
     calls = []
     for C, P, kind in [
@@ -427,10 +367,10 @@ def test_long_rows(harnesses, tmp_path, dtype):
     masked.logits[:, :4500] = -torch.inf  # whole warps and blocks of nothing but -inf
     calls += [(masked, {"shape": (CLUSTER, 32, 4), "zipf_weight": z}) for z in (0.0, 1.0)]
     calls += [(masked, {"shape": (LONG, 512, 1), "zipf_weight": z}) for z in (0.0, 1.0)]
-    check_loss(harnesses["plain"], tmp_path, calls)
+    check_loss(drivers["plain"], tmp_path, calls)
 
 
-def test_launches_as_planned(harnesses, tmp_path):
+def test_launches_as_planned(drivers, tmp_path):
     """What the launcher would run: every kernel is chosen somewhere, and computes the same."""
     chosen = set()
     shapes = [(300, 10, 5, 1), (40, 100, 9, 2), (70, 1000, 49, 1), (6, 1000, 49, 132), (5, 100, 320, 132)]
@@ -440,14 +380,14 @@ def test_launches_as_planned(harnesses, tmp_path):
             for dtype in (torch.float32, torch.bfloat16) if C < 20000 else (torch.bfloat16,):
                 options = {"multiprocessors": multiprocessors, "clusters": clusters, "ignore_index": 3}
                 case = make(N, C, P, dtype=dtype)
-                check_loss(harnesses["plain"], tmp_path, [(case, options)])
+                check_loss(drivers["plain"], tmp_path, [(case, options)])
                 data = loss_case(case, **options)
-                ((_, got),) = execute(harnesses["plain"], [data], tmp_path)
+                ((_, got),) = execute(drivers["plain"], [data], tmp_path)
                 chosen.add(int(got[5][0]))
     assert chosen == {LANES8, LANES32, BLOCK, CLUSTER, LONG}
 
 
-def test_laws_and_dense_masses(harnesses, tmp_path):
+def test_laws_and_dense_masses(drivers, tmp_path):
     """Every law by rank; and loss_dense, with a mass for every class: random laws, ranks by logits."""
     laws = [zls.Zipf(0.5), zls.Zipf(30.0), zls.Constant(), zls.LinearDecay(0.01), zls.ExponentialDecay(0.7)]
     calls = []
@@ -464,10 +404,10 @@ def test_laws_and_dense_masses(harnesses, tmp_path):
                 options = {"dense": dense, "reduction": reduction, "only_correct": only_correct}
                 calls.append((case, options | {"label_smoothing": 0.1, "weight": weight}))
                 calls.append((case._replace(votes=None), options | {"ce_weight": 0.0}))
-    check_loss(harnesses["plain"], tmp_path, calls)
+    check_loss(drivers["plain"], tmp_path, calls)
 
 
-def test_denominators_summed_beforehand(harnesses, tmp_path):
+def test_denominators_summed_beforehand(drivers, tmp_path):
     """loss_totals's partial sums give what every block adds up itself."""
     case = make(300, 12, 9)
     case.target[::7] = -100
@@ -475,14 +415,14 @@ def test_denominators_summed_beforehand(harnesses, tmp_path):
     calls = []
     for only_correct, w, totals in itertools.product((False, True), (None, weight), (0, 1, 5)):
         calls.append((case, {"only_correct": only_correct, "weight": w, "totals": totals, "blocks": 3}))
-    check_loss(harnesses["plain"], tmp_path, calls)
+    check_loss(drivers["plain"], tmp_path, calls)
 
 
-def test_empty_batch(harnesses, tmp_path):
+def test_empty_batch(drivers, tmp_path):
     for shape in SHAPES.values():
         for reduction in ("mean", "sum", "none"):
             case = loss_case(make(0, 12, 9), reduction=reduction, shape=shape, blocks=1)
-            ((faults, got),) = execute(harnesses["plain"], [case], tmp_path)
+            ((faults, got),) = execute(drivers["plain"], [case], tmp_path)
             assert not faults
             if reduction != "none":
                 assert got[0].isnan() if reduction == "mean" else got[0] == 0
@@ -492,8 +432,8 @@ def test_empty_batch(harnesses, tmp_path):
     ("argument", "row", "bad"),
     [("target", 1, 9), ("target", 2, -1), ("target", 0, 2**40), ("votes", 1, 9), ("votes", 3, 2**40)],
 )
-def test_out_of_range(harnesses, tmp_path, argument, row, bad):
-    """That sample is NaN, the others are as ever, and AddressSanitizer has nothing to say."""
+def test_out_of_range(drivers, tmp_path, argument, row, bad):
+    """That sample is NaN, the others are unchanged, and AddressSanitizer reports nothing."""
     case = make(5, 9, 4)
     votes = case.votes.long()
     good = [i for i in range(5) if i != row]
@@ -516,7 +456,7 @@ def test_out_of_range(harnesses, tmp_path, argument, row, bad):
     ignored = case._replace(target=case.target.clone())
     ignored.target[row] = -100
     skipped = [loss_case(ignored, **options, shape=shape) for shape in SHAPES.values()]
-    found = execute(harnesses["sanitized"], cases + means + skipped, tmp_path)
+    found = execute(drivers["sanitized"], cases + means + skipped, tmp_path)
     for i, (faults, (loss, _ce, _zipf, grad, _, _)) in enumerate(found):
         assert not faults
         if i < len(cases):
@@ -544,7 +484,7 @@ def soft(case, kind: str):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_soft_targets(harnesses, tmp_path, dtype):
+def test_soft_targets(drivers, tmp_path, dtype):
     """Every kind of target and of votes; rows held, of several parts (here by few threads) and ragged."""
     calls = []
     for kind in TARGETS:
@@ -565,11 +505,11 @@ def test_soft_targets(harnesses, tmp_path, dtype):
             calls.append((soft(make(2, C, P, kind=kind, dtype=dtype), target), {"blocks": 1}))
     for i, (_, options) in enumerate(calls):
         options |= {"shape": (-1, 32 * (i % 3), 1), "order": i % 4}  # 0: as planned
-    check_loss(harnesses["plain"], tmp_path, calls)
+    check_loss(drivers["plain"], tmp_path, calls)
 
 
 @pytest.mark.parametrize("kind", ["one-hot", "mixup of smoothed", "half", "uniform", "distinct"])
-def test_soft_options(harnesses, tmp_path, kind):
+def test_soft_options(drivers, tmp_path, kind):
     case = make(9, 41, 6, seed=3)
     case.logits[torch.arange(4), case.target[:4]] += 8  # half of them classified correctly
     case.logits[5, 7] = case.logits[5, case.target[5]]  # a tie
@@ -584,11 +524,11 @@ def test_soft_options(harnesses, tmp_path, kind):
     calls += [(case, options | {"with_grad": False}) for case, options in calls[::7]]
     laws = [zls.Zipf(0.5), zls.Zipf(30.0), zls.Constant(), zls.LinearDecay(0.01), zls.ExponentialDecay(0.7)]
     calls += [(case, {"law": law}) for law in laws]
-    check_loss(harnesses["plain"], tmp_path, calls)
+    check_loss(drivers["plain"], tmp_path, calls)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_soft_corners(harnesses, tmp_path, dtype):
+def test_soft_corners(drivers, tmp_path, dtype):
     """Infinities and NaN in logits and target; masses for every class, rows without any; wrong votes."""
     calls = []
     for kind, case in itertools.product(
@@ -623,21 +563,21 @@ def test_soft_corners(harnesses, tmp_path, dtype):
     ):
         case = make(*z.shape, votes.shape[1])._replace(logits=z.to(dtype), target=t, votes=votes)
         calls.append((case, {"reduction": "none"} | options | SCHEDULES[len(calls) % 4]))
-    check_loss(harnesses["plain"], tmp_path, calls)
+    check_loss(drivers["plain"], tmp_path, calls)
 
 
-def test_soft_empty_batch(harnesses, tmp_path):
+def test_soft_empty_batch(drivers, tmp_path):
     for reduction in ("mean", "sum", "none"):
         case = loss_case(soft(make(0, 12, 9), "mixup"), reduction=reduction, blocks=1)
-        ((faults, got),) = execute(harnesses["plain"], [case], tmp_path)
+        ((faults, got),) = execute(drivers["plain"], [case], tmp_path)
         assert not faults
         if reduction != "none":
             assert got[0].isnan() if reduction == "mean" else got[0] == 0
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_soft_vote_out_of_range(harnesses, tmp_path, dense):
-    """That sample is NaN, the others are as ever, and AddressSanitizer has nothing to say."""
+def test_soft_vote_out_of_range(drivers, tmp_path, dense):
+    """That sample is NaN, the others are unchanged, and AddressSanitizer reports nothing."""
     case = soft(make(5, 9, 4), "mixup")
     votes = case.votes.long()
     votes[:, 0], votes[3, 2] = -(2**32) + 3, 2**40  # no vote: it must not wrap to class 3; a wrong one
@@ -648,7 +588,7 @@ def test_soft_vote_out_of_range(harnesses, tmp_path, dense):
     expected = by_reference(mild, torch.float32, **options)
     for zipf_weight in (1.0, 0.0):
         given = loss_case(case._replace(votes=votes), zipf_weight=zipf_weight, **options)
-        ((faults, got),) = execute(harnesses["sanitized"], [given], tmp_path)
+        ((faults, got),) = execute(drivers["sanitized"], [given], tmp_path)
         assert not faults
         assert got[3][3].isnan().all()
         for name in range(3):
@@ -685,10 +625,10 @@ def label_calls(dtypes=(torch.float32, torch.float64)) -> list[tuple[Case, torch
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_ranks_and_labels(harnesses, tmp_path, build):
+def test_ranks_and_labels(drivers, tmp_path, build):
     calls = label_calls()
     for (faults, (got,)), (_, expected) in zip(
-        execute(harnesses[build], [case for case, _ in calls], tmp_path), calls
+        execute(drivers[build], [case for case, _ in calls], tmp_path), calls
     ):
         assert not faults
         if expected.dtype == torch.int32:
@@ -727,9 +667,9 @@ def backward_calls(dtypes) -> list[tuple[Case, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_backward(harnesses, tmp_path, build):
+def test_backward(drivers, tmp_path, build):
     calls = backward_calls(DTYPES if build == "plain" else (torch.float32, torch.bfloat16))
-    found = execute(harnesses[build], [case for case, _ in calls], tmp_path)
+    found = execute(drivers[build], [case for case, _ in calls], tmp_path)
     for (faults, (got,)), (_, expected) in zip(found, calls):
         assert not faults
         assert torch.equal(got, expected)
@@ -776,18 +716,18 @@ def hard_cases(dtypes=(torch.float32, torch.bfloat16), **header) -> list[Case]:
 
 
 @pytest.mark.parametrize("build", ["sanitized", "races"])
-def test_every_access_is_in_bounds_and_ordered(harnesses, tmp_path, build):
-    for faults, _ in execute(harnesses[build], hard_cases(), tmp_path):
+def test_every_access_is_in_bounds_and_ordered(drivers, tmp_path, build):
+    for faults, _ in execute(drivers[build], hard_cases(), tmp_path):
         assert not faults, faults
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_gradient_over_the_logits(harnesses, tmp_path, build):
+def test_gradient_over_the_logits(drivers, tmp_path, build):
     """In place is out of place bit for bit, on every path; no logit is read once it is written over."""
     dtypes = DTYPES if build == "plain" else (torch.float32, torch.bfloat16)
     for schedule in SCHEDULES if build == "plain" else ({},):
-        apart = execute(harnesses[build], hard_cases(dtypes, **schedule), tmp_path)
-        over = execute(harnesses[build], hard_cases(dtypes, in_place=True, **schedule), tmp_path)
+        apart = execute(drivers[build], hard_cases(dtypes, **schedule), tmp_path)
+        over = execute(drivers[build], hard_cases(dtypes, in_place=True, **schedule), tmp_path)
         for (faults, got), (_, expected) in zip(over, apart):
             assert not faults, faults
             for a, b in zip(got, expected):
@@ -795,25 +735,25 @@ def test_gradient_over_the_logits(harnesses, tmp_path, build):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_results_repeat_bitwise(harnesses, tmp_path, shape):
+def test_results_repeat_bitwise(drivers, tmp_path, shape):
     """Whatever the order of threads and blocks, what fresh memory holds, and how often it is launched."""
     case = make(11, 60, 80, dtype=torch.bfloat16)
     options = {"shape": SHAPES[shape], "label_smoothing": 0.1, "blocks": 3}
     orders = [
-        {"order": o, "fill": f, "seed": s}
+        {"order": o, "fill": f, "seed": s, "late": s % 2}
         for o, f, s in [(0, 0, 1), (1, 1, 2), (2, 2, 3), (3, 0, 4), (2, 1, 5)]
     ]
     cases = [loss_case(case, **options, **order) for order in orders] + [
         loss_case(case, **options, repeats=3)
     ]
-    (_, first), *others = execute(harnesses["plain"], cases, tmp_path)
+    (_, first), *others = execute(drivers["plain"], cases, tmp_path)
     for faults, got in others:
         assert not faults
         for a, b in zip(got[:4], first[:4]):
             assert torch.equal(a, b)
 
 
-# What the harness catches -------------------------------------------------------------------------
+# What the simulator catches -------------------------------------------------------------------------
 
 FAULTS = {
     "missing barrier": (1, "races", "without a barrier between"),
@@ -839,16 +779,16 @@ def run_fault(program: Path, fault: int, tmp_path: Path, **schedule) -> str:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_fault_is_caught(harnesses, tmp_path, fault):
+def test_planted_fault_is_caught(drivers, tmp_path, fault):
     number, build, message = FAULTS[fault]
     for schedule in SCHEDULES:
-        assert message in run_fault(harnesses[build], number, tmp_path, **schedule)
+        assert message in run_fault(drivers[build], number, tmp_path, **schedule)
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_faultless_kernel_passes(harnesses, tmp_path, build):
+def test_faultless_kernel_passes(drivers, tmp_path, build):
     for schedule in SCHEDULES:
-        assert run_fault(harnesses[build], 0, tmp_path, **schedule) == ""
+        assert run_fault(drivers[build], 0, tmp_path, **schedule) == ""
 
 
 BARRIERS = {  # file -> barriers of which each is needed, how many they are, a call that shows it
@@ -859,7 +799,7 @@ BARRIERS = {  # file -> barriers of which each is needed, how many they are, a c
         1,
         {"shape": SHAPES["cluster"], "in_place": True},
     ),
-    "soft targets": ("soft_loss.cuh", r"^ +__syncthreads\(\);.*$", 3, {"threads": 64}),
+    "soft targets": ("loss_general.cuh", r"^ +__syncthreads\(\);.*$", 3, {"threads": 64}),
 }
 
 
@@ -872,17 +812,28 @@ BARRIERS = {  # file -> barriers of which each is needed, how many they are, a c
     ],
 )
 def test_missing_barrier_in_a_loss_kernel_is_caught(tmp_path, barriers, number):
-    """Without any one of them the race check speaks."""
+    """Without any one of them the race check reports."""
     file, pattern, count, options = BARRIERS[barriers]
     source = (KERNELS / file).read_text()
     found = list(re.finditer(pattern, source, re.M))
     assert len(found) == count
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    shutil.copytree(HARNESS, tmp_path / "tests" / "cuda_harness")
-    barrier, mutant = found[number], tmp_path / "csrc" / "cuda"
-    (mutant / file).write_text(source[: barrier.start()] + source[barrier.end() :])
-    program = compile_harness("races", mutant, ("-DHARNESS_DTYPES=1",))
+    barrier, root = found[number], copy_sources(tmp_path)
+    mutant = source[: barrier.start()] + source[barrier.end() :]
+    (root / "csrc" / "cuda" / file).write_text(mutant)
+    program = compiled("loss", "races", root, ("-DZIPFLS_DTYPES=1",))
     case = make(3, 41, 20)
-    case = loss_case(soft(case, "mixup") if "soft" in file else case, blocks=1, **options)
+    case = loss_case(soft(case, "mixup") if "general" in file else case, blocks=1, **options)
     ((faults, _),) = execute(program, [case], tmp_path)
     assert "without a barrier between" in faults or "uninitialised" in faults, barrier.group()
+
+
+@pytest.mark.slow
+def test_missing_wait_for_copies_is_caught(tmp_path):
+    """Late copies of a row that no thread waits for leave NaN."""
+    root = copy_sources(tmp_path)
+    plant(root, "loss_rows.cuh", "    ptx::cp_async_wait_group<0>();\n", "")
+    program = compiled("loss", "plain", root, ("-DZIPFLS_DTYPES=1",))
+    for late in (0, 1):
+        case = loss_case(make(3, 41, 20), shape=SHAPES["block"], late=late)
+        ((_, got),) = execute(program, [case], tmp_path)
+        assert got[0].isnan() == bool(late)

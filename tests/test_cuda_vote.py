@@ -1,16 +1,14 @@
-"""The vote kernels of csrc/cuda, run on the CPU: their own code over an emulated device.
+"""The vote kernels of csrc/cuda, run on the CPU: one fiber per CUDA thread.
 
-tests/cuda_vote/cuda_on_cpu.h writes out cp.async, ldmatrix, mma.sync, mbarriers, TMA and wgmma from the PTX
-ISA's description; the kernels (vote_mma_sm80.cuh, vote_wgmma_sm90.cuh, vote_pack.cuh, vote_epilogue.cuh) and
-the launches of a call (vote_run.h) are the ones that nvcc compiles. Integers small enough make every score
-exact, so votes compare bit by bit with reference.py, ties included. Kernels with one planted fault each show
-what the emulation catches.
+simulator.py compiles the unchanged launchers and kernels; tests/cuda_sim/ptx_on_cpu.h writes out cp.async,
+ldmatrix, mma.sync, mbarriers, TMA and wgmma from the PTX ISA's description. Integers small enough make every
+score exact, so votes compare bit by bit with reference.py, ties included. Kernels with one planted fault each
+show what the simulator catches.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib.util
 import itertools
 import random
@@ -22,19 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 from cases import WGMMA_SHAPES
-from processes import alone
+from simulator import GXX, KERNELS, compiled, copy_sources, plant
 
 from zipfls_cuda import reference
 
-ROOT = Path(__file__).parent.parent
-KERNELS = ROOT / "csrc" / "cuda"
-EMULATOR = Path(__file__).parent / "cuda_vote"
-GXX = shutil.which("g++")
-
 pytestmark = pytest.mark.skipif(GXX is None, reason="no g++ to compile the CUDA kernels for the CPU with")
-
-FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off"]
-FLAGS += ["-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # VoteType
 PLANNED, MMA, MMA_FEW, MMA_MAP, MMA_PATCH, WIDE, NARROW = range(-1, 6)  # Kernel
@@ -73,7 +63,7 @@ FIELDS += ["wgmma", "kernel", "images", "order", "late", "seed"]
 
 
 class Call(ctypes.Structure):
-    """One call; driver.cpp has the same."""
+    """One call; vote_driver.cpp has the same."""
 
     _fields_ = [
         (name, ctypes.c_void_p if name in ("features", "weight", "bias", "votes") else ctypes.c_int64)
@@ -81,40 +71,19 @@ class Call(ctypes.Structure):
     ]
 
 
-def compile_driver(folder: Path, kernels: Path = KERNELS, extra: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The driver as a library, compiled unless the same sources have been before."""
-    sources = sorted(EMULATOR.iterdir()) + sorted(
-        [*kernels.glob("vote*"), *kernels.glob("*.h"), kernels / "ptx.cuh"]
-    )
-    digest = hashlib.sha256(
-        b"".join(p.read_bytes() for p in sources) + repr((FLAGS, extra)).encode()
-    ).hexdigest()[:16]
-    library = folder / f"vote-{digest}.so"
-    partial = folder / f"{library.name}.part"
-    command = [GXX, *FLAGS, *extra, f"-I{kernels}", f"-I{EMULATOR}", str(EMULATOR / "driver.cpp")]
-    with alone(library):
-        if not library.exists():
-            result = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
-            assert result.returncode == 0, result.stderr[-4000:]
-            partial.rename(library)
+def load(library: Path) -> ctypes.CDLL:
     driver = ctypes.CDLL(str(library))
     driver.vote_message.restype = driver.vote_journal.restype = ctypes.c_char_p
     return driver
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """Where libraries are kept for this run, all its workers included."""
-    return tmp_path_factory.getbasetemp().parent
-
-
-@pytest.fixture(scope="session")
-def driver(folder) -> ctypes.CDLL:
-    return compile_driver(folder)
+def driver() -> ctypes.CDLL:
+    return load(compiled("vote"))
 
 
 class MachineError(AssertionError):
-    """What the emulated machine reports."""
+    """What the simulator reports."""
 
 
 def call_of(
@@ -529,7 +498,7 @@ def test_shapes_for_a_gpu_take_the_wgmma_kernels(driver):
             assert mn_major or chosen == wanted, (N, D, H, C, dtype, nchw)
 
 
-# What the emulation catches ---------------------------------------------------------------------------
+# What the simulator catches ---------------------------------------------------------------------------
 
 SM80, SM90 = "vote_mma_sm80.cuh", "vote_wgmma_sm90.cuh"
 LAYOUT, EPILOGUE = "vote_layout.cuh", "vote_epilogue.cuh"
@@ -609,17 +578,6 @@ def survives(driver, exercises) -> bool:
     return True
 
 
-def plant(folder: Path, name: str) -> Path:
-    """A copy of the kernels with one fault."""
-    file, line, instead = FAULTS[name]
-    kernels = folder / hashlib.sha256(name.encode()).hexdigest()[:12]
-    shutil.copytree(KERNELS, kernels, ignore=shutil.ignore_patterns("loss*", "*.cpp", "*.cu"))
-    text = (kernels / file).read_text()
-    assert text.count(line) == 1, f"{name}: {file} has {text.count(line)} times {line!r}"
-    (kernels / file).write_text(text.replace(line, instead))
-    return kernels
-
-
 # Planted by `make test`, one of each kind: barriers, waits, addresses, ties, search, counters, clusters.
 QUICK = {
     "no barrier between copies and products",
@@ -640,8 +598,10 @@ QUICK = {
 def test_vote_planted_fault_is_caught(tmp_path, fault):
     exercises = EXERCISES.get(FAULTS[fault][0], EXERCISES[SM80])
     kernels = sum(1 << kernel for kernel, *_ in exercises)
-    extra = (f"-DDRIVER_KERNELS={kernels}", "-Wno-unused")
-    assert not survives(compile_driver(tmp_path, plant(tmp_path, fault), extra), exercises)
+    root = copy_sources(tmp_path)
+    plant(root, *FAULTS[fault])
+    library = compiled("vote", "plain", root, (f"-DZIPFLS_VOTE_KERNELS={kernels}",))
+    assert not survives(load(library), exercises)
 
 
 @pytest.mark.parametrize("file", [SM80, SM90])

@@ -153,7 +153,7 @@ def test_graph_replays_as_eager(backend, device, name, dtype):
 
 @pytest.mark.parametrize(("N", "C"), [(2, 300), (64, 1000)])
 def test_folded_votes_in_graphs_and_streams(backend, device, N, C):
-    """Votes folded from several tiles of classes: replayed, and on several streams at once, as alone."""
+    """Votes combined from several tiles of classes: replayed, and on several streams at once, as alone."""
     D = 64
     weight = torch.randn(C, D, device=device).bfloat16()
     maps = [
@@ -180,7 +180,7 @@ def test_folded_votes_in_graphs_and_streams(backend, device, N, C):
 
 def test_votes_and_loss_are_two_launches(backend, device):
     if backend == "triton":
-        pytest.skip("Triton's votes are folded by a launch of their own")
+        pytest.skip("Triton's votes are combined by a launch of their own")
     from torch.profiler import ProfilerActivity, profile
 
     features = torch.randn(64, 256, 7, 7, device=device).bfloat16().to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-// Arguments of the loss and label kernels. Plain structures: no CUDA and no torch header.
+// Arguments of every operator. Plain structures: no CUDA and no torch header.
 #pragma once
 
 #include <cstdint>
@@ -34,13 +34,13 @@ struct Denominators {
   int64_t ignore_index;
 };
 
-/// loss_fwd and loss_dense.
+/// loss_fwd.
 struct LossFwd {
   const void* logits;     // (N, C) T
   int64_t logits_stride;  // elements from row to row
   const int64_t* target;  // (N,) int64
   Votes votes;
-  const void* log_mass;  // loss_fwd: (R,) A by rank; loss_dense: (N, C) A
+  const void* log_mass;  // (R,) A by rank; LossGeneral::dense: (N, C) A
   const void* weight;    // (C,) A, or null
   const int32_t*
       correct;  // (N,) int32 from loss_correct, or null: only_correct then looks at the row
@@ -63,13 +63,12 @@ struct LossFwd {
   uint32_t* tile_counter;  // (1,) uint32, 0 before and after; null for kNone
 };
 
-/// soft_loss_fwd.
-struct SoftLossFwd {
-  LossFwd loss;           // without target, ignore_index and denominators; correct: null, or from
-                          // soft_correct
-  bool dense;             // loss.log_mass is (N, C)
-  const void* target;     // (N, C) A, rows at the same element of a 16-byte vector as logits'
-  int64_t target_stride;  // elements from row to row
+/// loss_fwd where the target is probabilities or every class has a log mass: loss_general.cuh.
+struct LossGeneral : LossFwd {
+  const void* probabilities;  // (N, C) A, rows at the same element of a 16-byte vector as logits';
+                              // null: LossFwd::target
+  int64_t probabilities_stride;  // elements from row to row
+  bool dense;                    // log_mass is (N, C)
 };
 
 /// loss_totals: partial sums of the denominators, (3, blocks) float64.
@@ -110,6 +109,30 @@ struct LabelFwd {
   int32_t C;
   int64_t ignore_index;
   void* out;  // (N, C): ranks int32, labels A
+};
+
+// Votes -------------------------------------------------------------------------------------------
+
+/// Element type of features, weight and bias. Accumulators are float32 throughout.
+enum class VoteType {
+  kBFloat16,
+  kFloat16,
+  kTensorFloat32,  // float32 in memory, multiplied with 10 bits of mantissa
+};
+
+/// One call. Strides count elements; where a size is 1 its stride is never used.
+struct VoteProblem {
+  VoteType type = VoteType::kBFloat16;
+  const void* features = nullptr;  // (N, H, W, D), any strides; tokens are H = 1, W = T
+  int64_t N = 0, H = 0, W = 0, D = 0;
+  int64_t stride_n = 0, stride_h = 0, stride_w = 0, stride_d = 0;
+  const void* weight = nullptr;  // (C, D), any strides
+  int64_t C = 0;
+  int64_t weight_stride_c = 0, weight_stride_d = 0;
+  const void* bias = nullptr;  // (C,), or null
+  int64_t bias_stride = 0;
+  int upsample = 1;  // 1, or 2: bilinear, align_corners=False, on the scores, before the bias
+  int32_t* votes = nullptr;  // (N, upsample*H * upsample*W), contiguous
 };
 
 }  // namespace zipfls::cuda

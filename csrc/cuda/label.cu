@@ -1,7 +1,6 @@
 // Launchers of rank_fwd and label_fwd.
 #include "label.cuh"
 #include "launch.cuh"
-#include "launch.h"
 
 namespace zipfls::cuda {
 
@@ -25,9 +24,9 @@ bool tables_fit(int32_t P, int32_t C, Dtype dtype) {
 
 cudaError_t rank_fwd_cuda(const LabelFwd& a, cudaStream_t stream) {
   if (a.N == 0) return cudaSuccess;
-  const uint32_t shared = table_bytes<float>(a.votes.P, a.C, false);
-  return launch(rank_fwd_kernel, resident_blocks(a.N, kLabelBlock), kLabelBlock, shared, 1, stream,
-                a);
+  const Launch how = {resident_blocks(a.N, kLabelBlock, current_device()), kLabelBlock,
+                      table_bytes<float>(a.votes.P, a.C, false)};
+  return launch(rank_fwd_kernel, how, stream, a);
 }
 
 template <class A>
@@ -35,8 +34,8 @@ static cudaError_t label_fwd(const LabelFwd& a, cudaStream_t stream) {
   SmemAllocator smem{nullptr};
   smem.allocate<A>(kLabelBlock / kWarp);
   VoteTables<A>::allocate(smem, a.dense ? 0 : a.votes.P, a.C, false);
-  return launch(label_fwd_kernel<A>, resident_blocks(a.N, kLabelBlock), kLabelBlock, smem.used, 1,
-                stream, a);
+  const Launch how = {resident_blocks(a.N, kLabelBlock, current_device()), kLabelBlock, smem.used};
+  return launch(label_fwd_kernel<A>, how, stream, a);
 }
 
 cudaError_t label_fwd_cuda(const LabelFwd& a, Dtype dtype, cudaStream_t stream) {

@@ -14,7 +14,7 @@ namespace zipfls::cuda {
 ///   barrier precedes.
 ZIPFLS_KERNEL(kLabelBlock) rank_fwd_kernel(LabelFwd a) {
   using Group = RowGroup<0>;
-  ZIPFLS_DYNAMIC_SHARED(shared);
+  ZIPFLS_DYNAMIC_SHARED(shared, 16);
   SmemAllocator smem{shared};
   const auto t = VoteTables<float>::allocate(smem, a.votes.P, a.C, false);
   clear_tables<Group>(t, a.votes.P);
@@ -44,7 +44,7 @@ template <class A>
 ZIPFLS_KERNEL(kLabelBlock)
 label_fwd_kernel(LabelFwd a) {
   using Group = RowGroup<0>;
-  ZIPFLS_DYNAMIC_SHARED(shared);
+  ZIPFLS_DYNAMIC_SHARED(shared, 16);
   SmemAllocator smem{shared};
   A* const partial = smem.allocate<A>(kLabelBlock / kWarp);  // (warps,) A
   const int32_t P = a.dense ? 0 : a.votes.P;

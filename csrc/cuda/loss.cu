@@ -1,83 +1,90 @@
 // Launchers of the loss kernels.
-#include "loss_bwd.cuh"
-#include "loss_dense.cuh"
-#include "loss_long.cuh"
 #include "launch.cuh"
-#include "launch.h"
-#include "loss_plan.h"
+#include "loss_bwd.cuh"
+#include "loss_long.cuh"
+#include "loss_rows.cuh"
 
 namespace zipfls::cuda {
-
 namespace {
 
+/// Adds shared memory and grid to a plan that chooses the rest.
 template <class T>
-cudaError_t loss_fwd(const LossFwd& a, int blocks, cudaStream_t stream) {
-  const LossLaunch l = loss_launch<T>(a, current_device());
-  const auto [kernel, threads, cluster, slice, groups] = l.plan;
-  if constexpr (sizeof(T) < 8) {  // plan_loss keeps to the other two for float64
-    if (kernel == LossPlan::kLanes8)
-      return launch(loss_fwd_kernel<T, 8>, blocks, threads, l.shared, 1, stream, a, l.row_bytes,
-                    slice);
-    if (kernel == LossPlan::kLanes32)
-      return launch(loss_fwd_kernel<T, 32>, blocks, threads, l.shared, 1, stream, a, l.row_bytes,
-                    slice);
-    if (kernel == LossPlan::kCluster)
-      return launch(loss_fwd_cluster_kernel<T>, blocks, threads, l.shared, cluster, stream, a,
-                    l.row_bytes, slice);
+LossPlan complete(LossPlan plan, const LossFwd& a, const Device& device) {
+  const bool lanes8 = plan.kernel == LossPlan::kLanes8, lanes32 = plan.kernel == LossPlan::kLanes32;
+  SmemAllocator row{nullptr}, block{nullptr};
+  RowArea<T>::allocate(row, plan.vectors, counted_votes(a), a.C, a.grad != nullptr,
+                       !lanes8 && !lanes32);
+  BlockArea<Arithmetic<T>>::allocate(block);
+  plan.row_bytes = row.used;
+  plan.shared = block.used + row.used * (lanes8    ? plan.threads / 8
+                                         : lanes32 ? plan.threads / kWarp
+                                                   : 1);
+
+  // As many blocks as are resident, if the multiprocessor has the registers and the shared memory,
+  // so that all end together: more would run in waves, the last of them nearly empty. One block
+  // without rows, for the sums.
+  const int64_t by_threads = kThreadsPerMultiprocessor / plan.threads;
+  const int64_t by_registers = kRegistersPerMultiprocessor / (kRegisters<T> * plan.threads);
+  const int64_t by_shared = device.shared_per_block / (plan.shared + kReservedShared);
+  const int64_t resident =
+      std::max<int64_t>(1, std::min(std::min(by_threads, by_registers), by_shared));
+  const int64_t passes = std::min(plan.groups, resident * device.multiprocessors / plan.cluster);
+  plan.blocks = static_cast<int>(std::max<int64_t>(1, passes)) * plan.cluster;
+  return plan;
+}
+
+template <class T>
+LossPlan plan_rows(const LossFwd& a, const Device& device) {
+  SmemAllocator tables{nullptr};
+  VoteTables<Arithmetic<T>>::allocate(tables, counted_votes(a), a.C, a.grad != nullptr);
+  return complete<T>(choose_rows(a.N, a.C, counted_votes(a), kVector<T>, tables.used, device), a,
+                     device);
+}
+
+template <class T>
+cudaError_t launch_rows(const LossFwd& a, const LossPlan& plan, cudaStream_t stream) {
+  const Launch how = {plan.blocks, plan.threads, plan.shared, plan.cluster};
+  if constexpr (sizeof(T) < 8 ||
+                ZIPFLS_EVERY_ROWS_KERNEL) {  // choose_rows chooses among the other two for float64
+    if (plan.kernel == LossPlan::kLanes8)
+      return launch(loss_fwd_kernel<T, 8>, how, stream, a, plan.row_bytes, plan.vectors);
+    if (plan.kernel == LossPlan::kLanes32)
+      return launch(loss_fwd_kernel<T, 32>, how, stream, a, plan.row_bytes, plan.vectors);
+    if (plan.kernel == LossPlan::kCluster)
+      return launch(loss_fwd_cluster_kernel<T>, how, stream, a, plan.row_bytes, plan.vectors);
   }
-  if (kernel == LossPlan::kBlock)
-    return launch(loss_fwd_kernel<T, 0>, blocks, threads, l.shared, 1, stream, a, l.row_bytes,
-                  slice);
-  return launch(loss_fwd_long_kernel<T>, blocks, threads, l.shared, 1, stream, a);
+  if (plan.kernel == LossPlan::kBlock)
+    return launch(loss_fwd_kernel<T, 0>, how, stream, a, plan.row_bytes, plan.vectors);
+  return launch(loss_fwd_long_kernel<T>, how, stream, a);
 }
 
 }  // namespace
 
-int loss_blocks(const LossFwd& a, Dtype dtype, bool dense) {
-  if (dense) return resident_blocks(a.N, kDenseBlock);
-  return with_type(dtype,
-                   [&](auto x) { return loss_launch<decltype(x)>(a, current_device()).blocks; });
+LossPlan plan_loss(const LossGeneral& a, Dtype dtype, const Device& device) {
+  if (a.dense || a.probabilities != nullptr) return plan_loss_general(a, dtype, device);
+  return with_type(dtype, [&](auto x) { return plan_rows<decltype(x)>(a, device); });
 }
 
-cudaError_t loss_fwd_cuda(const LossFwd& a, Dtype dtype, int blocks, cudaStream_t stream) {
-  return with_type(dtype, [&](auto x) { return loss_fwd<decltype(x)>(a, blocks, stream); });
+cudaError_t loss_fwd_cuda(const LossGeneral& a, Dtype dtype, const LossPlan& plan,
+                          cudaStream_t stream) {
+  if (plan.kernel == LossPlan::kGeneral) return loss_general_cuda(a, dtype, plan, stream);
+  return with_type(dtype, [&](auto x) { return launch_rows<decltype(x)>(a, plan, stream); });
 }
-
-cudaError_t loss_dense_cuda(const LossFwd& a, Dtype dtype, int blocks, cudaStream_t stream) {
-  return with_type(dtype, [&](auto x) {
-    using T = decltype(x);
-    SmemAllocator smem{nullptr};
-    BlockArea<Arithmetic<T>>::allocate(smem);
-    smem.allocate<Arithmetic<T>>(kDenseBlock / kWarp);
-    return launch(loss_dense_kernel<T>, blocks, kDenseBlock, smem.used, 1, stream, a);
-  });
-}
-
-int totals_blocks(int64_t N) { return N > kScanRows ? kTotalsBlocks : 0; }
 
 cudaError_t loss_totals_cuda(const LossTotals& a, Dtype dtype, int blocks, cudaStream_t stream) {
   SmemAllocator smem{nullptr};
   BlockArea<double>::allocate(smem);
-  if (dtype == kFloat64)
-    return launch(loss_totals_kernel<double>, blocks, kTotalsBlock, smem.used, 1, stream, a);
-  return launch(loss_totals_kernel<float>, blocks, kTotalsBlock, smem.used, 1, stream, a);
-}
-
-cudaError_t loss_correct_cuda(const LossCorrect& a, Dtype dtype, cudaStream_t stream) {
-  if (a.N == 0) return cudaSuccess;
-  return with_type(dtype, [&](auto x) {
-    const int blocks = resident_blocks(a.N, kCorrectBlock);
-    return launch(loss_correct_kernel<decltype(x)>, blocks, kCorrectBlock, 0, 1, stream, a);
-  });
+  const auto kernel = dtype == kFloat64 ? loss_totals_kernel<double> : loss_totals_kernel<float>;
+  return launch(kernel, {blocks, kTotalsBlock, smem.used}, stream, a);
 }
 
 cudaError_t loss_bwd_cuda(const LossBwd& a, Dtype dtype, cudaStream_t stream) {
   if (a.N == 0 || a.C == 0) return cudaSuccess;
+  constexpr int kWarps = kScaleBlock / kWarp;
   const int64_t items = a.N * ((a.C + kScaleChunk - 1) / kScaleChunk);
-  const int blocks =
-      resident_blocks((items + kScaleBlock / kWarp - 1) / (kScaleBlock / kWarp), kScaleBlock);
+  const int blocks = resident_blocks((items + kWarps - 1) / kWarps, kScaleBlock, current_device());
   return with_type(dtype, [&](auto x) {
-    return launch(loss_bwd_kernel<decltype(x)>, blocks, kScaleBlock, 0, 1, stream, a);
+    return launch(loss_bwd_kernel<decltype(x)>, {blocks, kScaleBlock}, stream, a);
   });
 }
 

@@ -20,7 +20,7 @@ ZIPFLS_KERNEL(kDenseBlock, kDenseResident)
 loss_dense_kernel(LossFwd a) {
   using A = Arithmetic<T>;
   using Group = RowGroup<0>;
-  ZIPFLS_DYNAMIC_SHARED(shared);
+  ZIPFLS_DYNAMIC_SHARED(shared, 16);
   SmemAllocator smem{shared};
   const auto block = BlockArea<A>::allocate(smem);
   A* const partial = smem.allocate<A>(kDenseBlock / kWarp);  // (warps,) A

@@ -24,7 +24,7 @@ loss_fwd_long_kernel(LossFwd a) {
   constexpr int V = kVector<T>, U = 4;  // vectors in flight a thread
   const bool with_grad = a.grad != nullptr;
   const int32_t P = counted_votes(a);
-  ZIPFLS_DYNAMIC_SHARED(shared);
+  ZIPFLS_DYNAMIC_SHARED(shared, 16);
   SmemAllocator smem{shared};
   const auto block = BlockArea<A>::allocate(smem);
   const auto area = RowArea<T>::allocate(smem, 0, P, a.C, with_grad, true);

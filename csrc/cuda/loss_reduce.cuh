@@ -79,7 +79,7 @@ struct Totals {
 template <class A>
 ZIPFLS_KERNEL(kTotalsBlock)
 loss_totals_kernel(LossTotals a) {
-  ZIPFLS_DYNAMIC_SHARED(shared);
+  ZIPFLS_DYNAMIC_SHARED(shared, 16);
   SmemAllocator smem{shared};
   const auto block = BlockArea<A>::allocate(smem);
   Totals totals;

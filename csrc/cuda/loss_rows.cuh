@@ -43,7 +43,7 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
   const bool with_grad = a.grad != nullptr;
   const int32_t P = counted_votes(a);
 
-  ZIPFLS_DYNAMIC_SHARED(shared);
+  ZIPFLS_DYNAMIC_SHARED(shared, 16);
   SmemAllocator smem{shared};
   const auto block = BlockArea<A>::allocate(smem);
   smem.used += row_bytes * Group::row_in_block();

@@ -13,7 +13,10 @@
 #define ZIPFLS_DEVICE __device__ __forceinline__
 #define ZIPFLS_KERNEL(...) \
   __global__ void __launch_bounds__(__VA_ARGS__)  // threads, resident blocks
-#define ZIPFLS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define ZIPFLS_DYNAMIC_SHARED(name, alignment) \
+  extern __shared__ __align__(alignment)       \
+  unsigned char name[]
+#define ZIPFLS_SHARED(type, name) __shared__ type name
 #define ZIPFLS_RED_ZONE 0
 #define ZIPFLS_GUARD(at, bytes) (void)(at)
 

@@ -1,23 +1,27 @@
-// Binds the loss and label kernels to torch for CUDA tensors: checks, guards, strides, memory from
-// the caching allocator, the current stream. Nothing here synchronises with the device. (Votes:
-// register_vote.cpp.)
+// Binds the operators to torch for CUDA tensors: checks, guards, strides, one plan per call, memory
+// from the caching allocator, the current stream. Nothing here synchronises with the device.
+#include <algorithm>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string_view>
 #include <tuple>
 #include <utility>
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "tile_counters.h"
 #include "launch.h"
 
 namespace zipfls::cuda {
@@ -54,7 +58,7 @@ const void* data_or_null(const OptionalTensor& x) {
 
 /// logits (N, C), or a copy, such that each row begins at the phase to 16 bytes that it has in a
 /// fresh contiguous tensor: the gradient's vectors and the logits' then coincide, and the order of
-/// summation, and with it every bit of the result, does not depend on the strides.
+/// summation, and so every bit of the result, does not depend on the strides.
 Tensor with_aligned_rows(const Tensor& logits) {
   const int64_t N = logits.size(0), C = logits.size(1);
   const auto itemsize = static_cast<int64_t>(logits.element_size());
@@ -95,222 +99,181 @@ Tensor count_votes(const Tensor& votes, int64_t C) {
 }
 
 /// (N, C) log masses from a table by rank: of the votes where there are any, else of the logits.
-/// What the kernels cannot rank by themselves: logits, and more votes than their tables hold.
+/// For ranks that the kernels do not compute: of logits, and of more votes than their tables hold.
 Tensor dense_log_mass(const Tensor& table, const OptionalTensor& votes, const Tensor& logits,
                       int64_t C) {
   const Tensor index = rank_index(votes.has_value() ? count_votes(*votes, C) : logits);
   return table.index_select(0, index.flatten()).view(index.sizes());
 }
 
-enum class Gradient { kNone, kNew, kInPlace };
-
-/// A call of loss_fwd, checked, with its outputs: what both kinds of target have in common. `a`
-/// points to memory that the tensors here hold.
-struct LossCall {
-  Tensor logits, log_mass;
-  OptionalTensor votes, weight;
-  at::TensorOptions options;  // of the arithmetic's type
-  Dtype dtype;
-  bool dense;  // log_mass is (N, C)
-  Parts parts;
-  LossFwd a = {};
-  Tensor correct, partials, sums, counter;
-
-  /// In place, the logits are contiguous and aligned, and grad is the same memory.
-  LossCall(const Tensor& given_logits, const OptionalTensor& given_votes,
-           const Tensor& given_log_mass, const OptionalTensor& given_weight, double ce_weight,
-           double zipf_weight, double label_smoothing, bool only_correct,
-           std::string_view reduction_name, Gradient gradient) {
-    const int64_t N = given_logits.size(0), C = given_logits.size(1);
-    const auto type = accumulation_type(given_logits.scalar_type());
-    check_type(given_log_mass, "log_mass", type);
-    check_same_device(given_log_mass, "log_mass", given_logits);
-    if (given_votes.has_value()) {
-      check_votes(*given_votes, N);
-      check_same_device(*given_votes, "votes", given_logits);
-    }
-    check_log_mass(given_log_mass, N, C, given_votes.has_value() ? given_votes->size(1) : -1);
-    if (given_weight.has_value()) {
-      TORCH_CHECK_VALUE(given_weight->dim() == 1 && given_weight->size(0) == C,
-                        "weight must have shape (", C, ",), got ", given_weight->sizes());
-      check_type(*given_weight, "weight", type);
-      check_same_device(*given_weight, "weight", given_logits);
-    }
-    const Reduction reduction = reduction_of(reduction_name);
-
-    dtype = dtype_of(given_logits.scalar_type());
-    options = given_logits.options().dtype(type);
-    logits = with_aligned_rows(given_logits);
-    votes = with_contiguous_rows(given_votes);
-    if (given_weight.has_value()) weight = given_weight->contiguous();
-    const bool zipf_wanted = zipf_weight != 0;
-    const bool fits = votes.has_value() && tables_fit(static_cast<int32_t>(votes->size(1)),
-                                                      static_cast<int32_t>(C), dtype);
-    dense = zipf_wanted && (given_log_mass.dim() == 2 || !fits);
-    log_mass = dense && given_log_mass.dim() == 1 ? dense_log_mass(given_log_mass, votes, logits, C)
-                                                  : given_log_mass.contiguous();
-
-    const auto shape = reduction == kNone ? at::DimVector({N}) : at::DimVector();
-    const bool with_grad = gradient != Gradient::kNone;
-    const bool scaled = with_grad && dtype == kFloat16 && reduction == kMean;
-    auto& [loss, ce, zipf, grad, grad_scale] = parts;
-    loss = at::empty(shape, options);
-    ce = at::empty(shape, options);
-    zipf = at::empty(shape, options);
-    grad = gradient == Gradient::kInPlace ? logits
-           : with_grad
-               ? at::empty({N, C}, logits.options().memory_format(at::MemoryFormat::Contiguous))
-               : at::empty({0}, logits.options());
-    grad_scale = scaled ? at::empty({}, options) : at::empty({0}, options);
-
-    a.logits = logits.const_data_ptr();
-    a.logits_stride = logits.stride(0);
-    a.votes = votes_of(votes);
-    a.log_mass = log_mass.const_data_ptr();
-    a.weight = data_or_null(weight);
-    a.N = N;
-    a.C = static_cast<int32_t>(C);
-    a.ce = ce_weight != 0;
-    a.zipf = zipf_wanted;
-    a.only_correct = only_correct;
-    a.ce_weight = ce_weight;
-    a.zipf_weight = zipf_weight;
-    a.label_smoothing = label_smoothing;
-    a.reduction = reduction;
-    a.scaled = scaled;
-    a.loss = loss.mutable_data_ptr();
-    a.ce_out = ce.mutable_data_ptr();
-    a.zipf_out = zipf.mutable_data_ptr();
-    a.grad = with_grad && N > 0 ? grad.mutable_data_ptr() : nullptr;
-    a.grad_scale = scaled ? grad_scale.mutable_data_ptr() : nullptr;
+/// Counters by which the blocks of a launch find which of them arrives last: 0 before a launch and
+/// after it. At least `count`, int32, for one launch in `stream`, whose device is the current one.
+/// The caller holds the tensor until it has launched.
+///
+/// Launches on one stream run one after another, so that each stream has its own counters; a graph
+/// may be replayed on any stream, so that each captured launch has its own.
+Tensor tile_counters(const c10::cuda::CUDAStream& stream, int64_t count) {
+  const auto options = at::TensorOptions().device(stream.device()).dtype(at::kInt);
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
+    return at::zeros({count}, options);
+  static std::mutex mutex;
+  static auto* const cached =
+      new std::map<std::pair<c10::DeviceIndex, c10::StreamId>, Tensor>;  // never freed
+  const std::lock_guard<std::mutex> lock(mutex);
+  Tensor& counters = (*cached)[{stream.device_index(), stream.id()}];
+  if (!counters.defined() || counters.numel() < count) {
+    // Not from PyTorch's allocator: while torch.compile's CUDA graphs warm up it allocates from a
+    // pool of which nothing may outlive the run. Smaller arrays are not freed: launches to come may
+    // hold them.
+    const int64_t size =
+        std::max<int64_t>({count, 1024, counters.defined() ? 2 * counters.numel() : 0});
+    const auto bytes = static_cast<size_t>(size) * sizeof(int32_t);
+    void* memory = nullptr;
+    // Another thread's capture neither forbids this nor records it.
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+    C10_CUDA_CHECK(cudaMalloc(&memory, bytes));
+    C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
+    counters = at::from_blob(memory, {size}, options);
   }
-
-  /// Room for whether each sample counts.
-  int32_t* room_for_correct() {
-    correct = at::empty({a.N}, options.dtype(at::kInt));
-    return correct.mutable_data_ptr<int32_t>();
-  }
-  /// Scratch for the sums over the rows of a launch of so many blocks. Returns whether there is
-  /// anything to launch.
-  bool ready(int blocks, const c10::cuda::CUDAStream& stream) {
-    if (a.reduction == kNone) return a.N > 0;
-    sums = at::empty({2, blocks}, options.dtype(at::kDouble));
-    counter = tile_counters(stream, 1);
-    a.sums = sums.mutable_data_ptr<double>();
-    a.tile_counter = reinterpret_cast<uint32_t*>(counter.mutable_data_ptr<int32_t>());
-    return true;
-  }
-};
-
-void check_logits(const Tensor& logits) {
-  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (N, C), got ", logits.sizes());
-  check_float(logits, "logits");
-  check_num_classes(logits.size(1));
+  return counters;
 }
 
-/// A target of classes: (loss, ce, zipf, grad, grad_scale).
+uint32_t* counters_of(const Tensor& counters) {
+  return reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int32_t>());
+}
+
+enum class Gradient { kNone, kNew, kInPlace };
+
+/// reference.loss_fwd on CUDA tensors: (loss, ce, zipf, grad, grad_scale). In place, the logits are
+/// contiguous and aligned, and grad is the same memory.
 Parts loss_parts(const Tensor& given_logits, const Tensor& given_target,
-                 const OptionalTensor& votes, const Tensor& log_mass, const OptionalTensor& weight,
-                 double ce_weight, double zipf_weight, double label_smoothing, bool only_correct,
-                 int64_t ignore_index, std::string_view reduction, Gradient gradient) {
-  check_logits(given_logits);
-  check_target(given_target, given_logits.size(0));
+                 const OptionalTensor& given_votes, const Tensor& given_log_mass,
+                 const OptionalTensor& given_weight, double ce_weight, double zipf_weight,
+                 double label_smoothing, bool only_correct, int64_t ignore_index,
+                 std::string_view reduction_name, Gradient gradient) {
+  TORCH_CHECK_VALUE(given_logits.dim() == 2, "logits must have shape (N, C), got ",
+                    given_logits.sizes());
+  check_float(given_logits, "logits");
+  const int64_t N = given_logits.size(0), C = given_logits.size(1);
+  check_num_classes(C);
+  const auto type = accumulation_type(given_logits.scalar_type());
+  const bool soft = given_target.dim() == 2;  // probabilities
+  if (soft) {
+    TORCH_CHECK_VALUE(given_target.sizes() == given_logits.sizes(), "target must have shape ",
+                      given_logits.sizes(), ", got ", given_target.sizes());
+    check_type(given_target, "target", type);
+  } else {
+    check_target(given_target, N);
+  }
   check_same_device(given_target, "target", given_logits);
+  check_type(given_log_mass, "log_mass", type);
+  check_same_device(given_log_mass, "log_mass", given_logits);
+  if (given_votes.has_value()) {
+    check_votes(*given_votes, N);
+    check_same_device(*given_votes, "votes", given_logits);
+  }
+  check_log_mass(given_log_mass, N, C, given_votes.has_value() ? given_votes->size(1) : -1);
+  if (given_weight.has_value()) {
+    TORCH_CHECK_VALUE(given_weight->dim() == 1 && given_weight->size(0) == C,
+                      "weight must have shape (", C, ",), got ", given_weight->sizes());
+    check_type(*given_weight, "weight", type);
+    check_same_device(*given_weight, "weight", given_logits);
+  }
+  const Reduction reduction = reduction_of(reduction_name);
   const c10::cuda::CUDAGuard guard(given_logits.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  LossCall call(given_logits, votes, log_mass, weight, ce_weight, zipf_weight, label_smoothing,
-                only_correct, reduction, gradient);
-  const Tensor target = given_target.contiguous();
-  LossFwd& a = call.a;
-  a.target = target.const_data_ptr<int64_t>();
-  a.ignore_index = ignore_index;
 
-  // What a mean divides by: known before the first gradient is written, by launches of their own
-  // where one block cannot add it up in passing.
-  if (a.reduction == kMean) {
-    if (only_correct && a.zipf) {
-      int32_t* const correct = call.room_for_correct();
-      C10_CUDA_CHECK(
-          loss_correct_cuda({a.logits, a.logits_stride, a.target, a.N, a.C, ignore_index, correct},
-                            call.dtype, stream));
-      a.correct = correct;
-    }
-    a.denominators = {a.target, a.weight, a.correct, nullptr, 0, a.N, a.C, ignore_index};
-    if (const int blocks = totals_blocks(a.N); blocks > 0) {
-      call.partials = at::empty({3, blocks}, call.options.dtype(at::kDouble));
-      C10_CUDA_CHECK(loss_totals_cuda({a.denominators, call.partials.mutable_data_ptr<double>()},
-                                      call.dtype, blocks, stream));
-      a.denominators.partials = call.partials.const_data_ptr<double>();
+  // Inputs, as the kernels take them.
+  const Dtype dtype = dtype_of(given_logits.scalar_type());
+  const auto options = given_logits.options().dtype(type);
+  const Tensor logits = with_aligned_rows(given_logits);
+  const Tensor target = soft ? with_aligned_rows(given_target) : given_target.contiguous();
+  const OptionalTensor votes = with_contiguous_rows(given_votes);
+  OptionalTensor weight;
+  if (given_weight.has_value()) weight = given_weight->contiguous();
+  LossGeneral a = {};
+  a.zipf = zipf_weight != 0;
+  const bool fits = votes.has_value() && tables_fit(static_cast<int32_t>(votes->size(1)),
+                                                    static_cast<int32_t>(C), dtype);
+  a.dense = a.zipf && (given_log_mass.dim() == 2 || !fits);
+  const Tensor log_mass = a.dense && given_log_mass.dim() == 1
+                              ? dense_log_mass(given_log_mass, votes, logits, C)
+                              : given_log_mass.contiguous();
+
+  // Outputs.
+  const auto shape = reduction == kNone ? at::DimVector({N}) : at::DimVector();
+  const bool with_grad = gradient != Gradient::kNone;
+  const bool scaled = with_grad && dtype == kFloat16 && reduction == kMean;
+  const Tensor loss = at::empty(shape, options), ce = at::empty(shape, options),
+               zipf = at::empty(shape, options);
+  const Tensor grad =
+      gradient == Gradient::kInPlace ? logits
+      : with_grad ? at::empty({N, C}, logits.options().memory_format(at::MemoryFormat::Contiguous))
+                  : at::empty({0}, logits.options());
+  const Tensor grad_scale = scaled ? at::empty({}, options) : at::empty({0}, options);
+
+  a.logits = logits.const_data_ptr();
+  a.logits_stride = logits.stride(0);
+  if (soft) {
+    a.probabilities = target.const_data_ptr();
+    a.probabilities_stride = target.stride(0);
+  } else {
+    a.target = target.const_data_ptr<int64_t>();
+  }
+  a.votes = votes_of(votes);
+  a.log_mass = log_mass.const_data_ptr();
+  a.weight = data_or_null(weight);
+  a.N = N;
+  a.C = static_cast<int32_t>(C);
+  a.ignore_index = ignore_index;
+  a.ce = ce_weight != 0;
+  a.only_correct = only_correct;
+  a.ce_weight = ce_weight;
+  a.zipf_weight = zipf_weight;
+  a.label_smoothing = label_smoothing;
+  a.reduction = reduction;
+  a.scaled = scaled;
+  a.loss = loss.mutable_data_ptr();
+  a.ce_out = ce.mutable_data_ptr();
+  a.zipf_out = zipf.mutable_data_ptr();
+  a.grad = with_grad && N > 0 ? grad.mutable_data_ptr() : nullptr;
+  a.grad_scale = scaled ? grad_scale.mutable_data_ptr() : nullptr;
+
+  // Which samples count, and what a mean divides by, where a launch of its own must precede.
+  Tensor correct, partials, sums, counter;
+  if (only_correct && a.zipf && (soft || reduction == kMean)) {
+    correct = at::empty({N}, options.dtype(at::kInt));
+    C10_CUDA_CHECK(loss_correct_cuda(a, dtype, correct.mutable_data_ptr<int32_t>(), stream));
+    a.correct = correct.const_data_ptr<int32_t>();
+  }
+  if (reduction == kMean && !soft) {
+    a.denominators = {a.target, a.weight, a.correct, nullptr, 0, N, a.C, ignore_index};
+    if (const int blocks = totals_blocks(N); blocks > 0) {
+      partials = at::empty({3, blocks}, options.dtype(at::kDouble));
+      C10_CUDA_CHECK(loss_totals_cuda({a.denominators, partials.mutable_data_ptr<double>()}, dtype,
+                                      blocks, stream));
+      a.denominators.partials = partials.const_data_ptr<double>();
       a.denominators.num_partials = blocks;
     }
   }
-  const int blocks = loss_blocks(a, call.dtype, call.dense);
-  if (call.ready(blocks, stream))
-    C10_CUDA_CHECK(call.dense ? loss_dense_cuda(a, call.dtype, blocks, stream)
-                              : loss_fwd_cuda(a, call.dtype, blocks, stream));
-  return std::move(call.parts);
-}
-
-/// A target of probabilities.
-Parts soft_loss_parts(const Tensor& given_logits, const Tensor& given_target,
-                      const OptionalTensor& votes, const Tensor& log_mass,
-                      const OptionalTensor& weight, double ce_weight, double zipf_weight,
-                      double label_smoothing, bool only_correct, std::string_view reduction,
-                      Gradient gradient) {
-  check_logits(given_logits);
-  TORCH_CHECK_VALUE(given_target.sizes() == given_logits.sizes(), "target must have shape ",
-                    given_logits.sizes(), ", got ", given_target.sizes());
-  check_type(given_target, "target", accumulation_type(given_logits.scalar_type()));
-  check_same_device(given_target, "target", given_logits);
-  const c10::cuda::CUDAGuard guard(given_logits.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  LossCall call(given_logits, votes, log_mass, weight, ce_weight, zipf_weight, label_smoothing,
-                only_correct, reduction, gradient);
-  const Tensor target = with_aligned_rows(given_target);
-  SoftLossFwd s = {call.a, call.dense, target.const_data_ptr(), target.stride(0)};
-  if (only_correct && s.loss.zipf) {
-    int32_t* const correct = call.room_for_correct();
-    C10_CUDA_CHECK(soft_correct_cuda(s, call.dtype, correct, stream));
-    s.loss.correct = correct;
+  const LossPlan plan = plan_loss(a, dtype, current_device());
+  if (reduction != kNone) {
+    sums = at::empty({2, plan.blocks}, options.dtype(at::kDouble));
+    counter = tile_counters(stream, 1);
+    a.sums = sums.mutable_data_ptr<double>();
+    a.tile_counter = counters_of(counter);
   }
-  const int blocks = soft_loss_blocks(s, call.dtype);
-  if (call.ready(blocks, stream)) {
-    s.loss.sums = call.a.sums;
-    s.loss.tile_counter = call.a.tile_counter;
-    C10_CUDA_CHECK(soft_loss_fwd_cuda(s, call.dtype, blocks, stream));
-  }
-  return std::move(call.parts);
-}
-
-/// reference.loss_fwd on CUDA tensors, for a target of classes (N,) or of probabilities (N, C).
-Parts any_loss_parts(const Tensor& logits, const Tensor& target, const OptionalTensor& votes,
-                     const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
-                     double zipf_weight, double label_smoothing, bool only_correct,
-                     int64_t ignore_index, std::string_view reduction, Gradient gradient) {
-  if (target.dim() == 2)
-    return soft_loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
-                           label_smoothing, only_correct, reduction, gradient);
-  return loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
-                    label_smoothing, only_correct, ignore_index, reduction, gradient);
+  if (N > 0 || reduction != kNone) C10_CUDA_CHECK(loss_fwd_cuda(a, dtype, plan, stream));
+  return {loss, ce, zipf, grad, grad_scale};
 }
 
 Parts loss_fwd(const Tensor& logits, const Tensor& target, const OptionalTensor& votes,
                const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
                double zipf_weight, double label_smoothing, bool only_correct, int64_t ignore_index,
                std::string_view reduction, bool with_grad) {
-  return any_loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
-                        label_smoothing, only_correct, ignore_index, reduction,
-                        with_grad ? Gradient::kNew : Gradient::kNone);
-}
-
-/// Writes the gradient that f(logits, how) gives over the logits; returns its grad_scale.
-template <class F>
-Tensor write_over(Tensor& logits, F f) {
-  const bool aligned = reinterpret_cast<uintptr_t>(logits.const_data_ptr()) % 16 == 0;
-  if (logits.is_contiguous() && aligned) return std::get<4>(f(logits, Gradient::kInPlace));
-  const Parts parts = f(logits, Gradient::kNew);
-  logits.copy_(std::get<3>(parts));
-  return std::get<4>(parts);
+  return loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
+                    label_smoothing, only_correct, ignore_index, reduction,
+                    with_grad ? Gradient::kNew : Gradient::kNone);
 }
 
 /// loss_fwd's gradient over the logits; returns grad_scale.
@@ -318,10 +281,13 @@ Tensor loss_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& vo
                   const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
                   double zipf_weight, double label_smoothing, bool only_correct,
                   int64_t ignore_index, std::string_view reduction) {
-  return write_over(logits, [&](const Tensor& z, Gradient gradient) {
-    return any_loss_parts(z, target, votes, log_mass, weight, ce_weight, zipf_weight,
-                          label_smoothing, only_correct, ignore_index, reduction, gradient);
-  });
+  const bool aligned = reinterpret_cast<uintptr_t>(logits.const_data_ptr()) % 16 == 0;
+  const bool in_place = logits.is_contiguous() && aligned;
+  const Parts parts = loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
+                                 label_smoothing, only_correct, ignore_index, reduction,
+                                 in_place ? Gradient::kInPlace : Gradient::kNew);
+  if (!in_place) logits.copy_(std::get<3>(parts));
+  return std::get<4>(parts);
 }
 
 /// out = grad * grad_loss * grad_scale, all on one device; out may be grad.
@@ -429,6 +395,80 @@ Tensor label_fwd(const Tensor& given_target, const Tensor& given_votes,
   return label;
 }
 
+/// Refuses what the kernels cannot compute: float64, and float32 but in TensorFloat-32.
+VoteType vote_type(at::ScalarType type) {
+  if (type == at::kBFloat16) return VoteType::kBFloat16;
+  if (type == at::kHalf) return VoteType::kFloat16;
+  TORCH_CHECK(type == at::kFloat, "backend='cuda' cannot serve this call: it has no kernel for ",
+              type, " in vote_fwd");
+  const auto precision =
+      at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  TORCH_CHECK(precision == at::Float32Precision::TF32,
+              "backend='cuda' cannot serve this call: vote_fwd multiplies float32 in "
+              "TensorFloat-32 only, and "
+              "torch.backends.cuda.matmul.fp32_precision is not 'tf32'");
+  return VoteType::kTensorFloat32;
+}
+
+/// features (N, D, H, W) or (N, T, D); weight (C, D); bias (C,) -> votes (N, P) int32.
+Tensor vote_fwd(const Tensor& features, const Tensor& weight, const OptionalTensor& bias,
+                int64_t upsample) {
+  check_float(features, "features");
+  TORCH_CHECK_VALUE(features.dim() == 3 || features.dim() == 4,
+                    "features must have shape (N, D, H, W) or (N, T, D), got ", features.sizes());
+  TORCH_CHECK_VALUE(upsample == 1 || (upsample == 2 && features.dim() == 4),
+                    "upsample must be 1, or 2 for a map, got ", upsample);
+  const bool map = features.dim() == 4;
+  VoteProblem x;
+  x.N = features.size(0);
+  x.D = features.size(map ? 1 : 2);
+  x.H = map ? features.size(2) : 1;
+  x.W = features.size(map ? 3 : 1);
+  x.stride_n = features.stride(0);
+  x.stride_d = features.stride(map ? 1 : 2);
+  x.stride_h = map ? features.stride(2) : 0;
+  x.stride_w = features.stride(map ? 3 : 1);
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == x.D, "weight must have shape (C, ", x.D,
+                    "), got ", weight.sizes());
+  check_type(weight, "weight", features.scalar_type());
+  check_same_device(weight, "weight", features);
+  x.C = weight.size(0);
+  check_num_classes(x.C);
+  x.weight_stride_c = weight.stride(0);
+  x.weight_stride_d = weight.stride(1);
+  if (bias.has_value()) {
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == x.C, "bias must have shape (", x.C,
+                      ",), got ", bias->sizes());
+    check_type(*bias, "bias", features.scalar_type());
+    check_same_device(*bias, "bias", features);
+    x.bias_stride = bias->stride(0);
+  }
+
+  const int64_t positions = x.H * x.W * upsample * upsample;
+  const Tensor votes = at::empty({x.N, positions}, features.options().dtype(at::kInt));
+  x.type = vote_type(features.scalar_type());
+  if (votes.numel() == 0) return votes;
+
+  const c10::cuda::CUDAGuard guard(features.device());
+  x.features = features.const_data_ptr();
+  x.weight = weight.const_data_ptr();
+  x.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  x.upsample = static_cast<int>(upsample);
+  x.votes = votes.mutable_data_ptr<int32_t>();
+  const Device& device = current_device();
+  const char* const reason = vote_refusal(x, device);
+  TORCH_CHECK(reason == nullptr, "backend='cuda' cannot serve vote_fwd on this device: ", reason);
+  const vote::VotePlan plan = plan_vote(x, device);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Tensor scratch =
+      at::empty({static_cast<int64_t>(plan.bytes)}, features.options().dtype(at::kByte));
+  Tensor counters;
+  if (plan.tile_counters > 0) counters = tile_counters(stream, plan.tile_counters);
+  C10_CUDA_CHECK(vote_fwd_cuda(x, plan, scratch.mutable_data_ptr(),
+                               counters.defined() ? counters_of(counters) : nullptr, stream));
+  return votes;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(zipfls, CUDA, m) {
@@ -438,6 +478,7 @@ TORCH_LIBRARY_IMPL(zipfls, CUDA, m) {
   m.impl("loss_bwd_", TORCH_FN(loss_bwd_));
   m.impl("rank_fwd", TORCH_FN(rank_fwd));
   m.impl("label_fwd", TORCH_FN(label_fwd));
+  m.impl("vote_fwd", TORCH_FN(vote_fwd));
 }
 
 }  // namespace zipfls::cuda

@@ -1,4 +1,4 @@
-// Launch constants, each with its reason, and the choice of kernel and launch from a call's shape.
+// Every launch constant, with its reason.
 //
 // The reasons are arithmetic and compiled code (registers, shared memory, instructions per
 // element); a measurement that contradicts one replaces it here.
@@ -115,79 +115,6 @@ constexpr int kLabelBlock = 128;
 constexpr int kCorrectBlock = 128;
 constexpr int kDenseBlock = 256;
 constexpr int kDenseResident = 2;  // bounds the registers at 128, which nothing needs
-
-// The choice --------------------------------------------------------------------------------------
-
-/// What the launchers need to know of a device.
-struct Device {
-  int multiprocessors;
-  int shared_per_block;  // bytes a block may ask for
-  bool clusters;         // compute capability 9.0 and up
-};
-
-/// Which kernel serves a loss, and its launch.
-struct LossPlan {
-  enum Kernel { kLanes8, kLanes32, kBlock, kCluster, kLong } kernel;
-  int threads;       // of a block
-  int cluster;       // blocks a row
-  uint32_t vectors;  // 16-byte vectors of shared memory for each row (or slice of a row) of a block
-  int64_t groups;    // of rows, one for each pass of a block (or cluster) through its loop
-};
-
-inline uint32_t vectors_of(int64_t elements, int vector) {
-  // A row that starts in the middle of a vector touches one more.
-  return static_cast<uint32_t>((elements + vector - 1 + vector - 1) / vector);
-}
-
-inline int round_up(int64_t x, int unit) { return static_cast<int>((x + unit - 1) / unit * unit); }
-
-/// The kernel for N rows of C classes of `vector` elements per 16 bytes, P votes each; table_bytes:
-/// shared memory of one row's tables.
-inline LossPlan plan_loss(int64_t N, int32_t C, int32_t P, int vector, uint32_t table_bytes,
-                          const Device& device) {
-  const uint32_t vectors = vectors_of(C, vector);
-  const int per_thread = kHeldVectors;
-  const int64_t resident = int64_t{device.multiprocessors} * (kThreadsPerMultiprocessor / kWarp);
-  const bool full = N * 2 >= resident;  // a warp a row fills at least half of the device
-  auto rows_fit = [&](int rows) {
-    return rows * (vectors * 16 + table_bytes + 1024) <=
-           static_cast<uint32_t>(device.shared_per_block) / 2;
-  };
-  const bool narrow = vector > 2;  // float64 is for checks: a block a row will do
-  if (narrow && full && vectors <= 8u * per_thread && rows_fit(kSmallBlock / 8))
-    return {LossPlan::kLanes8, kSmallBlock, 1, vectors,
-            (N + kSmallBlock / 8 - 1) / (kSmallBlock / 8)};
-  if (narrow && full && vectors <= static_cast<uint32_t>(kWarp * per_thread) &&
-      rows_fit(kSmallBlock / 32))
-    return {LossPlan::kLanes32, kSmallBlock, 1, vectors,
-            (N + kSmallBlock / 32 - 1) / (kSmallBlock / 32)};
-
-  auto threads_for = [&](uint32_t slice_vectors, int most) {
-    const int wanted = full ? kFullDeviceVectors : kIdleDeviceVectors;
-    const int least = round_up((slice_vectors + per_thread - 1) / per_thread, kWarp);
-    int threads = round_up((slice_vectors + wanted - 1) / wanted, kWarp);
-    if (!full)
-      threads = threads > P / kVotesPerThread ? threads : round_up(P / kVotesPerThread, kWarp);
-    threads = threads > most ? most : threads;
-    return threads > least ? threads : least;
-  };
-  auto block_fits = [&](uint32_t slice_vectors, int most) {
-    return slice_vectors <= static_cast<uint32_t>(most * per_thread) &&
-           slice_vectors * 16 + table_bytes + 4096 <=
-               static_cast<uint32_t>(device.shared_per_block);
-  };
-  if (block_fits(vectors, kWideBlock))
-    return {LossPlan::kBlock, threads_for(vectors, kWideBlock), 1, vectors, N};
-  if (narrow && device.clusters) {
-    for (int size = 2; size <= kLargestCluster; size *= 2) {
-      const uint32_t slice = (vectors + size - 1) / size;
-      const bool last = size == kLargestCluster;
-      if ((slice <= kClusterSlice || last) && block_fits(slice, kWideBlock))
-        return {LossPlan::kCluster, threads_for(slice, kWideBlock), size, slice, N};
-    }
-  }
-  return {LossPlan::kLong, kLongBlock, 1, 0, N};
-}
 
 }  // namespace zipfls::cuda
 

@@ -18,7 +18,7 @@
 // more than the combine, which here runs beside other tiles' products; the loss would read every
 // pair twice (for its label too), where few lanes of a row wait for them, and would spill. The
 // dense path is two launches in all, votes and loss. (In a captured graph each also clears its
-// counters: tile_counters.h.)
+// counters: register.cpp.)
 //
 // Hazards
 //   Pairs stored by one warp -> read by another, of any block: all lanes store, warp_sync, then

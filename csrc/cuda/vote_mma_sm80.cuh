@@ -288,7 +288,7 @@ ZIPFLS_DEVICE void argmax_of_upsampled(const float* scores, const float* bias,
 
 /// The kernel: block `block` of tiles * splits, consecutive blocks being splits of one tile.
 template <class Config>
-ZIPFLS_DEVICE void vote_mma(const MmaArgs& args, int64_t block, int thread, char* shared) {
+ZIPFLS_DEVICE void vote_mma(const MmaArgs& args, int64_t block, int thread, unsigned char* shared) {
   using Element = typename Config::Element;
   const Results& results = args.results;
   const int lane = thread % 32, warp = thread / 32;

@@ -3,25 +3,24 @@
 // Build for sm_90a (-gencode arch=compute_90a,code=sm_90a). For any other architecture the kernels
 // compile to nothing, so that the file may be built for the same list as the rest; wgmma_present
 // tells at run time.
-#include "vote_launch.h"
-
 #include <cuda.h>
 
+#include "launch.cuh"
 #include "vote_wgmma_sm90.cuh"
 
 namespace zipfls::cuda::vote {
 namespace {
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    vote_wgmma_kernel(const __grid_constant__ WgmmaArgs args,
-                      const __grid_constant__ CUtensorMap features,
-                      const __grid_constant__ CUtensorMap weight) {
+ZIPFLS_KERNEL(Config::kThreads, 1)
+vote_wgmma_kernel(const __grid_constant__ WgmmaArgs args,
+                  const __grid_constant__ CUtensorMap features,
+                  const __grid_constant__ CUtensorMap weight) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(1024) char ring[];
-  __shared__ WgmmaShared<Config> shared;
+  ZIPFLS_DYNAMIC_SHARED(stages, 1024);
+  ZIPFLS_SHARED(WgmmaShared<Config>, shared);
   vote_wgmma<Config>(args, &features, &weight, blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x),
-                     shared, ring);
+                     shared, stages);
 #endif
 }
 
@@ -30,7 +29,7 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-/// The driver's cuTensorMapEncodeTiled, without linking against the driver; null if it has none.
+/// The driver's cuTensorMapEncodeTiled, without linking against the driver; null without one.
 EncodeTiled encode_tiled() {
   static const EncodeTiled found = [] {
     void* entry = nullptr;
@@ -69,11 +68,10 @@ cudaError_t encode(CUtensorMap* map, VoteType type, const void* at, int64_t rows
 }
 
 template <class Config>
-cudaError_t launch(const WgmmaProblem& problem, int multiprocessors, cudaStream_t stream) {
-  // First of all: it binds the device's context to a thread that has none, which encoding needs.
+cudaError_t launch_config(const WgmmaProblem& problem, int multiprocessors, cudaStream_t stream) {
+  // First: it binds the device's context to a thread that has none, which encoding needs.
   const auto kernel = vote_wgmma_kernel<Config>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           Config::kSharedBytes);
+  cudaError_t error = allow_shared(kernel, Config::kSharedBytes);
   if (error != cudaSuccess) return error;
   CUtensorMap features, weight;
   error = encode(&features, problem.type, problem.features, problem.results.rows, problem.D,
@@ -82,54 +80,37 @@ cudaError_t launch(const WgmmaProblem& problem, int multiprocessors, cudaStream_
   error =
       encode(&weight, problem.type, problem.weight, problem.C, problem.D, problem.weight_stride);
   if (error != cudaSuccess) return error;
-
   const WgmmaArgs args = wgmma_args<Config>(problem);
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = Config::kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(wgmma_blocks<Config>(args, multiprocessors)));
-  config.blockDim = dim3(Config::kThreads);
-  config.dynamicSmemBytes = Config::kSharedBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = Config::kCluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args, features, weight);
-}
-
-template <class Element>
-cudaError_t launch_of(Kernel kernel, const WgmmaProblem& problem, int multiprocessors,
-                      cudaStream_t stream) {
-  return kernel == Kernel::kWgmmaWide
-             ? launch<WideConfig<Element>>(problem, multiprocessors, stream)
-             : launch<NarrowConfig<Element>>(problem, multiprocessors, stream);
+  const Launch how = {wgmma_blocks<Config>(args, multiprocessors), Config::kThreads,
+                      Config::kSharedBytes, Config::kCluster};
+  return launch_allowed(kernel, how, stream, args, features, weight);
 }
 
 }  // namespace
 
 bool wgmma_present() {
-  // A kernel that was compiled to nothing lacks the barriers' shared memory.
-  cudaFuncAttributes attributes = {};
-  if (cudaFuncGetAttributes(&attributes, vote_wgmma_kernel<WideConfig<BFloat16>>) != cudaSuccess) {
+  if constexpr (served(Kernel::kWgmmaWide)) {
+    // A kernel that was compiled to nothing lacks the mbarriers' shared memory.
+    using Config = WideConfig<BFloat16>;
+    cudaFuncAttributes attributes = {};
+    if (cudaFuncGetAttributes(&attributes, vote_wgmma_kernel<Config>) == cudaSuccess)
+      return attributes.sharedSizeBytes >= sizeof(WgmmaShared<Config>) && encode_tiled() != nullptr;
     cudaGetLastError();  // no code for this device: not an error of the caller's
-    return false;
   }
-  return attributes.sharedSizeBytes >= sizeof(WgmmaShared<WideConfig<BFloat16>>) &&
-         encode_tiled() != nullptr;
+  return false;
 }
 
-cudaError_t launch_wgmma(Kernel kernel, const WgmmaProblem& problem, int multiprocessors,
-                         cudaStream_t stream) {
-  switch (problem.type) {
-    case VoteType::kBFloat16:
-      return launch_of<BFloat16>(kernel, problem, multiprocessors, stream);
-    case VoteType::kFloat16:
-      return launch_of<Float16>(kernel, problem, multiprocessors, stream);
-    case VoteType::kTensorFloat32:
-      return launch_of<TensorFloat32>(kernel, problem, multiprocessors, stream);
-  }
-  return cudaErrorInvalidValue;
+cudaError_t launch_wgmma(const VotePlan& plan, const WgmmaProblem& problem, cudaStream_t stream) {
+  return with_element(problem.type, [&](auto element) {
+    using Element = decltype(element);
+    if constexpr (served(Kernel::kWgmmaWide))
+      if (plan.kernel == Kernel::kWgmmaWide)
+        return launch_config<WideConfig<Element>>(problem, plan.multiprocessors, stream);
+    if constexpr (served(Kernel::kWgmmaNarrow))
+      if (plan.kernel == Kernel::kWgmmaNarrow)
+        return launch_config<NarrowConfig<Element>>(problem, plan.multiprocessors, stream);
+    return cudaErrorInvalidValue;
+  });
 }
 
 }  // namespace zipfls::cuda::vote

@@ -48,7 +48,7 @@
 #pragma once
 
 #include "vote_epilogue.cuh"
-#include "vote_plan.h"
+#include "plan.h"
 #include "tuning.h"
 
 namespace zipfls::cuda::vote {
@@ -146,7 +146,7 @@ struct PipelineState {
 template <class Config>
 ZIPFLS_DEVICE void produce(const WgmmaArgs& args, const ptx::TensorMap* features,
                            const ptx::TensorMap* weight, int64_t cluster, int64_t clusters,
-                           uint32_t rank, WgmmaShared<Config>& shared, char* stages) {
+                           uint32_t rank, WgmmaShared<Config>& shared, unsigned char* stages) {
   PipelineState state;
   for (int64_t t = cluster; t < args.tiles_m * args.tiles_n; t += clusters) {
     const Tile tile = tile_at(t, args.tiles_m, args.tiles_n, args.group);
@@ -154,8 +154,9 @@ ZIPFLS_DEVICE void produce(const WgmmaArgs& args, const ptx::TensorMap* features
     const int32_t first_class =
         tile.n * Config::kTileN + static_cast<int32_t>(rank) * Config::kBoxRows;
     for (int32_t k = 0; k < args.tiles_k; k++) {
-      char* const stage = stages + state.index * Config::kFullStageBytes;
-      char* const share = stage + Config::kFeatureBytes + rank * Config::kBoxRows * kTmaRowBytes;
+      unsigned char* const stage = stages + state.index * Config::kFullStageBytes;
+      unsigned char* const share =
+          stage + Config::kFeatureBytes + rank * Config::kBoxRows * kTmaRowBytes;
       ptx::mbarrier_wait_parity(&shared.empty[state.index], state.phase ^ 1);
       ptx::mbarrier_arrive_expect_tx(&shared.full[state.index], Config::kFullStageBytes);
       ptx::tma_load_2d(stage, features, &shared.full[state.index], k * Config::kTileK, row);
@@ -183,7 +184,8 @@ ZIPFLS_DEVICE void release(ptx::mbarrier_t* empty, int lane) {
 /// One warpgroup: 64 positions by all classes of each tile.
 template <class Config>
 ZIPFLS_DEVICE void consume(const WgmmaArgs& args, int64_t cluster, int64_t clusters, uint32_t rank,
-                           int consumer, int thread, WgmmaShared<Config>& shared, char* stages) {
+                           int consumer, int thread, WgmmaShared<Config>& shared,
+                           unsigned char* stages) {
   using Element = typename Config::Element;
   const int lane = thread % 32, warp = thread / 32;  // of the warpgroup
   const uint64_t first_descriptor = wgmma_descriptor(ptx::shared_address(stages));
@@ -267,7 +269,7 @@ ZIPFLS_DEVICE void consume(const WgmmaArgs& args, int64_t cluster, int64_t clust
 template <class Config>
 ZIPFLS_DEVICE void vote_wgmma(const WgmmaArgs& args, const ptx::TensorMap* features,
                               const ptx::TensorMap* weight, int64_t block, int64_t blocks,
-                              int thread, WgmmaShared<Config>& shared, char* stages) {
+                              int thread, WgmmaShared<Config>& shared, unsigned char* stages) {
   stages += (1024 - ptx::shared_address(stages) % 1024) % 1024;
   const uint32_t rank = Config::kCluster > 1 ? ptx::cluster_rank() : 0;
   if (thread == 0) {

@@ -1,4 +1,5 @@
-// Fibers, barriers and the race check. Compiled without -fsanitize=thread in every build.
+// Fibers, barriers, the order of asynchronous operations, and the race check. Compiled without
+// -fsanitize=thread in every build.
 //
 // Race check: the kernels' translation unit is compiled with -fsanitize=thread and linked without
 // that sanitizer's library, so its calls at every load and store come here. Each byte of shared and
@@ -6,21 +7,19 @@
 // barrier of the block (or cluster) that both have passed, or within a warp by __syncwarp; shuffles
 // and ballots order nothing. What is not ordered and not both atomic is a race, whatever order the
 // fibers happened to run in.
-#include "runtime.h"
+#include "sim.h"
 
 #include "cuda_on_cpu.h"
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
 
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -35,18 +34,19 @@
 #include <ucontext.h>
 #endif
 
+SimIndex threadIdx, blockIdx, blockDim, gridDim;
+
 namespace sim {
 
-Index thread_index, block_index, block_size, grid_size;
+Schedule schedule;
+uint32_t most_blocks = 0;
+std::vector<const void*> launched;
 
 namespace {
 
 std::string fault_text;
 int fault_count = 0;
-
-void fault(const std::string& text) {
-  if (++fault_count <= 8) fault_text += text + "\n";
-}
+bool dead = false;  // the run cannot go on
 
 // Fibers ------------------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ constexpr size_t kStack = 256 * 1024, kPage = 4096;
 
 struct Block;
 
-struct Fiber {
+struct Fiber : Thread {
   unsigned char* stack = nullptr;  // kStack bytes above one guard page
   void* stack_pointer = nullptr;
 #if !defined(__x86_64__)
@@ -62,38 +62,41 @@ struct Fiber {
 #endif
   void* fake_stack = nullptr;  // AddressSanitizer's
   Block* block = nullptr;
-  uint32_t thread = 0;
   bool waits = false, done = true;
+  const char* at = "";          // what it waits for
+  std::function<bool()> ready;  // with `waits`: until then; empty: until it is released
 };
 
-struct Warp {
-  uint32_t arrived = 0, mask = 0;
-  int kind = 0, line = 0;
-  unsigned char values[32][16], results[32][16];
-  uint32_t ballot = 0, ballot_result = 0;
+/// Threads that must all call the same thing.
+struct Collective {
+  uint32_t size = 0, arrived = 0;
+  int line = 0;
+  const char* what = "";
+  std::vector<void*> arguments;
+  std::vector<Fiber*> waiting;
+};
+
+struct Warp : Collective {
   uint32_t clock = 0;  // __syncwarps passed
 };
 
-struct Barrier {
-  uint32_t arrived = 0;
-  int line = 0;
-  bool any = false, any_result = false;
-};
-
-struct Block {
-  uint32_t index = 0, rank = 0;
-  std::unique_ptr<unsigned char[]> memory;
+struct Block : BlockState {
+  std::unique_ptr<unsigned char[]> memory, static_memory;
   std::vector<Warp> warps;
+  std::vector<Collective> groups;
+  Collective all, named[16];
   std::vector<Fiber*> fibers;
-  Barrier barrier;
   uint32_t epoch = 0;  // barriers passed
 };
 
 std::vector<std::unique_ptr<Fiber>> pool;
-std::vector<Block> cluster;
-Barrier cluster_barrier;
-uint32_t cluster_epoch = 0, shared_bytes = 0;
-Fiber* running = nullptr;
+std::vector<std::unique_ptr<Block>> cluster;
+Collective cluster_collective;
+uint32_t cluster_epoch = 0;
+std::mt19937_64 noise;
+std::deque<std::function<void()>> pending;  // TMA
+std::vector<std::shared_ptr<void>> kept;
+Fiber* current = nullptr;
 const std::function<void()>* running_kernel = nullptr;
 void* scheduler_pointer = nullptr;
 [[maybe_unused]] void* scheduler_fake_stack = nullptr;  // these three: AddressSanitizer's
@@ -131,7 +134,7 @@ ucontext_t scheduler_context;
 #endif
 
 void switch_to_scheduler(bool last) {
-  Fiber* const self = running;
+  Fiber* const self = current;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(last ? nullptr : &self->fake_stack, scheduler_bottom,
                                  scheduler_size);
@@ -153,7 +156,8 @@ extern "C" void zipfls_fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
 #endif
   (*running_kernel)();
-  running->done = true;
+  current->done = true;
+  current->block->live--;
   switch_to_scheduler(true);
   std::abort();
 }
@@ -169,7 +173,11 @@ void prepare(Fiber& fiber, Block* block, uint32_t thread) {
     fiber.stack = static_cast<unsigned char*>(memory) + kPage;
   }
   fiber.block = block;
-  fiber.thread = thread;
+  fiber.index = thread;
+  fiber.open.clear();
+  fiber.groups.clear();
+  fiber.stores.clear();
+  fiber.ready = nullptr;
   fiber.waits = fiber.done = false;
   fiber.fake_stack = nullptr;
 #if defined(__x86_64__)
@@ -189,9 +197,9 @@ void prepare(Fiber& fiber, Block* block, uint32_t thread) {
 }
 
 void run(Fiber& fiber) {
-  running = &fiber;
-  thread_index.x = fiber.thread;
-  block_index.x = fiber.block->index;
+  current = &fiber;
+  threadIdx.x = fiber.index;
+  blockIdx.x = fiber.block->index;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack, kStack);
 #endif
@@ -203,62 +211,64 @@ void run(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 #endif
-  running = nullptr;
+  current = nullptr;
 }
 
 void wait() {
-  running->waits = true;
+  current->waits = true;
   switch_to_scheduler(false);
 }
 
+unsigned char fresh_byte() {
+  return schedule.fill == Schedule::kZeros  ? 0
+         : schedule.fill == Schedule::kOnes ? 0xff
+                                            : static_cast<unsigned char>(noise());
+}
+
 std::string who(const Fiber& fiber) {
-  return "block " + std::to_string(fiber.block->index) + " thread " + std::to_string(fiber.thread);
+  return "block " + std::to_string(fiber.block->index) + " thread " + std::to_string(fiber.index);
 }
 
-// Barriers and collectives ------------------------------------------------------------------------
+// Collectives -------------------------------------------------------------------------------------
 
-/// Arrives; the last of `expected` wakes all of `fibers`. Returns whether this was the last.
-bool arrive(Barrier& barrier, bool x, int line, size_t expected, const char* what) {
-  if (barrier.arrived != 0 && barrier.line != line)
-    fault(std::string(what) + " reached at line " + std::to_string(line) + " by " + who(*running) +
-          " while others wait at line " + std::to_string(barrier.line));
-  barrier.line = line;
-  barrier.any |= x;
-  if (++barrier.arrived < expected) return false;
-  barrier.any_result = barrier.any;
-  barrier.any = false;
-  barrier.arrived = 0;
-  return true;
-}
-
-enum Kind { kSyncWarp = 1, kBallot, kExchange };
-
-/// A warp's collective: returns when all lanes of the mask have come to it.
-Warp& meet(uint32_t mask, Kind kind, int line) {
-  Block& block = *running->block;
-  Warp& warp = block.warps[running->thread / 32];
-  const uint32_t lane = running->thread % 32;
-  if ((mask >> lane & 1) == 0)
-    fault("a collective's mask leaves out the lane that calls it: " + who(*running));
-  if (warp.arrived != 0 && (warp.kind != kind || warp.line != line || warp.mask != mask))
-    fault("lanes of a warp meet at different collectives, lines " + std::to_string(line) + " and " +
-          std::to_string(warp.line) + ": " + who(*running));
-  warp.kind = kind;
-  warp.line = line;
-  warp.mask = mask;
-  warp.arrived |= 1u << lane;
-  if (warp.arrived != mask) {
-    wait();
-    return warp;
+Collective& collective(Scope scope, uint32_t& slot) {
+  Block& block = *current->block;
+  const uint32_t thread = current->index;
+  switch (scope) {
+    case kOfWarp:
+      slot = thread % 32;
+      return block.warps[thread / 32];
+    case kOfWarpgroup:
+      slot = thread % 128;
+      return block.groups[thread / 128];
+    case kOfBlock:
+      slot = thread;
+      return block.all;
+    default:
+      slot = block.rank * block.all.size + thread;
+      return cluster_collective;
   }
-  warp.arrived = 0;
-  std::memcpy(warp.results, warp.values, sizeof warp.results);
-  warp.ballot_result = warp.ballot;
-  warp.ballot = 0;
-  if (kind == kSyncWarp) warp.clock++;
-  for (uint32_t l = 0; l < 32; l++)
-    if (mask >> l & 1) block.fibers[running->thread / 32 * 32 + l]->waits = false;
-  return warp;
+}
+
+void wake(Collective& all) {
+  all.arrived = 0;
+  for (Fiber* fiber : all.waiting) fiber->waits = false;
+  all.waiting.clear();
+}
+
+void** join(Collective& all, uint32_t slot, const char* what, int line, void* argument) {
+  if (all.arrived != 0 && (all.line != line || std::strcmp(all.what, what) != 0))
+    fault(std::string(what) + " reached at line " + std::to_string(line) + " by " + who(*current) +
+          " while others wait at line " + std::to_string(all.line) + " for " + all.what);
+  all.line = line;
+  all.what = what;
+  all.arguments.resize(all.size);
+  all.arguments[slot] = argument;
+  if (++all.arrived == all.size) return all.arguments.data();
+  all.waiting.push_back(current);
+  current->at = what;
+  wait();
+  return nullptr;
 }
 
 // The race check ----------------------------------------------------------------------------------
@@ -285,15 +295,15 @@ std::vector<Region> shared_regions;
 uint32_t launches = 0;
 
 Reader here() {
-  const Block& block = *running->block;
-  const uint32_t warp = running->thread / 32;
+  const Block& block = *current->block;
+  const uint32_t warp = current->index / 32;
   return {launches,
           block.index,
           warp,
           block.epoch,
           cluster_epoch,
           block.warps[warp].clock,
-          1u << running->thread % 32};
+          1u << current->index % 32};
 }
 
 /// Whether what `before` did happened before what `now` does. lanes_matter: apart from now's own
@@ -313,7 +323,7 @@ bool ordered(const Reader& before, const Reader& now) {
 [[maybe_unused]] void race(const char* what, const Region& region, size_t offset,
                            const Reader& other) {
   fault(std::string(what) + " at byte " + std::to_string(offset) + " of " + region.name + ": " +
-        who(*running) + " and block " + std::to_string(other.block) + " warp " +
+        who(*current) + " and block " + std::to_string(other.block) + " warp " +
         std::to_string(other.warp));
 }
 
@@ -326,7 +336,7 @@ Region* region_of(const void* at) {
 }
 
 [[maybe_unused]] void check(const void* at, size_t bytes, bool write, bool atomic) {
-  if (running == nullptr) return;
+  if (current == nullptr) return;
   Region* const region = region_of(at);
   if (region == nullptr || region->shadow.empty()) return;
   const size_t first = static_cast<const unsigned char*>(at) - region->begin;
@@ -335,7 +345,7 @@ Region* region_of(const void* at) {
     Byte& byte = region->shadow[o];
     if (!write && !byte.written) {
       fault("read of uninitialised byte " + std::to_string(o) + " of " + region->name + ": " +
-            who(*running));
+            who(*current));
       byte.written = true;
     }
     if (byte.writer.lanes != 0 && !(atomic && byte.atomic) && !ordered(byte.writer, now)) {
@@ -375,97 +385,127 @@ Region* region_of(const void* at) {
 
 }  // namespace
 
-unsigned char* shared_memory() { return running->block->memory.get(); }
+void fault(const std::string& text) {
+  if (++fault_count <= 8) fault_text += text + "\n";
+}
+
+void fail(const std::string& text) {
+  fault(text + (current != nullptr ? ": " + who(*current) : ""));
+  dead = true;
+  if (current == nullptr) throw std::runtime_error(text);
+  current->done = true;
+  switch_to_scheduler(false);
+  std::abort();
+}
+
+void** arrive(Scope scope, const char* what, int line, void* argument) {
+  uint32_t slot;
+  Collective& all = collective(scope, slot);
+  return join(all, slot, what, line, argument);
+}
+
+void release(Scope scope) {
+  uint32_t slot;
+  Collective& all = collective(scope, slot);
+  if (scope == kOfWarp && std::strcmp(all.what, "__syncwarp") == 0)
+    current->block->warps[current->index / 32].clock++;
+  if (scope == kOfBlock) current->block->epoch++;
+  if (scope == kOfCluster) {
+    cluster_epoch++;
+    for (auto& block : cluster) block->epoch++;
+  }
+  wake(all);
+}
+
+void named_barrier(int barrier, int threads, int line) {
+  if (barrier < 1 || barrier > 15) fail("no such barrier");
+  Collective& all = current->block->named[barrier];
+  if (all.size == 0) all.size = static_cast<uint32_t>(threads);
+  if (all.size != static_cast<uint32_t>(threads)) fail("threads disagree about a barrier's size");
+  if (join(all, all.arrived, "bar.sync", line, nullptr) != nullptr) wake(all);
+}
+
+void wait_until(const char* what, const std::function<bool()>& ready) {
+  if (ready()) return;
+  current->at = what;
+  current->ready = ready;
+  wait();
+  current->ready = nullptr;
+}
+
+Thread& thread() { return *current; }
+BlockState& block() { return *current->block; }
+BlockState& block_of_cluster(uint32_t rank) {
+  if (rank >= cluster.size()) fail("no such block in the cluster");
+  return *cluster[rank];
+}
+uint32_t cluster_blocks() { return static_cast<uint32_t>(cluster.size()); }
+void complete_later(std::function<void()> complete) { pending.push_back(std::move(complete)); }
+void keep(std::shared_ptr<void> object) { kept.push_back(std::move(object)); }
+
+unsigned char* shared_memory() { return current->block->shared; }
+
+void* static_shared(uint32_t bytes) {
+  Block& block = *current->block;
+  if (block.static_bytes == 0) {
+    block.static_bytes = bytes;
+    block.static_memory.reset(new unsigned char[bytes + 16]);
+    for (uint32_t i = 0; i < bytes; i++) block.static_memory[i] = fresh_byte();
+    block.static_shared = block.static_memory.get();
+  }
+  if (block.static_bytes != bytes) fail("one static array a kernel");
+  return block.static_shared;
+}
 
 void guard(void* at, uint32_t bytes) { ASAN_POISON_MEMORY_REGION(at, bytes); }
-
-bool sync_threads_or(bool x, int line) {
-  Block& block = *running->block;
-  if (!arrive(block.barrier, x, line, block.fibers.size(), "__syncthreads")) {
-    wait();
-    return block.barrier.any_result;
-  }
-  block.epoch++;
-  for (Fiber* fiber : block.fibers) fiber->waits = false;
-  return block.barrier.any_result;
-}
-
-void sync_threads(int line) { sync_threads_or(false, line); }
-
-void sync_warp(uint32_t mask, int line) { meet(mask, kSyncWarp, line); }
-
-uint32_t ballot(uint32_t mask, bool x, int line) {
-  Warp& warp = running->block->warps[running->thread / 32];
-  if (x) warp.ballot |= 1u << running->thread % 32;
-  return meet(mask, kBallot, line).ballot_result;
-}
-
-void exchange(uint32_t mask, void* value, int bytes, int from_lane, int line) {
-  Warp& warp = running->block->warps[running->thread / 32];
-  std::memcpy(warp.values[running->thread % 32], value, bytes);
-  if ((mask >> from_lane & 1) == 0)
-    fault("a shuffle from a lane outside its mask: " + who(*running));
-  meet(mask, kExchange, line);
-  std::memcpy(value, warp.results[from_lane], bytes);
-}
-
-uint32_t cluster_size() { return static_cast<uint32_t>(cluster.size()); }
-uint32_t cluster_rank() { return running->block->rank; }
-
-void cluster_sync() {
-  if (!arrive(cluster_barrier, false, 0, cluster.size() * block_size.x, "cluster_sync")) {
-    wait();
-    return;
-  }
-  cluster_epoch++;
-  for (Block& block : cluster) {
-    block.epoch++;
-    for (Fiber* fiber : block.fibers) fiber->waits = false;
-  }
-}
-
-void* cluster_map(void* mine, uint32_t rank) {
-  return cluster[rank].memory.get() +
-         (static_cast<unsigned char*>(mine) - running->block->memory.get());
-}
 
 double read_published(const double* at) { return *at; }
 
 void launch(const std::function<void()>& kernel, uint32_t blocks, uint32_t threads,
-            uint32_t cluster_blocks, uint32_t shared, const Schedule& schedule) {
+            uint32_t cluster_size, uint32_t shared) {
   std::mt19937_64 random(schedule.seed);
-  block_size.x = threads;
-  grid_size.x = blocks;
+  noise.seed(schedule.seed + 1);
+  if (most_blocks != 0) blocks = std::min(blocks, most_blocks * cluster_size);
+  blockDim.x = threads;
+  gridDim.x = blocks;
   running_kernel = &kernel;
-  shared_bytes = shared;
   launches++;
-  while (pool.size() < size_t{threads} * cluster_blocks) pool.push_back(std::make_unique<Fiber>());
+  dead = false;
+  while (pool.size() < size_t{threads} * cluster_size) pool.push_back(std::make_unique<Fiber>());
 
-  std::vector<uint32_t> order(blocks / cluster_blocks);
+  std::vector<uint32_t> order(blocks / cluster_size);
   for (uint32_t i = 0; i < order.size(); i++) order[i] = i;
   if (schedule.order == Schedule::kDescending) std::reverse(order.begin(), order.end());
   if (schedule.order >= Schedule::kRandom) std::shuffle(order.begin(), order.end(), random);
 
   for (const uint32_t group : order) {
-    cluster = std::vector<Block>(cluster_blocks);
-    cluster_barrier = {};
+    if (dead) break;
+    cluster.clear();
+    cluster_collective = {};
+    cluster_collective.size = cluster_size * threads;
     shared_regions.clear();
     std::vector<Fiber*> fibers;
-    for (uint32_t rank = 0; rank < cluster_blocks; rank++) {
-      Block& block = cluster[rank];
+    for (uint32_t rank = 0; rank < cluster_size; rank++) {
+      cluster.push_back(std::make_unique<Block>());
+      Block& block = *cluster.back();
       block.rank = rank;
-      block.index = group * cluster_blocks + rank;
+      block.index = group * cluster_size + rank;
+      block.live = block.all.size = threads;
       block.memory.reset(new unsigned char[shared + 1]);  // 16-byte aligned
-      for (uint32_t i = 0; i < shared; i++)
-        block.memory[i] = schedule.fill == Schedule::kZeros  ? 0
-                          : schedule.fill == Schedule::kOnes ? 0xff
-                                                             : random();
-      ASAN_POISON_MEMORY_REGION(block.memory.get() + shared, 1);
-      shared_regions.push_back({block.memory.get(), shared, "shared memory", {}});
-#if defined(HARNESS_RACES)
+      for (uint32_t i = 0; i < shared; i++) block.memory[i] = fresh_byte();
+      block.shared = block.memory.get();
+      block.shared_bytes = shared;
+      ASAN_POISON_MEMORY_REGION(block.shared + shared, 1);
+      shared_regions.push_back({block.shared, shared, "shared memory", {}});
+#if defined(SIM_RACES)
       shared_regions.back().shadow.resize(shared);
 #endif
       block.warps.resize((threads + 31) / 32);
+      for (Warp& warp : block.warps) warp.size = 32;
+      block.groups.resize((threads + 127) / 128);
+      for (Collective& warpgroup : block.groups) warpgroup.size = 128;
+      block.warpgroups.resize(block.groups.size());
+      block.stores.resize(block.warps.size());
       for (uint32_t t = 0; t < threads; t++) {
         Fiber& fiber = *pool[rank * threads + t];
         prepare(fiber, &block, t);
@@ -474,42 +514,81 @@ void launch(const std::function<void()>& kernel, uint32_t blocks, uint32_t threa
       }
     }
     if (schedule.order == Schedule::kDescending) std::reverse(fibers.begin(), fibers.end());
-    for (bool left = true; left;) {
+    const bool lazy_warps = schedule.order == Schedule::kLazyWarps;
+    std::vector<size_t> warps(fibers.size() / 32);
+    for (size_t i = 0; i < warps.size(); i++) warps[i] = i;
+    std::vector<char> lazy(warps.size(), 0);
+    const std::vector<Fiber*> in_order = fibers;
+    size_t rounds = 0;
+    for (bool left = true; left && !dead;) {
       if (schedule.order == Schedule::kRandom) std::shuffle(fibers.begin(), fibers.end(), random);
-      if (schedule.order == Schedule::kRandomByWarp) {
-        std::vector<std::pair<uint64_t, Fiber*>> keyed;
-        const uint64_t salt = random();
-        for (Fiber* f : fibers)
-          keyed.push_back({(f->block->rank * 64 + f->thread / 32) * 0x9e3779b97f4a7c15u ^ salt, f});
-        std::stable_sort(keyed.begin(), keyed.end(),
-                         [](auto& a, auto& b) { return a.first < b.first; });
-        for (size_t i = 0; i < fibers.size(); i++) fibers[i] = keyed[i].second;
+      if (schedule.order >= Schedule::kRandomByWarp) {
+        std::shuffle(warps.begin(), warps.end(), random);
+        for (size_t i = 0; i < fibers.size(); i++)
+          fibers[i] = in_order[warps[i / 32] * 32 + i % 32];
+        if (lazy_warps && rounds++ % 256 == 0)
+          for (char& is : lazy) is = random() % 4 == 0;
       }
-      bool moved = false;
+      bool moved = false, ready = false;
       left = false;
-      for (Fiber* fiber : fibers) {
-        if (fiber->done) continue;
+      for (size_t i = 0; i < fibers.size() && !dead; i++) {
+        // Some warps fall far behind the others, as far as barriers let them.
+        if (lazy_warps && i % 32 == 0 &&
+            (lazy[warps[i / 32]] ? random() % 64 != 0 : random() % 4 == 0)) {
+          for (size_t k = i; k < i + 32; k++) {
+            left |= !fibers[k]->done;
+            ready |=
+                !fibers[k]->done && (!fibers[k]->waits || (fibers[k]->ready && fibers[k]->ready()));
+          }
+          i += 31;
+          continue;
+        }
+        Fiber& fiber = *fibers[i];
+        if (fiber.done) continue;
         left = true;
-        if (fiber->waits) continue;
-        run(*fiber);
+        if (fiber.waits && fiber.ready && fiber.ready()) fiber.waits = false;
+        if (fiber.waits) continue;
+        run(fiber);
         moved = true;
       }
-      if (left && !moved) {
-        const Fiber* stuck =
-            *std::find_if(fibers.begin(), fibers.end(), [](Fiber* f) { return !f->done; });
-        fault("deadlock: " + who(*stuck) + " waits for threads that have left or wait elsewhere");
-        break;  // their stacks are used afresh by the next launch
+      if (dead) break;
+      if (!pending.empty() && (!(moved || ready) || (lazy_warps && random() % 8 == 0))) {
+        // Copies of TMA complete in any order.
+        const size_t which = schedule.order == Schedule::kAscending ? 0 : random() % pending.size();
+        const auto complete = pending[which];
+        pending.erase(pending.begin() + static_cast<std::ptrdiff_t>(which));
+        try {
+          complete();
+        } catch (const std::runtime_error&) {
+        }
+      } else if (left && !moved && !ready) {
+        std::string where;
+        for (const Fiber* fiber : in_order)
+          if (!fiber->done && (where.empty() || fiber->index % 32 == 0) && where.size() < 400)
+            where += " [" + who(*fiber) + " at " + fiber->at + "]";
+        fault("deadlock: threads wait for others that have left or wait elsewhere:" + where);
+        dead = true;  // the fibers' stacks are used afresh by the next launch
       }
     }
-    for (Block& block : cluster) ASAN_UNPOISON_MEMORY_REGION(block.memory.get(), shared + 1);
+    for (auto& block : cluster) {
+      for (const auto& stores : block->stores)
+        for (const auto& store : stores) store();
+      for (const Fiber* fiber : block->fibers)
+        for (const auto& store : fiber->stores) store();
+      ASAN_UNPOISON_MEMORY_REGION(block->shared, shared + 1);
+    }
+    if (!dead && !pending.empty()) fault("copies outlive the kernel");
+    pending.clear();
+    kept.clear();
     shared_regions.clear();
   }
+  schedule.seed++;
 }
 
 void watch(const void* at, size_t bytes, bool written, const char* name) {
   (void)written;
   regions.push_back({static_cast<const unsigned char*>(at), bytes, name, {}});
-#if defined(HARNESS_RACES)
+#if defined(SIM_RACES)
   regions.back().shadow.resize(bytes);
   for (Byte& byte : regions.back().shadow) byte.written = written;
 #endif
@@ -526,7 +605,7 @@ std::string faults() {
 }
 
 int32_t atomic_add(int32_t* at, int32_t x) {
-#if defined(HARNESS_RACES)
+#if defined(SIM_RACES)
   check(at, 4, true, true);
 #endif
   const int32_t before = *at;
@@ -535,7 +614,7 @@ int32_t atomic_add(int32_t* at, int32_t x) {
 }
 
 int32_t atomic_cas(int32_t* at, int32_t expected, int32_t x) {
-#if defined(HARNESS_RACES)
+#if defined(SIM_RACES)
   check(at, 4, true, true);
 #endif
   const int32_t before = *at;
@@ -545,7 +624,7 @@ int32_t atomic_cas(int32_t* at, int32_t expected, int32_t x) {
 
 }  // namespace sim
 
-#if defined(HARNESS_RACES)
+#if defined(SIM_RACES)
 // What -fsanitize=thread calls.
 extern "C" {
 void __tsan_init() {}

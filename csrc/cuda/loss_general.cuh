@@ -37,9 +37,9 @@ struct SoftArea {
   }
 };
 
-/// Votes that the label is made from.
-ZIPFLS_HOST_DEVICE int32_t counted_votes(const SoftLossFwd& s) {
-  return s.dense ? 0 : counted_votes(s.loss);
+/// Votes that make the label.
+ZIPFLS_HOST_DEVICE int32_t label_votes(const LossGeneral& a) {
+  return a.dense ? 0 : counted_votes(a);
 }
 
 /// A thread's share of a row's logits and target, in registers; of a row with more than the block
@@ -122,13 +122,12 @@ struct SoftShare {
 ///   them; gradient before its patches; tables emptied before the next row.
 template <class T, bool DENSE>
 ZIPFLS_KERNEL(kSoftBlock, kSoftResident)
-soft_loss_fwd_kernel(SoftLossFwd given) {
+soft_loss_fwd_kernel(LossGeneral a) {
   using A = Arithmetic<T>;
   using Group = RowGroup<0>;
   constexpr int V = kVector<T>;
-  const LossFwd& a = given.loss;
-  const int32_t P = counted_votes(given);
-  ZIPFLS_DYNAMIC_SHARED(shared);
+  const int32_t P = label_votes(a);
+  ZIPFLS_DYNAMIC_SHARED(shared, 16);
   SmemAllocator smem{shared};
   const auto block = BlockArea<A>::allocate(smem);
   const auto area = SoftArea<A>::allocate(smem, P, a.C, a.grad != nullptr);
@@ -161,7 +160,7 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
     Sample sample = {i, 0, true, false, false};
     SoftShare<T> x;
     x.row = RowVectors<T>::of(a, sample);
-    x.target = static_cast<const A*>(given.target) + i * given.target_stride;
+    x.target = static_cast<const A*>(a.probabilities) + i * a.probabilities_stride;
     const A* const log_mass =  // (C,) A, or (R,) by rank
         static_cast<const A*>(a.log_mass) + (DENSE ? i * a.C : 0);
     if (x.parts() == 1) x.load(0);
@@ -315,15 +314,15 @@ soft_loss_fwd_kernel(SoftLossFwd given) {
 /// - Hazards: none but block_all_reduce_max's.
 template <class T>
 ZIPFLS_KERNEL(kCorrectBlock)
-soft_correct_kernel(SoftLossFwd given, int32_t* correct) {
+soft_correct_kernel(LossGeneral a, int32_t* correct) {
   using A = Arithmetic<T>;
-  const LossFwd& a = given.loss;
-  ZIPFLS_DYNAMIC_SHARED(shared);
+  ZIPFLS_DYNAMIC_SHARED(shared, 16);
   SmemAllocator smem{shared};
   double* const partial = smem.allocate<double>(kWarp);  // (warps,) float64: of a class, exact
   for (int64_t i = blockIdx.x; i < a.N; i += gridDim.x) {
-    const T* const z = static_cast<const T*>(a.logits) + i * a.logits_stride;          // (C,) T
-    const A* const t = static_cast<const A*>(given.target) + i * given.target_stride;  // (C,) A
+    const T* const z = static_cast<const T*>(a.logits) + i * a.logits_stride;  // (C,) T
+    const A* const t =
+        static_cast<const A*>(a.probabilities) + i * a.probabilities_stride;  // (C,) A
     A most = -infinity<A>();
     int32_t y = a.C;  // C: NaN all
     for (int32_t c = threadIdx.x; c < a.C; c += blockDim.x) {
@@ -359,10 +358,10 @@ int soft_threads(int32_t C) {
 
 /// Shared memory of a block of soft_loss_fwd.
 template <class T>
-uint32_t soft_shared_bytes(const SoftLossFwd& s) {
+uint32_t soft_shared_bytes(const LossGeneral& a) {
   SmemAllocator smem{nullptr};
   BlockArea<Arithmetic<T>>::allocate(smem);
-  SoftArea<Arithmetic<T>>::allocate(smem, counted_votes(s), s.loss.C, s.loss.grad != nullptr);
+  SoftArea<Arithmetic<T>>::allocate(smem, label_votes(a), a.C, a.grad != nullptr);
   return smem.used;
 }
 

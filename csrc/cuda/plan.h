@@ -1,14 +1,104 @@
-// The choice of kernel, tiles and layout for a problem: host arithmetic only.
+// From a call's shape and the device to its kernel, grid and shared memory: host arithmetic alone.
+//
+// A plan is made once per call and passed down: the caller allocates by it, the launcher launches
+// it.
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
-#include "vote_problem.h"
-#include "vote_layout.cuh"
+#include "args.h"
 #include "tuning.h"
+#include "vote_layout.cuh"
 
-namespace zipfls::cuda::vote {
+namespace zipfls::cuda {
+
+/// Properties of a device that plans depend on.
+struct Device {
+  int major = 0, minor = 0;  // compute capability
+  int multiprocessors = 0;
+  int shared_per_block = 0;  // bytes, after opting in
+};
+
+/// Blocks that can be resident at once, if their registers and shared memory allow, and no more
+/// than `items`.
+inline int resident_blocks(int64_t items, int threads, const Device& device) {
+  const int64_t most = int64_t{device.multiprocessors} * (kThreadsPerMultiprocessor / threads);
+  return static_cast<int>(std::max<int64_t>(1, std::min(items, most)));
+}
+
+// Losses ------------------------------------------------------------------------------------------
+
+struct LossPlan {
+  enum Kernel { kLanes8, kLanes32, kBlock, kCluster, kLong, kGeneral } kernel;
+  int threads;       // of a block
+  int cluster;       // blocks a row
+  uint32_t vectors;  // 16-byte vectors of shared memory for each row (or slice of a row) of a block
+  int64_t groups;    // of rows, one for each pass of a block (or cluster) through its loop
+  uint32_t row_bytes = 0;  // shared memory of one row
+  uint32_t shared = 0;     // and of a block
+  int blocks = 0;          // LossFwd::sums are (2, blocks)
+};
+
+inline uint32_t vectors_of(int64_t elements, int vector) {
+  // A row that starts in the middle of a vector touches one more.
+  return static_cast<uint32_t>((elements + vector - 1 + vector - 1) / vector);
+}
+
+inline int round_up(int64_t x, int unit) { return static_cast<int>((x + unit - 1) / unit * unit); }
+
+/// The rows or long kernel for N rows of C classes of `vector` elements per 16 bytes, P votes each,
+/// without shared memory and grid; table_bytes: shared memory of one row's tables.
+inline LossPlan choose_rows(int64_t N, int32_t C, int32_t P, int vector, uint32_t table_bytes,
+                            const Device& device) {
+  const uint32_t vectors = vectors_of(C, vector);
+  const int per_thread = kHeldVectors;
+  const int64_t resident = int64_t{device.multiprocessors} * (kThreadsPerMultiprocessor / kWarp);
+  const bool full = N * 2 >= resident;  // a warp a row fills at least half of the device
+  auto rows_fit = [&](int rows) {
+    return rows * (vectors * 16 + table_bytes + 1024) <=
+           static_cast<uint32_t>(device.shared_per_block) / 2;
+  };
+  const bool narrow = vector > 2;  // float64 is for checks: a block a row will do
+  if (narrow && full && vectors <= 8u * per_thread && rows_fit(kSmallBlock / 8))
+    return {LossPlan::kLanes8, kSmallBlock, 1, vectors,
+            (N + kSmallBlock / 8 - 1) / (kSmallBlock / 8)};
+  if (narrow && full && vectors <= static_cast<uint32_t>(kWarp * per_thread) &&
+      rows_fit(kSmallBlock / 32))
+    return {LossPlan::kLanes32, kSmallBlock, 1, vectors,
+            (N + kSmallBlock / 32 - 1) / (kSmallBlock / 32)};
+
+  auto threads_for = [&](uint32_t slice_vectors, int most) {
+    const int wanted = full ? kFullDeviceVectors : kIdleDeviceVectors;
+    const int least = round_up((slice_vectors + per_thread - 1) / per_thread, kWarp);
+    int threads = round_up((slice_vectors + wanted - 1) / wanted, kWarp);
+    if (!full)
+      threads = threads > P / kVotesPerThread ? threads : round_up(P / kVotesPerThread, kWarp);
+    threads = threads > most ? most : threads;
+    return threads > least ? threads : least;
+  };
+  auto block_fits = [&](uint32_t slice_vectors, int most) {
+    return slice_vectors <= static_cast<uint32_t>(most * per_thread) &&
+           slice_vectors * 16 + table_bytes + 4096 <=
+               static_cast<uint32_t>(device.shared_per_block);
+  };
+  if (block_fits(vectors, kWideBlock))
+    return {LossPlan::kBlock, threads_for(vectors, kWideBlock), 1, vectors, N};
+  if (narrow && device.major >= 9) {
+    for (int size = 2; size <= kLargestCluster; size *= 2) {
+      const uint32_t slice = (vectors + size - 1) / size;
+      const bool last = size == kLargestCluster;
+      if ((slice <= kClusterSlice || last) && block_fits(slice, kWideBlock))
+        return {LossPlan::kCluster, threads_for(slice, kWideBlock), size, slice, N};
+    }
+  }
+  return {LossPlan::kLong, kLongBlock, 1, 0, N};
+}
+
+// Votes -------------------------------------------------------------------------------------------
+
+namespace vote {
 
 enum class Kernel {
   kMma,          // mma.sync, 128 x 128
@@ -34,6 +124,7 @@ struct VotePlan {
   int64_t row_pitch, weight_pitch;  // elements, of what is packed
   size_t weight_at, features_at, pairs_at, bytes;  // scratch, see lay_out
   int64_t tile_counters;                           // see vote_epilogue.cuh
+  int multiprocessors;
 };
 
 /// The product's shape in one round.
@@ -135,8 +226,7 @@ inline TileSize tile_size(Kernel kernel) {
 }
 
 /// Of `images` images.
-inline VoteShape shape_of(const VotePlan& plan, const VoteProblem& x, int64_t images,
-                          int multiprocessors) {
+inline VoteShape shape_of(const VotePlan& plan, const VoteProblem& x, int64_t images) {
   const int64_t P = x.H * x.W;
   const TileSize tile = tile_size(plan.kernel);
   VoteShape shape = {};
@@ -148,8 +238,8 @@ inline VoteShape shape_of(const VotePlan& plan, const VoteProblem& x, int64_t im
         ceil_div(images, shape.patches.images) * shape.patches.down * shape.patches.across;
     shape.rows = images * 4 * P;
     shape.map = {4 * P, 4 * P};
-    splits = std::min(splits,
-                      ceil_div(int64_t{kBlocksPerMultiprocessor} * multiprocessors, shape.tiles));
+    splits = std::min(
+        splits, ceil_div(int64_t{kBlocksPerMultiprocessor} * plan.multiprocessors, shape.tiles));
   } else {
     const int64_t pitch = plan.features == Layout::kKMajor && x.D > 0 ? flat_rows(x).pitch : P;
     shape.map = {P, images == 1 ? P : pitch};
@@ -174,14 +264,14 @@ inline double wgmma_cost(int64_t rows, int64_t C, int multiprocessors, int32_t c
 
 /// Offsets of a plan's scratch, large enough for every round: the last one may have fewer images,
 /// so fewer tiles, and so more splits than the others.
-inline void lay_out(VotePlan& plan, const VoteProblem& x, int multiprocessors) {
+inline void lay_out(VotePlan& plan, const VoteProblem& x) {
   const int64_t size = element_size(x.type),
                 features = plan.images * x.H * x.W * plan.row_pitch * size;
   int64_t pairs = 0;
   plan.tile_counters = 0;
   for (const int64_t images : {plan.images, x.N % plan.images}) {
     if (images == 0) continue;
-    const VoteShape shape = shape_of(plan, x, images, multiprocessors);
+    const VoteShape shape = shape_of(plan, x, images);
     if (shape.splits == 1) continue;
     pairs = std::max(pairs, shape.splits * shape.rows * static_cast<int64_t>(sizeof(ScoreIndex)));
     // 8 warps or fewer have a tile's rows; a cluster may have one more tile than there are.
@@ -197,9 +287,10 @@ inline void lay_out(VotePlan& plan, const VoteProblem& x, int multiprocessors) {
 }
 
 /// wgmma: whether the device has it and this build a kernel for it.
-inline VotePlan plan_votes(const VoteProblem& x, const VoteDevice& device, bool wgmma) {
+inline VotePlan plan_votes(const VoteProblem& x, const Device& device, bool wgmma) {
   const int64_t size = element_size(x.type), P = x.H * x.W, round = 16 / size;
   VotePlan plan = {};
+  plan.multiprocessors = device.multiprocessors;
   plan.features = layout_of(x, wgmma);
   // Rows that overlap or coincide are packed too: no document says that TMA's stride between rows
   // may be less than a row.
@@ -230,8 +321,9 @@ inline VotePlan plan_votes(const VoteProblem& x, const VoteDevice& device, bool 
     const bool many = ceil_div(rows, kTileM) * ceil_div(x.C, kTileN) >= device.multiprocessors;
     plan.kernel = many ? Kernel::kMma : Kernel::kMmaFew;
   }
-  lay_out(plan, x, device.multiprocessors);
+  lay_out(plan, x);
   return plan;
 }
 
-}  // namespace zipfls::cuda::vote
+}  // namespace vote
+}  // namespace zipfls::cuda

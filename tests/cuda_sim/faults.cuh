@@ -1,8 +1,9 @@
-// Kernels with one fault each, and the same without it: what the harness must catch, and must not.
+// Kernels with one fault each, and the same without it: what the simulator must catch, and must
+// not.
 #pragma once
 
 #include "../../csrc/cuda/device.cuh"
-#include "runtime.h"
+#include "sim.h"
 
 namespace sim {
 
@@ -12,7 +13,7 @@ enum Fault {
   kMissingSyncwarp,   // the same within a warp
   kPastTheEnd,        // a write past an array in shared memory, into the gap before the next
   kPastGlobal,        // and past an array in device memory
-  kUninitialised,     // shared memory read that nobody wrote
+  kUninitialised,     // shared memory read before it is written
   kPlainIncrement,    // a counter that is not incremented atomically
   kDivergentBarrier,  // a barrier that half of the threads reach elsewhere
   kEarlyExit,         // a thread that leaves while others wait for it
@@ -23,7 +24,7 @@ enum Fault {
 /// One block of 64 threads; total: (1,) int32, out: (64,) int32 in device memory.
 inline void faulty_kernel(int fault, int32_t* total, int32_t* out) {
   using namespace zipfls::cuda;
-  ZIPFLS_DYNAMIC_SHARED(shared);
+  ZIPFLS_DYNAMIC_SHARED(shared, 16);
   SmemAllocator smem{shared};
   int32_t* const values = smem.allocate<int32_t>(64);
   int32_t* const count = smem.allocate<int32_t>(1);
@@ -55,15 +56,15 @@ inline void faulty_kernel(int fault, int32_t* total, int32_t* out) {
   atomicAdd(total, sum);
 }
 
-/// Faults are the harness's to tell (or a sanitizer's, which ends the program).
-inline int run_faulty_kernel(int fault, const Schedule& schedule) {
+/// The simulator reports the fault (or a sanitizer, which ends the program).
+inline int run_faulty_kernel(int fault) {
   zipfls::cuda::SmemAllocator smem{nullptr};
   smem.allocate<int32_t>(64);
   smem.allocate<int32_t>(1);
   const auto total = std::make_unique<int32_t[]>(1), out = std::make_unique<int32_t[]>(64);
   watch(total.get(), 4, true, "total");
   watch(out.get(), 256, false, "out");
-  launch([&] { faulty_kernel(fault, total.get(), out.get()); }, 1, 64, 1, smem.used, schedule);
+  launch([&] { faulty_kernel(fault, total.get(), out.get()); }, 1, 64, 1, smem.used);
   return total[0];
 }
 

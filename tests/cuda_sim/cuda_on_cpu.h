@@ -1,8 +1,9 @@
-// CUDA's device side for a C++ compiler: enough of it for csrc/cuda/*.cuh to run on the CPU,
-// unchanged.
+// CUDA for a C++ compiler: enough of the language, of the runtime and of PTX for csrc/cuda/*.cu to
+// run on the CPU, unchanged. ptx.cuh includes it where the compiler is not nvcc; the headers of the
+// CUDA toolkit beside it include it too.
 //
-// Every CUDA thread is a fiber; barriers, shuffles and votes of a warp switch fibers (runtime.cpp).
-// Blocks run one after another, those of a cluster together. Arithmetic is the CPU's: same IEEE
+// Every CUDA thread is a fiber; barriers, shuffles and votes of a warp switch fibers (sim.cpp).
+// Blocks run one after another, those of a cluster together. Arithmetic is the CPU's: the same IEEE
 // operations, another libm.
 #pragma once
 
@@ -10,9 +11,15 @@
 #include <cstdint>
 #include <cstring>
 
+#include "sim.h"
+
 #define ZIPFLS_DEVICE inline
 #define ZIPFLS_KERNEL(...) inline void
-#define ZIPFLS_DYNAMIC_SHARED(name) unsigned char* const name = sim::shared_memory()
+#define ZIPFLS_DYNAMIC_SHARED(name, alignment) unsigned char* const name = sim::shared_memory()
+#define ZIPFLS_SHARED(type, name) \
+  auto& name = *static_cast<type*>(sim::static_shared(static_cast<uint32_t>(sizeof(type))))
+#define __grid_constant__
+#define __CUDA_ARCH_FEAT_SM90_ALL
 #define ZIPFLS_RED_ZONE 32
 #define ZIPFLS_GUARD(at, bytes) sim::guard(at, bytes)
 
@@ -23,30 +30,11 @@ struct alignas(8) float2 {
   float x, y;
 };
 
-namespace sim {
-
-struct Index {
+extern struct SimIndex {
   uint32_t x;
-};
-extern Index thread_index, block_index, block_size, grid_size;
+} threadIdx, blockIdx, blockDim, gridDim;
 
-unsigned char* shared_memory();
-void guard(void* at, uint32_t bytes);
-
-// What a fiber waits for, in runtime.cpp. `line` tells call sites apart.
-void sync_threads(int line);
-bool sync_threads_or(bool x, int line);
-void sync_warp(uint32_t mask, int line);
-uint32_t ballot(uint32_t mask, bool x, int line);
-void exchange(uint32_t mask, void* value, int bytes, int from_lane, int line);
-int32_t atomic_add(int32_t* at, int32_t x);
-int32_t atomic_cas(int32_t* at, int32_t expected, int32_t x);
-double read_published(const double* at);
-
-uint32_t cluster_size();
-uint32_t cluster_rank();
-void cluster_sync();
-void* cluster_map(void* mine, uint32_t rank);
+namespace sim {
 
 template <class To, class From>
 To bits_as(From x) {
@@ -109,23 +97,65 @@ uint32_t from_float2(float low, float high, T) {
 }
 }  // namespace sim
 
-#define threadIdx sim::thread_index
-#define blockIdx sim::block_index
-#define blockDim sim::block_size
-#define gridDim sim::grid_size
 
-inline void __syncthreads(int line = __builtin_LINE()) { sim::sync_threads(line); }
+inline void __syncthreads(int line = __builtin_LINE()) {
+  sim::meet(sim::kOfBlock, "__syncthreads", line, nullptr, [](void**) {});
+}
 inline int __syncthreads_or(int x, int line = __builtin_LINE()) {
-  return sim::sync_threads_or(x != 0, line);
+  sim::meet(sim::kOfBlock, "__syncthreads_or", line, &x, [](void** threads) {
+    int any = 0;
+    for (uint32_t t = 0; t < blockDim.x; t++) any |= *static_cast<int*>(threads[t]);
+    for (uint32_t t = 0; t < blockDim.x; t++) *static_cast<int*>(threads[t]) = any;
+  });
+  return x;
 }
-inline void __syncwarp(uint32_t mask, int line = __builtin_LINE()) { sim::sync_warp(mask, line); }
+inline void __syncwarp(uint32_t mask = 0xffffffffu, int line = __builtin_LINE()) {
+  if (mask != 0xffffffffu) sim::fail("__syncwarp of a part of a warp");
+  sim::Thread* self = &sim::thread();
+  sim::meet(sim::kOfWarp, "__syncwarp", line, self, [](void** lanes) {
+    auto& ordered = sim::block().stores[sim::thread().index / 32];
+    for (int lane = 0; lane < 32; lane++) {
+      auto& stores = static_cast<sim::Thread*>(lanes[lane])->stores;
+      ordered.insert(ordered.end(), stores.begin(), stores.end());
+      stores.clear();
+    }
+  });
+}
 inline uint32_t __ballot_sync(uint32_t mask, bool x, int line = __builtin_LINE()) {
-  return sim::ballot(mask, x, line);
+  if (mask != 0xffffffffu) sim::fail("__ballot_sync of a part of a warp");
+  uint32_t bits = x;
+  sim::meet(sim::kOfWarp, "__ballot_sync", line, &bits, [](void** lanes) {
+    uint32_t all = 0;
+    for (int lane = 0; lane < 32; lane++) all |= *static_cast<uint32_t*>(lanes[lane]) << lane;
+    for (int lane = 0; lane < 32; lane++) *static_cast<uint32_t*>(lanes[lane]) = all;
+  });
+  return bits;
 }
+namespace sim {
+template <class X>
+X shuffle(uint32_t mask, X x, uint32_t from, const char* what, int line) {
+  if (mask != 0xffffffffu || from >= 32) fail("a shuffle of a part of a warp");
+  struct Call {
+    X in, out;
+    uint32_t from;
+  } call = {x, x, from};
+  meet(kOfWarp, what, line, &call, [](void** lanes) {
+    for (int lane = 0; lane < 32; lane++) {
+      Call& mine = *static_cast<Call*>(lanes[lane]);
+      mine.out = static_cast<Call*>(lanes[mine.from])->in;
+    }
+  });
+  return call.out;
+}
+}  // namespace sim
 template <class X>
 X __shfl_xor_sync(uint32_t mask, X x, int lane_mask, int line = __builtin_LINE()) {
-  sim::exchange(mask, &x, sizeof x, static_cast<int>(threadIdx.x % 32) ^ lane_mask, line);
-  return x;
+  return sim::shuffle(mask, x, (threadIdx.x % 32) ^ static_cast<uint32_t>(lane_mask),
+                      "__shfl_xor_sync", line);
+}
+template <class X>
+X __shfl_sync(uint32_t mask, X x, int lane, int line = __builtin_LINE()) {
+  return sim::shuffle(mask, x, static_cast<uint32_t>(lane), "__shfl_sync", line);
 }
 inline int32_t atomicAdd(int32_t* at, int32_t x) { return sim::atomic_add(at, x); }
 inline uint32_t atomicAdd(uint32_t* at, uint32_t x) {
@@ -150,28 +180,5 @@ inline double __hiloint2double(int high, int low) {
 inline int __double2loint(double x) { return static_cast<int>(sim::bits_as<uint64_t>(x)); }
 inline int __double2hiint(double x) { return static_cast<int>(sim::bits_as<uint64_t>(x) >> 32); }
 
-namespace zipfls::cuda::ptx {
-
-// At once, the earliest that it may happen: a missing barrier shows, a missing wait does not.
-inline void cp_async_16(void* to, const void* from) {
-  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
-}
-inline void cp_async_commit_group() {}
-template <int kPending>
-void cp_async_wait_group() {}
-inline uint4 ld_global_cs_16(const void* at) { return *static_cast<const uint4*>(at); }
-inline uint4 ld_global_cg_16(const void* at) { return *static_cast<const uint4*>(at); }
-inline void st_global_cg_16(void* at, uint4 x) { *static_cast<uint4*>(at) = x; }
-inline float ex2_approx_ftz(float x) {
-  const float y = std::exp2(x);
-  return y < 1.17549435e-38f ? 0.0f : y;
-}
-inline uint32_t cluster_size() { return sim::cluster_size(); }
-inline uint32_t cluster_rank() { return sim::cluster_rank(); }
-inline void cluster_sync() { sim::cluster_sync(); }
-template <class X>
-X* mapa(X* mine, uint32_t rank) {
-  return static_cast<X*>(sim::cluster_map(mine, rank));
-}
-
-}  // namespace zipfls::cuda::ptx
+#include "ptx_on_cpu.h"
+#include "runtime_on_cpu.h"

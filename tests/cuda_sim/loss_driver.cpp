@@ -1,0 +1,274 @@
+// Runs cases that tests/test_cuda_logic.py wrote to a file through the launchers of the loss and
+// the label, on the CPU.
+//
+//     loss_driver CASES RESULTS
+//
+// A case is the int64 of Header (in order), the float64 of Numbers and the arrays that its operator
+// reads; a result is the number of bytes of text (faults; empty: none), the text, and the arrays
+// that the operator writes.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+// The launchers and their kernels, unchanged.
+#include "../../csrc/cuda/label.cu"
+#include "../../csrc/cuda/loss.cu"
+#include "../../csrc/cuda/loss_general.cu"
+
+#include "faults.cuh"
+
+using namespace zipfls::cuda;
+
+namespace {
+
+enum Operator { kLoss, kBackward, kRank, kLabel, kFault, kSoftLoss };
+
+struct Header {
+  int64_t op, dtype, N, C, P, wide, has_votes, dense, has_weight, ce, zipf, only_correct,
+      ignore_index, reduction, with_grad, scaled, phase,
+      row_gap;  // phase: bytes past a 16-byte boundary; row_gap: elements between rows
+  int64_t kernel, threads, cluster;  // kernel: LossPlan::Kernel, or -1: as the launcher plans
+  int64_t blocks, totals, multiprocessors,
+      clusters;  // blocks: 0: as planned; totals: blocks of loss_totals
+  int64_t order, fill, seed, late;
+  int64_t R, grad_loss_stride, in_place, repeats;
+};
+struct Numbers {
+  double ce_weight, zipf_weight, label_smoothing;
+};
+
+FILE* in;
+FILE* out;
+
+/// Memory of a given phase to 16 bytes, ending where its allocation ends: an overrun is
+/// AddressSanitizer's.
+struct Array {
+  std::unique_ptr<unsigned char[]> memory;
+  size_t bytes, phase;
+  explicit Array(size_t bytes, size_t phase = 0)
+      : memory(new unsigned char[bytes + phase + (bytes + phase == 0)]),
+        bytes(bytes),
+        phase(phase) {
+    std::memset(memory.get(), 0xff, bytes + phase);  // NaN, -1: what is not written shows
+  }
+  unsigned char* data() { return memory.get() + phase; }
+};
+
+std::vector<std::unique_ptr<Array>> arrays;
+
+unsigned char* read_array(size_t bytes, const char* name, size_t phase = 0) {
+  arrays.push_back(std::make_unique<Array>(bytes, phase));
+  if (std::fread(arrays.back()->data(), 1, bytes, in) != bytes) std::abort();
+  sim::watch(arrays.back()->data(), bytes, true, name);
+  return arrays.back()->data();
+}
+
+unsigned char* new_array(size_t bytes, const char* name, size_t phase = 0) {
+  arrays.push_back(std::make_unique<Array>(bytes, phase));
+  sim::watch(arrays.back()->data(), bytes, false, name);
+  return arrays.back()->data();
+}
+
+void write_result(const std::vector<std::pair<const void*, size_t>>& results) {
+  const std::string text = sim::faults();
+  const int64_t size = static_cast<int64_t>(text.size());
+  std::fwrite(&size, 8, 1, out);
+  std::fwrite(text.data(), 1, text.size(), out);
+  for (const auto& [data, bytes] : results)
+    if (bytes != 0) std::fwrite(data, 1, bytes, out);
+}
+
+/// Launches of kernels whose grid no caller chooses: fewer blocks than rows.
+template <class F>
+void with_blocks(uint32_t blocks, F launch) {
+  sim::most_blocks = blocks;
+  if (launch() != cudaSuccess) std::abort();
+  sim::most_blocks = 0;
+}
+
+Votes read_votes(const Header& h) {
+  Votes votes;
+  if (h.has_votes == 0) return votes;
+  votes.P = static_cast<int32_t>(h.P);
+  votes.wide = h.wide != 0;
+  votes.stride = h.P;
+  votes.data = read_array(h.N * h.P * (h.wide != 0 ? 8 : 4), "votes");
+  return votes;
+}
+
+size_t results_of(const Header& h) { return h.reduction == kNone ? h.N : 1; }
+
+/// Elements of N rows of C, with a gap after each but the last.
+size_t elements(const Header& h) { return h.N > 0 ? (h.N - 1) * (h.C + h.row_gap) + h.C : 0; }
+
+/// The arguments of loss_fwd from the file, and memory for its results.
+template <class T>
+LossGeneral read_loss(const Header& h, const Numbers& x) {
+  using A = Arithmetic<T>;
+  LossGeneral a = {};
+  a.logits_stride = a.probabilities_stride = h.C + h.row_gap;
+  unsigned char* const logits = read_array(elements(h) * sizeof(T), "logits", h.phase);
+  a.logits = logits;
+  if (h.op == kSoftLoss) {
+    const size_t phase = h.phase / sizeof(T) * sizeof(A) % 16;
+    a.probabilities = read_array(elements(h) * sizeof(A), "target", phase);
+  } else {
+    a.target = reinterpret_cast<int64_t*>(read_array(h.N * 8, "target"));
+  }
+  a.votes = read_votes(h);
+  a.dense = h.dense != 0;
+  a.log_mass = read_array((a.dense ? h.N * h.C : h.R) * sizeof(A), "log_mass");
+  if (h.has_weight != 0) a.weight = read_array(h.C * sizeof(A), "weight");
+  a.N = h.N;
+  a.C = static_cast<int32_t>(h.C);
+  a.ignore_index = h.ignore_index;
+  a.ce = h.ce != 0;
+  a.zipf = h.zipf != 0;
+  a.only_correct = h.only_correct != 0;
+  a.ce_weight = x.ce_weight;
+  a.zipf_weight = x.zipf_weight;
+  a.label_smoothing = x.label_smoothing;
+  a.reduction = static_cast<int32_t>(h.reduction);
+  a.scaled = h.scaled != 0;
+  const size_t results = results_of(h);
+  a.loss = new_array(results * sizeof(A), "loss");
+  a.ce_out = new_array(results * sizeof(A), "ce");
+  a.zipf_out = new_array(results * sizeof(A), "zipf");
+  if (h.with_grad != 0)
+    a.grad = h.in_place != 0 ? logits : new_array(h.N * h.C * sizeof(T), "grad", h.phase);
+  a.grad_scale = new_array(sizeof(A), "grad_scale");
+  arrays.push_back(std::make_unique<Array>(4));
+  a.tile_counter = reinterpret_cast<uint32_t*>(arrays.back()->data());
+  *a.tile_counter = 0;
+  sim::watch(a.tile_counter, 4, true, "tile_counter");
+  return a;
+}
+
+template <class T>
+LossPlan plan_case(const Header& h, const LossGeneral& a, Dtype dtype) {
+  const Device device{h.clusters != 0 ? 9 : 8, 0, static_cast<int>(h.multiprocessors), 227 * 1024};
+  LossPlan plan = plan_loss(a, dtype, device);
+  if (plan.kernel == LossPlan::kGeneral) {
+    if (h.threads != 0) plan.threads = static_cast<int>(h.threads);
+    plan.blocks = h.blocks != 0 ? static_cast<int>(h.blocks) : 2;
+    return plan;
+  }
+  if (h.kernel >= 0) {  // a kernel of the test's choice, laid out as the plan would
+    plan.kernel = static_cast<LossPlan::Kernel>(h.kernel);
+    plan.threads = static_cast<int>(h.threads);
+    plan.cluster = static_cast<int>(h.cluster);
+    const uint32_t vectors = vectors_of(h.C, kVector<T>);
+    plan.vectors = h.kernel == LossPlan::kLong ? 0 : (vectors + plan.cluster - 1) / plan.cluster;
+    const int rows = h.kernel == LossPlan::kLanes8    ? plan.threads / 8
+                     : h.kernel == LossPlan::kLanes32 ? plan.threads / 32
+                                                      : 1;
+    plan.groups = (h.N + rows - 1) / rows;
+    plan = complete<T>(plan, a, device);
+  }
+  if (h.blocks != 0) plan.blocks = static_cast<int>(h.blocks) * plan.cluster;
+  return plan;
+}
+
+/// The launches of a call, as register.cpp makes them.
+template <class T>
+void run_loss(const Header& h, const Numbers& x) {
+  using A = Arithmetic<T>;
+  const auto dtype = static_cast<Dtype>(h.dtype);
+  LossGeneral a = read_loss<T>(h, x);
+  const bool soft = a.probabilities != nullptr;
+  if (a.only_correct && a.zipf && (soft || a.reduction == kMean)) {
+    auto* const correct = reinterpret_cast<int32_t*>(new_array(h.N * 4, "correct"));
+    with_blocks(3, [&] { return loss_correct_cuda(a, dtype, correct, nullptr); });
+    a.correct = correct;
+  }
+  if (!soft) a.denominators = {a.target, a.weight, a.correct, nullptr, 0, a.N, a.C, a.ignore_index};
+  if (h.totals != 0) {
+    LossTotals t{a.denominators, reinterpret_cast<double*>(new_array(3 * h.totals * 8, "totals"))};
+    if (loss_totals_cuda(t, dtype, static_cast<int>(h.totals), nullptr) != cudaSuccess)
+      std::abort();
+    a.denominators.partials = t.partials;
+    a.denominators.num_partials = static_cast<int32_t>(h.totals);
+  }
+  const LossPlan plan = plan_case<T>(h, a, dtype);
+  if (h.reduction != kNone)
+    a.sums = reinterpret_cast<double*>(new_array(2 * plan.blocks * 8, "sums"));
+  for (int64_t r = 0; r < h.repeats; r++)
+    if (loss_fwd_cuda(a, dtype, plan, nullptr) != cudaSuccess) std::abort();
+  const size_t results = results_of(h);
+  const int64_t chosen[4] = {plan.kernel, plan.threads, plan.cluster, *a.tile_counter};
+  write_result({{a.loss, results * sizeof(A)},
+                {a.ce_out, results * sizeof(A)},
+                {a.zipf_out, results * sizeof(A)},
+                {a.grad, h.with_grad != 0 ? h.N * h.C * sizeof(T) : 0},
+                {a.grad_scale, sizeof(A)},
+                {chosen, sizeof chosen}});
+}
+
+template <class T>
+void run_backward(const Header& h) {
+  using A = Arithmetic<T>;
+  LossBwd a = {};
+  a.N = h.N;
+  a.C = h.C;
+  void* const grad = read_array(h.N * h.C * sizeof(T), "grad", h.phase);
+  a.grad = grad;
+  a.grad_loss_stride = h.grad_loss_stride;
+  a.grad_loss = read_array(((h.N - 1) * h.grad_loss_stride + 1) * sizeof(A), "grad_loss");
+  if (h.scaled != 0) a.grad_scale = read_array(sizeof(A), "grad_scale");
+  a.out = h.in_place != 0 ? grad : new_array(h.N * h.C * sizeof(T), "out", h.row_gap);
+  with_blocks(2, [&] { return loss_bwd_cuda(a, static_cast<Dtype>(h.dtype), nullptr); });
+  write_result({{a.out, h.N * h.C * sizeof(T)}});
+}
+
+void run_label(const Header& h) {
+  LabelFwd a = {};
+  a.N = h.N;
+  a.C = static_cast<int32_t>(h.C);
+  a.ignore_index = h.ignore_index;
+  a.dense = h.dense != 0;
+  a.votes = read_votes(h);
+  const bool ranks = h.op == kRank;
+  const size_t size = ranks || h.dtype != kFloat64 ? 4 : 8, bytes = h.N * h.C * size;
+  if (!ranks) {
+    a.target = reinterpret_cast<int64_t*>(read_array(h.N * 8, "target"));
+    a.log_mass = read_array((a.dense ? h.N * h.C : h.R) * size, "log_mass");
+  }
+  a.out = new_array(bytes, ranks ? "rank" : "label");
+  with_blocks(2, [&] {
+    return ranks ? rank_fwd_cuda(a, nullptr)
+                 : label_fwd_cuda(a, static_cast<Dtype>(h.dtype), nullptr);
+  });
+  write_result({{a.out, bytes}});
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  in = std::fopen(argv[1], "rb");
+  out = std::fopen(argv[2], "wb");
+  if (in == nullptr || out == nullptr) return 2;
+  Header h;
+  Numbers x;
+  while (std::fread(&h, sizeof h, 1, in) == 1 && std::fread(&x, sizeof x, 1, in) == 1) {
+    sim::schedule = {static_cast<sim::Schedule::Order>(h.order),
+                     static_cast<sim::Schedule::Fill>(h.fill), static_cast<uint64_t>(h.seed),
+                     h.late != 0};
+    const auto dtype = static_cast<Dtype>(h.dtype);
+    if (h.op == kLoss || h.op == kSoftLoss) {
+      with_type(dtype, [&](auto t) { run_loss<decltype(t)>(h, x); });
+    } else if (h.op == kBackward) {
+      with_type(dtype, [&](auto t) { run_backward<decltype(t)>(h); });
+    } else if (h.op == kFault) {
+      const int result = sim::run_faulty_kernel(static_cast<int>(h.kernel));
+      write_result({{&result, 4}});
+    } else {
+      run_label(h);
+    }
+    sim::forget_watched();
+    arrays.clear();
+  }
+  std::fclose(out);
+  return 0;
+}
