@@ -1,9 +1,8 @@
 // The loss or the vote kernels behind a plain C interface, for tune.py: without torch, so that a
 // variant of them compiles in seconds. Compiled with TUNE_LOSS or TUNE_VOTE defined.
-#include <cuda_runtime_api.h>
+#include "launch.h"
 
 #ifdef TUNE_LOSS
-#include "launch.h"
 
 extern "C" {
 
@@ -14,9 +13,9 @@ struct LossCall {
   const int32_t* votes;   // (N, P)
   const float* log_mass;  // (min(P, C) + 1,) by rank
   int64_t N, C, P;
-  float* parts;        // (3,) loss, ce, zipf
-  void* grad;          // (N, C) bfloat16, or null
-  double* scratch;     // room for the sums of every block, and for loss_totals
+  float* parts;            // (3,) loss, ce, zipf
+  void* grad;              // (N, C) bfloat16, or null
+  double* scratch;         // room for the sums of every block, and for loss_totals
   uint32_t* tile_counter;  // (1,), 0
 };
 
@@ -24,7 +23,7 @@ static_assert(sizeof(LossCall) == TUNE_CALL_BYTES, "tune.py has another structur
 
 int tune_run(const LossCall* call, cudaStream_t stream) {
   using namespace zipfls::cuda;
-  LossFwd a = {};
+  LossGeneral a = {};
   a.logits = call->logits;
   a.logits_stride = call->C;
   a.target = call->target;
@@ -52,14 +51,13 @@ int tune_run(const LossCall* call, cudaStream_t stream) {
     scratch += 3 * blocks;
   }
   a.sums = scratch;
-  return loss_fwd_cuda(a, kBFloat16, loss_blocks(a, kBFloat16, false), stream);
+  return loss_fwd_cuda(a, kBFloat16, plan_loss(a, kBFloat16, current_device()), stream);
 }
 
 }  // extern "C"
 #endif
 
 #ifdef TUNE_VOTE
-#include "vote.h"
 
 extern "C" {
 
@@ -80,13 +78,6 @@ static_assert(sizeof(VoteCall) == TUNE_CALL_BYTES, "tune.py has another structur
 
 int tune_run(const VoteCall* call, cudaStream_t stream) {
   using namespace zipfls::cuda;
-  int id = 0, major = 0, minor = 0, multiprocessors = 0, shared = 0;
-  cudaGetDevice(&id);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id);
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-  const VoteDevice device = {major, minor, multiprocessors, static_cast<size_t>(shared)};
   VoteProblem x;
   x.features = call->features;
   x.N = call->N, x.D = call->D, x.H = call->H, x.W = call->W;
@@ -95,10 +86,10 @@ int tune_run(const VoteCall* call, cudaStream_t stream) {
   x.weight = call->weight;
   x.C = call->C, x.weight_stride_c = call->D, x.weight_stride_d = 1;
   x.votes = call->votes;
-  const vote::VotePlan plan = vote_plan(x, device);
+  const vote::VotePlan plan = plan_vote(x, current_device());
   if (plan.bytes > static_cast<size_t>(call->room) || plan.tile_counters > call->counters)
     return cudaErrorMemoryAllocation;
-  return vote_fwd_cuda(x, plan, device, call->scratch, call->tile_counters, stream);
+  return vote_fwd_cuda(x, plan, call->scratch, call->tile_counters, stream);
 }
 
 }  // extern "C"

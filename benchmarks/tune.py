@@ -32,7 +32,10 @@ from sources import ROOT
 
 KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "tune"
-SOURCES = {"loss": ("loss.cu",), "vote": ("vote.cu", "vote_mma_sm80.cu", "vote_wgmma_sm90.cu")}
+SOURCES = {
+    "loss": ("loss.cu", "loss_general.cu"),
+    "vote": ("vote.cu", "vote_mma_sm80.cu", "vote_wgmma_sm90.cu"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ STREAMED, STORED = "__ldcs(static_cast<const uint4*>(at))", "__stcg(static_cast<
 BEST = "argmax_of_fragment<Config::kTileN / 8>(sum, bias, fragment_column(lane), first_class,"
 ANY = "rows[0] = {sum[0] + bias[lane], first_class}, rows[1] = {sum[2], first_class}"
 COMBINED = "if (args.tiles_n > 1) stored = first_row;"
-PACKED = "if (!pack(launcher, args, size)) return false;\n    x.N"
+PACKED = "    cudaError_t error = pack(args, size, stream);"
 VARIANTS = {
     "loss": (
         AS_IT_IS,
@@ -100,7 +103,13 @@ VARIANTS = {
             "",
             right=False,
         ),
-        swap("without packing", "vote_run.h", PACKED, "x.N", right=False),
+        swap(
+            "without packing",
+            "vote.cu",
+            PACKED,
+            PACKED.replace("pack(args, size, stream)", "cudaSuccess"),
+            False,
+        ),
     ),
 }
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import nvcc_report  # noqa: E402
 
-DEAR = ("loss", "soft_loss", "vote_mma_sm80")  # to compile
+DEAR = ("loss", "loss_general", "vote_mma_sm80")  # to compile
 
 
 @pytest.mark.skipif(nvcc_report.nvcc() is None, reason="no nvcc to compile the CUDA sources with")
@@ -45,13 +45,19 @@ def test_source_compiles_without_spills_and_with_16_byte_accesses(tmp_path, sour
         if "loss" in row.kernel:  # the gradient may be written over the logits
             assert row.read_only == 0, f"{row.kernel} for sm_{row.arch} reads past coherence"
         empty = row.arch == "80" and "cluster" in row.kernel
-        if re.match(r"(soft_)?loss_(fwd|bwd)", row.kernel) and not empty:
+        if re.match(r"loss_(fwd|bwd|general)", row.kernel) and not empty:
             assert row.wide_loads > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte load"
             assert row.wide_stores > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte store"
 
 
 def test_no_source_is_left_out():
-    assert {path.stem for path in nvcc_report.sources()} >= {"label", "loss", "soft_loss"}
+    assert {path.stem for path in nvcc_report.sources()} >= {
+        "label",
+        "loss",
+        "loss_general",
+        "vote_mma_sm80",
+        "vote_wgmma_sm90",
+    }
 
 
 def cuda_include() -> Path | None:

@@ -77,17 +77,6 @@ struct LossTotals {
   double* partials;
 };
 
-/// loss_correct.
-struct LossCorrect {
-  const void* logits;     // (N, C) T
-  int64_t logits_stride;  // elements from row to row
-  const int64_t* target;  // (N,) int64
-  int64_t N;
-  int32_t C;
-  int64_t ignore_index;
-  int32_t* correct;  // (N,) int32: not ignored, and no class ranks above the target
-};
-
 /// loss_bwd: out = grad * grad_loss * grad_scale.
 struct LossBwd {
   const void* grad;       // (N, C) T, contiguous

@@ -1,6 +1,5 @@
-// Launchers of the loss kernels for a target of probabilities or a log mass for every class.
+// Launchers of loss_general.cuh's kernels.
 #include "launch.cuh"
-#include "loss_dense.cuh"
 #include "loss_general.cuh"
 
 namespace zipfls::cuda {
@@ -8,22 +7,18 @@ namespace zipfls::cuda {
 LossPlan plan_loss_general(const LossGeneral& a, Dtype dtype, const Device& device) {
   return with_type(dtype, [&](auto x) {
     using T = decltype(x);
+    SmemAllocator smem{nullptr};
+    BlockArea<Arithmetic<T>>::allocate(smem);
+    GeneralArea<Arithmetic<T>>::allocate(smem, a);
+    const uint32_t vectors = vectors_of(a.C, kVector<T>);
     LossPlan plan = {};
     plan.kernel = LossPlan::kGeneral;
+    plan.threads =
+        std::min(kGeneralBlock, round_up((vectors + kGeneralVectors - 1) / kGeneralVectors, kWarp));
     plan.cluster = 1;
     plan.groups = a.N;
-    if (a.probabilities == nullptr) {
-      SmemAllocator smem{nullptr};
-      BlockArea<Arithmetic<T>>::allocate(smem);
-      smem.allocate<Arithmetic<T>>(kDenseBlock / kWarp);
-      plan.threads = kDenseBlock;
-      plan.shared = smem.used;
-      plan.blocks = resident_blocks(a.N, kDenseBlock, device);
-    } else {
-      plan.threads = soft_threads<T>(a.C);
-      plan.shared = soft_shared_bytes<T>(a);
-      plan.blocks = resident_blocks(a.N, std::max(plan.threads, kSoftLeast), device);
-    }
+    plan.shared = smem.used;
+    plan.blocks = resident_blocks(a.N, std::max(plan.threads, kGeneralLeast), device);
     return plan;
   });
 }
@@ -32,10 +27,10 @@ cudaError_t loss_general_cuda(const LossGeneral& a, Dtype dtype, const LossPlan&
                               cudaStream_t stream) {
   return with_type(dtype, [&](auto x) {
     using T = decltype(x);
-    const Launch how = {plan.blocks, plan.threads, plan.shared};
-    if (a.probabilities == nullptr) return launch(loss_dense_kernel<T>, how, stream, a);
-    const auto kernel = a.dense ? soft_loss_fwd_kernel<T, true> : soft_loss_fwd_kernel<T, false>;
-    return launch(kernel, how, stream, a);
+    const auto kernel = a.probabilities == nullptr ? loss_general_kernel<T, ClassIndex<T>, PerClass>
+                        : a.dense ? loss_general_kernel<T, Probabilities<T>, PerClass>
+                                  : loss_general_kernel<T, Probabilities<T>, ByRank>;
+    return launch(kernel, {plan.blocks, plan.threads, plan.shared}, stream, a);
   });
 }
 
@@ -47,10 +42,9 @@ cudaError_t loss_correct_cuda(const LossGeneral& a, Dtype dtype, int32_t* correc
   const int blocks = resident_blocks(a.N, kCorrectBlock, current_device());
   return with_type(dtype, [&](auto x) {
     using T = decltype(x);
-    if (a.probabilities != nullptr)
-      return launch(soft_correct_kernel<T>, {blocks, kCorrectBlock, smem.used}, stream, a, correct);
-    const LossCorrect of = {a.logits, a.logits_stride, a.target, a.N, a.C, a.ignore_index, correct};
-    return launch(loss_correct_kernel<T>, {blocks, kCorrectBlock}, stream, of);
+    const auto kernel =
+        a.probabilities == nullptr ? loss_correct_kernel<T, false> : loss_correct_kernel<T, true>;
+    return launch(kernel, {blocks, kCorrectBlock, smem.used}, stream, a, correct);
   });
 }
 

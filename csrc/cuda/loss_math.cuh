@@ -12,9 +12,8 @@
 //   loss_fwd_kernel, loss_fwd_cluster_kernel  loss_rows.cuh: a row on chip, in 8 lanes, a warp, a
 //                                             block or a cluster
 //   loss_fwd_long_kernel                      loss_long.cuh: a row that is read twice
-//   loss_dense_kernel                         loss_dense.cuh: a log mass for every class given
-//   soft_loss_fwd_kernel                      soft_loss.cuh: a target of probabilities
-//   loss_totals_kernel, loss_correct_kernel   loss_reduce.cuh: what a mean divides by
+//   loss_general_kernel, loss_correct_kernel  loss_general.cuh: targets and labels class by class
+//   loss_totals_kernel                        loss_reduce.cuh: what a mean divides by
 //   loss_bwd_kernel                           loss_bwd.cuh: the upstream gradient
 //
 // The gradient may be written over the logits (LossFwd::grad == logits): a row belongs to one block

@@ -1,7 +1,6 @@
 // What a mean divides by, and the sums of the losses over rows and blocks.
 //
-// Where one block cannot add up all targets beside its rows, loss_totals_kernel does so before, and
-// loss_correct_kernel finds which samples count under only_correct.
+// Where one block cannot add up all targets beside its rows, loss_totals_kernel does so before.
 #pragma once
 
 #include "device.cuh"
@@ -190,30 +189,6 @@ ZIPFLS_DEVICE void combine_losses(const LossFwd& a, const BlockArea<A>& block) {
   *static_cast<A*>(a.loss) =
       static_cast<A>(a.ce_weight) * ce_total + static_cast<A>(a.zipf_weight) * zipf_total;
   *a.tile_counter = 0;  // for the next launch on this stream
-}
-
-/// Whether each sample counts under only_correct: not ignored, and no class ranks above its target.
-///
-/// - Bytes: C itemsize a row.
-/// - Threads: 128 a row, rows by grid stride, elements one by one: for the mean of only_correct
-///   alone, whose denominator precedes every gradient. No sums, no hazards.
-template <class T>
-ZIPFLS_KERNEL(kCorrectBlock)
-loss_correct_kernel(LossCorrect a) {
-  for (int64_t i = blockIdx.x; i < a.N; i += gridDim.x) {
-    const int64_t target = a.target[i];
-    const bool kept = target != a.ignore_index;
-    const int32_t y = static_cast<int32_t>(target < 0 ? 0 : target >= a.C ? a.C - 1 : target);
-    const T* const z = static_cast<const T*>(a.logits) + i * a.logits_stride;  // (C,) T
-    const auto z_target = to_float(z[y]);
-    bool misclassified = false;
-    for (int32_t c = threadIdx.x; c < a.C; c += blockDim.x) {
-      const auto x = to_float(z[c]);
-      misclassified |= x > z_target || (x == z_target && c < y);
-    }
-    misclassified = RowGroup<0>::sync_any(misclassified);
-    if (threadIdx.x == 0) a.correct[i] = kept && !misclassified;
-  }
 }
 
 }  // namespace zipfls::cuda

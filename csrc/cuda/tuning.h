@@ -93,16 +93,16 @@ constexpr int kRegisters = sizeof(T) == 2   ? 96
                            : sizeof(T) == 4 ? 80
                                             : 128;
 
-// Targets of probabilities ------------------------------------------------------------------------
+// A target or a label that is given class by class ------------------------------------------------
 
-/// 16-byte vectors of logits that a thread of soft_loss_fwd holds, with their target: 24 registers
-/// in 16-bit types. With kSoftBlock threads rows of up to 4088 such classes are read once.
-constexpr int kSoftVectors = 2;
-constexpr int kSoftBlock = 256;
-constexpr int kSoftResident = 2;  // bounds the registers at 128, which nothing needs
+/// 16-byte vectors of logits that a thread of loss_general holds, with their target: 24 registers
+/// in 16-bit types. With kGeneralBlock threads rows of up to 4088 such classes are read once.
+constexpr int kGeneralVectors = 2;
+constexpr int kGeneralBlock = 256;
+constexpr int kGeneralResident = 2;  // bounds the registers at 128
 /// Threads that a block counts for at least, where the grid is chosen: a multiprocessor holds 32
 /// blocks, and as many here.
-constexpr int kSoftLeast = 64;
+constexpr int kGeneralLeast = 64;
 
 // Backward, labels --------------------------------------------------------------------------------
 
@@ -110,11 +110,9 @@ constexpr int kSoftLeast = 64;
 constexpr int64_t kScaleChunk = 1024;
 constexpr int kScaleBlock = 256;
 
-/// Threads of a row of rank_fwd, label_fwd, loss_correct and loss_dense.
+/// Threads of a row of rank_fwd, label_fwd and loss_correct.
 constexpr int kLabelBlock = 128;
 constexpr int kCorrectBlock = 128;
-constexpr int kDenseBlock = 256;
-constexpr int kDenseResident = 2;  // bounds the registers at 128, which nothing needs
 
 }  // namespace zipfls::cuda
 
