@@ -1,6 +1,5 @@
-// What the loss and label kernels are built from: element types, 16-byte vectors, reductions, the
-// threads of a row, shared-memory allocation. Kernels hold no launch syntax and no PTX of their
-// own.
+// Parts of the loss and label kernels: element types, 16-byte vectors, reductions, the threads of a
+// row, shared-memory allocation. Kernels contain no launch syntax and no PTX.
 #pragma once
 
 #include <cmath>

@@ -383,8 +383,7 @@ loss_general_kernel(LossGeneral a) {
     });
     block_all_reduce(sum, area.partial, sum_of);
 
-    // 4. Losses, and the gradient at the voted classes, whose logits may be overwritten from here
-    // on.
+    // 4. Losses, and the gradient at the voted classes, whose logits step 5 may overwrite.
     const bool labelled = target.finish(a, sample, *block.scales, top[0], s_exp, members, sum);
     Finished<A>& f = target.f;
     if (!kByRank && labelled) f.zipf = (entropy - cross) / mass - log_of(mass) + log_of(s_exp);

@@ -1,7 +1,6 @@
 // From a call's shape and the device to its kernel, grid and shared memory: host arithmetic alone.
 //
-// A plan is made once per call and passed down: the caller allocates by it, the launcher launches
-// it.
+// A plan is made once per call: the caller allocates by it, the launcher launches it.
 #pragma once
 
 #include <algorithm>
@@ -111,8 +110,7 @@ enum class Kernel {
 
 enum class Layout {
   kKMajor,   // as they are: channels next to each other, rows on 16-byte boundaries
-  kMNMajor,  // as they are: positions next to each other (NCHW), channels on 16-byte
-             // boundaries
+  kMNMajor,  // as they are: positions next to each other (NCHW), channels on 16 bytes
   kPacked,   // copied to scratch as rows
 };
 

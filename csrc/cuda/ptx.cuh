@@ -275,8 +275,8 @@ ZIPFLS_DEVICE void tma_load_2d(void* to, const TensorMap* map, mbarrier_t* barri
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
       : "memory");
 }
-/// The same to each block of the cluster whose bit is set, at the same offsets of shared memory and
-/// mbarrier.
+/// The same to each block of the cluster whose bit is set, at the same offsets of its shared
+/// memory.
 ZIPFLS_DEVICE void tma_load_2d_multicast(uint16_t blocks, void* to, const TensorMap* map,
                                          mbarrier_t* barrier, int32_t x, int32_t y) {
   asm volatile(

@@ -21,11 +21,11 @@
 // counters: register.cpp.)
 //
 // Hazards
-//   Pairs stored by one warp -> read by another, of any block: all lanes store, warp_sync, then
-//     lane 0 counts the warp with release; the warp that sees the last count has all counts before
-//     it, fences, and reads from L2. No warp waits for another.
-//   Counters are 0 before a launch and after it: the last arrival wraps them.
-//   Which warp combines is not determined; the result is, by argmax_combine.
+// - Pairs stored by one warp -> read by another, of any block: all lanes store, warp_sync, then
+//   lane 0 counts the warp with release; the warp that reads the last count has read all before it,
+//   fences, and reads from L2. No warp waits for another.
+// - Counters are 0 before a launch and after it: the last arrival wraps them.
+// - Which warp combines is not determined; the result is, by argmax_combine.
 #pragma once
 
 #include "ptx.cuh"

@@ -23,18 +23,17 @@
 //   of each of its quarters in registers across the class tiles.
 //
 // Hazards, and what orders them
-//   Stage written by cp.async -> read by ldmatrix: every thread waits for its own copies,
-//   block_sync. Stage read -> overwritten: the same block_sync. The stage that step i fills was
-//   last read in step
-//     i - 1, and no thread passes the barrier of step i before all have finished step i - 1.
-//   Bias of a tile: written with the tile's first copies, kMmaStages - 1 steps (and so a
-//   block_sync)
-//     before it is read; its buffer is written again kMmaStages tiles later, after another
-//     block_sync.
-//   Pairs of a warp (plain): a lane updates only its own rows'; block_sync before the end.
-//   Scores (upsampling): written after the block_sync of a step that follows the last read of the
-//     tile before; read after another one.
-//   Pairs -> combine: see vote_epilogue.cuh.
+// - Stage written by cp.async -> read by ldmatrix: every thread waits for its own copies,
+//   block_sync.
+// - Stage read -> overwritten: the same block_sync. The stage that step i fills was last read in
+//   step i - 1, and no thread passes the barrier of step i before all have finished step i - 1.
+// - Bias of a tile: written with the tile's first copies, kMmaStages - 1 steps (and so a
+//   block_sync) before it is read; its buffer is written again kMmaStages tiles later, after
+//   another block_sync.
+// - Pairs of a warp (plain): a lane updates only its own rows'; block_sync before the end.
+// - Scores (upsampling): written after the block_sync of a step that follows the last read of the
+//   tile before; read after another one.
+// - Pairs -> combine: see vote_epilogue.cuh.
 #pragma once
 
 #include "vote_epilogue.cuh"

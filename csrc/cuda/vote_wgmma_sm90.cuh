@@ -30,21 +30,19 @@
 //   after them: that hides the latencies of its stores and of the atomic.
 //
 // Hazards, and what orders them
-//   Stage written by TMA -> read by wgmma: mbarrier `full`, one arrival and all bytes of the stage,
-//     whichever block of the cluster loaded them.
-//   Stage read -> overwritten: mbarrier `empty` of every block whose loads write there. Each
-//   consumer
-//     warp arrives once its products are complete (wgmma_wait_group): 8 arrivals from each block.
-//     wgmma and TMA both belong to the async proxy, so no proxy fence.
-//   A block's multicast -> the other block's `full`: the bytes count in the intended phase, since
-//     that block's consumers arrived at the sender's `empty` after their phase was complete.
-//   Accumulators: wgmma_fence before, wgmma_wait_group after, fence_operand against the compiler.
-//   Bias: each consumer has two buffers of its own, in turn. Written beside the first products,
-//   read
-//     after a named_barrier_sync (128 threads); written again two tiles later, after the
-//     named_barrier_sync between.
-//   Pairs -> combine: see vote_epilogue.cuh.
-//   A block's shared memory must outlive the other's copies and arrivals: cluster_sync at the end.
+// - Stage written by TMA -> read by wgmma: mbarrier `full`, one arrival and all bytes of the stage,
+//   whichever block of the cluster loaded them.
+// - Stage read -> overwritten: mbarrier `empty` of every block whose loads write there. Each
+//   consumer warp arrives once its products are complete (wgmma_wait_group): 8 arrivals from each
+//   block. wgmma and TMA both belong to the async proxy, so no proxy fence.
+// - A block's multicast -> the other block's `full`: the bytes count in the intended phase, since
+//   that block's consumers arrived at the sender's `empty` after their phase was complete.
+// - Accumulators: wgmma_fence before, wgmma_wait_group after, fence_operand against the compiler.
+// - Bias: each consumer has two buffers of its own, in turn. Written beside the first products,
+//   read after a named_barrier_sync (128 threads); written again two tiles later, after the
+//   named_barrier_sync between.
+// - Pairs -> combine: see vote_epilogue.cuh.
+// - A block's shared memory must outlive the other's copies and arrivals: cluster_sync at the end.
 #pragma once
 
 #include "vote_epilogue.cuh"
