@@ -162,7 +162,8 @@ def shake(model):
     for module in model.modules():
         if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
             nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
+            if getattr(module, "bias", None) is not None:
+                nn.init.normal_(module.bias, std=0.2)
             if getattr(module, "running_mean", None) is not None:
                 module.running_mean.normal_(std=0.2)
                 module.running_var.uniform_(0.5, 1.5)

@@ -61,9 +61,10 @@ def attach(
     given out for the output of that forward alone: see :meth:`Handle.votes_of`.
 
     Map and classifier are found for timm models (``forward_features`` and ``get_classifier``) and for the
-    torchvision classes in ``TORCHVISION``. The classifier that votes is the one that is trained; what stands
-    between it and the map is probed once, in eval mode, without gradient, with buffers, training flags and
-    random state put back. Dropout does not touch the votes, and no gradient flows through them.
+    classes of torchvision and transformers that ``attach.models.KNOWN`` lists. The classifier that votes is
+    the one that is trained; what stands between it and the map is probed once, in eval mode, without
+    gradient, with buffers, training flags and random state put back. Dropout does not touch the votes, and no
+    gradient flows through them.
 
     Args:
         model: returns logits (N, C), or an object whose ``.logits`` they are.

@@ -1,4 +1,4 @@
-"""Where a model has its dense map and its classifier: known for timm and torchvision, else by name."""
+"""Where a model has its dense map and its classifier: known for three libraries, else by name."""
 
 from __future__ import annotations
 
@@ -6,26 +6,39 @@ from torch import Tensor, nn
 
 from .positions import BY_HAND, is_linear
 
-# torchvision's classifiers: class -> (module whose output is the map, module that holds the last nn.Linear).
+# Classifiers of libraries: class -> (module whose output is the map, module that holds the last nn.Linear).
 # "-1" is the last of a sequence.
-TORCHVISION = {
-    "AlexNet": ("features", "classifier"),
-    "ConvNeXt": ("features", "classifier"),
-    "DenseNet": ("features", "classifier"),
-    "EfficientNet": ("features", "classifier"),
-    "GoogLeNet": ("inception5b", "fc"),
-    "Inception3": ("Mixed_7c", "fc"),
-    "MNASNet": ("layers", "classifier"),
-    "MaxVit": ("blocks.-1", "classifier"),
-    "MobileNetV2": ("features", "classifier"),
-    "MobileNetV3": ("features", "classifier"),
-    "RegNet": ("trunk_output", "fc"),
-    "ResNet": ("layer4", "fc"),
-    "ShuffleNetV2": ("conv5", "fc"),
-    "SqueezeNet": ("features", "classifier"),
-    "SwinTransformer": ("permute", "head"),
-    "VGG": ("features", "classifier"),
-    "VisionTransformer": ("encoder", "heads"),
+KNOWN = {
+    "torchvision": {
+        "AlexNet": ("features", "classifier"),
+        "ConvNeXt": ("features", "classifier"),
+        "DenseNet": ("features", "classifier"),
+        "EfficientNet": ("features", "classifier"),
+        "GoogLeNet": ("inception5b", "fc"),
+        "Inception3": ("Mixed_7c", "fc"),
+        "MNASNet": ("layers", "classifier"),
+        "MaxVit": ("blocks.-1", "classifier"),
+        "MobileNetV2": ("features", "classifier"),
+        "MobileNetV3": ("features", "classifier"),
+        "RegNet": ("trunk_output", "fc"),
+        "ResNet": ("layer4", "fc"),
+        "ShuffleNetV2": ("conv5", "fc"),
+        "SqueezeNet": ("features", "classifier"),
+        "SwinTransformer": ("permute", "head"),
+        "VGG": ("features", "classifier"),
+        "VisionTransformer": ("encoder", "heads"),
+    },
+    "transformers": {
+        "ConvNextForImageClassification": ("convnext.encoder.stages.-1", "classifier"),
+        "ConvNextV2ForImageClassification": ("convnextv2.encoder.stages.-1", "classifier"),
+        "DeiTForImageClassification": ("deit.layernorm", "classifier"),
+        "MobileNetV2ForImageClassification": ("mobilenet_v2.conv_1x1", "classifier"),
+        "RegNetForImageClassification": ("regnet.encoder.stages.-1", "classifier"),
+        "ResNetForImageClassification": ("resnet.encoder.stages.-1", "classifier"),
+        "SwinForImageClassification": ("swin.layernorm", "classifier"),
+        "Swinv2ForImageClassification": ("swinv2.layernorm", "classifier"),
+        "ViTForImageClassification": ("vit.layernorm", "classifier"),
+    },
 }
 
 
@@ -55,11 +68,28 @@ def _is_timm(model: nn.Module) -> bool:
     return all(callable(getattr(model, name, None)) for name in ("forward_features", "get_classifier"))
 
 
-def _torchvision_names(model: nn.Module) -> tuple[str, str] | None:
+def _known_names(model: nn.Module) -> tuple[str, str] | None:
+    """Names of map and classifier of a model that KNOWN has."""
     for cls in type(model).__mro__:
-        if cls.__module__.startswith("torchvision.") and cls.__name__ in TORCHVISION:
-            return TORCHVISION[cls.__name__]
+        names = KNOWN.get(cls.__module__.partition(".")[0], {}).get(cls.__name__)
+        if names:
+            return names
     return None
+
+
+def prefix_tokens(model: nn.Module) -> int | None:
+    """Tokens at the front that are no positions, where the model or its library tells."""
+    known = {"DeiTForImageClassification": 2}  # class token, distillation token
+    return getattr(model, "num_prefix_tokens", known.get(type(model).__name__))
+
+
+def _resolved(model: nn.Module, name: str) -> str:
+    """``name`` with the last of a sequence for "-1"."""
+    parts: list[str] = []
+    for part in name.split("."):
+        part = str(len(model.get_submodule(".".join(parts))) - 1) if part == "-1" else part
+        parts.append(part)
+    return ".".join(parts)
 
 
 def find_classifier(model: nn.Module) -> str:
@@ -73,8 +103,8 @@ def find_classifier(model: nn.Module) -> str:
                 f"{type(container).__name__}: its logits come from several classifiers, and no "
                 f"single one can vote. {BY_HAND}"
             )
-    elif _torchvision_names(model):
-        container = model.get_submodule(_torchvision_names(model)[1])
+    elif known := _known_names(model):
+        container = model.get_submodule(known[1])
     else:
         raise ValueError(
             f"classifier must name the nn.Linear that gives the logits of this {type(model).__name__}"
@@ -92,12 +122,8 @@ def find_feature(model: nn.Module) -> str | None:
     """Name of the module whose output is the map; None where timm's forward_features tells."""
     if _is_timm(model):
         return None
-    if _torchvision_names(model):
-        name = _torchvision_names(model)[0]
-        if name.endswith(".-1"):
-            sequence = name.removesuffix(".-1")
-            name = f"{sequence}.{len(model.get_submodule(sequence)) - 1}"
-        return name
+    if known := _known_names(model):
+        return _resolved(model, known[0])
     raise ValueError(
         f"feature must name the module whose output is the dense map of this {type(model).__name__}"
     )

@@ -18,6 +18,7 @@ PER_POSITION = "per-position head"
 
 # Where the channels of a feature map are.
 MAP, MAP_CHANNELS_LAST, TOKENS = "NDHW", "NHWD", "NTD"
+TOKENS_LAST = "NDT"  # what a module of the head may take
 
 # The remedy where the probe refuses.
 BY_HAND = (
@@ -82,7 +83,9 @@ def shape_for(x: Tensor, rank: int, layout: str) -> Tensor:
     x = x.flatten(1)
     if rank == 4:
         return x[:, None, None, :] if layout == MAP_CHANNELS_LAST else x[:, :, None, None]
-    return x.unsqueeze(1) if rank == 3 else x
+    if rank == 3:
+        return x.unsqueeze(2 if layout == TOKENS_LAST else 1)
+    return x
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..checks import autocast_enabled
 from . import positions
+from .models import prefix_tokens
 from .positions import (
     BY_HAND,
     CLASS_TOKEN,
@@ -25,6 +26,7 @@ from .positions import (
     MAP_CHANNELS_LAST,
     PER_POSITION,
     TOKENS,
+    TOKENS_LAST,
     Plan,
 )
 
@@ -309,7 +311,7 @@ class Probe:
     def prefix(self, tokens: Tensor, between: list[_Call], voter: _Call) -> tuple[int, bool]:
         """Number of prefix tokens, and whether the first of them is the class token that gives the logits."""
         pooled = next(x for x in [*(c.input for c in between), voter.input] if x is not None and x.dim() == 2)
-        known = getattr(self.model, "num_prefix_tokens", None)
+        known = prefix_tokens(self.model)
         if known is not None and known >= tokens.shape[1]:
             known = None
         token_gap = self.gap(tokens[:, 0], pooled)
@@ -383,10 +385,9 @@ class Probe:
 
 def _layout_of(x: Tensor, channels: int, layout: str) -> str:
     """The layout of a map that a module takes: ``layout`` unless the other one alone has so many channels."""
-    if x.dim() != 4 or layout == TOKENS:
-        return layout
-    fitting = [kind for kind, D in ((MAP, x.shape[1]), (MAP_CHANNELS_LAST, x.shape[3])) if channels == D]
-    return fitting[0] if len(fitting) == 1 else layout
+    layouts = {4: (MAP, MAP_CHANNELS_LAST), 3: (TOKENS_LAST, TOKENS)}.get(x.dim(), ())
+    fitting = [kind for kind, axis in zip(layouts, (1, -1), strict=False) if x.shape[axis] == channels]
+    return fitting[0] if len(fitting) == 1 and layout in layouts else layout
 
 
 def _version(x: Tensor | None) -> int | Tensor | None:
