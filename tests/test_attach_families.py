@@ -277,7 +277,9 @@ def family_table() -> str:
         else:
             model, x, expected = make(library, name)
         if expected in REFUSED:
-            lines.append(f"| {library} {name} | | | refused: {expected} |")
+            lines.append(
+                f"| {library} {name} | | | refused: {expected}{' one classifier' * (expected == CHANGED)} |"
+            )
             continue
         plan = zls.attach(model, example=x).plan
         through = ", ".join(f"`{n}`" for n in (*(n for n, _ in plan.head), plan.classifier))
