@@ -548,8 +548,8 @@ FAULTS = {  # name -> file, what stands there, what instead
     "a block's warps increment one counter": (SM80, "tile * kWarps + warp, lane", "tile * kWarps, lane"),
     "no arrival for the last tile": (
         SM90,
-        "  if (stored >= 0 && arrive_is_last(args.results, arrive",
-        "  if (false && arrive_is_last(args.results, arrive",
+        "  if (stored >= 0 && arrive_is_last(args.results, arrive(",
+        "  if (false && arrive_is_last(args.results, arrive(",
     ),
 }
 
