@@ -225,7 +225,7 @@ unsigned char fresh_byte() {
                                             : static_cast<unsigned char>(noise());
 }
 
-std::string who(const Fiber& fiber) {
+std::string name_of(const Fiber& fiber) {
   return "block " + std::to_string(fiber.block->index) + " thread " + std::to_string(fiber.index);
 }
 
@@ -258,8 +258,9 @@ void wake(Collective& all) {
 
 void** join(Collective& all, uint32_t slot, const char* what, int line, void* argument) {
   if (all.arrived != 0 && (all.line != line || std::strcmp(all.what, what) != 0))
-    fault(std::string(what) + " reached at line " + std::to_string(line) + " by " + who(*current) +
-          " while others wait at line " + std::to_string(all.line) + " for " + all.what);
+    fault(std::string(what) + " reached at line " + std::to_string(line) + " by " +
+          name_of(*current) + " while others wait at line " + std::to_string(all.line) + " for " +
+          all.what);
   all.line = line;
   all.what = what;
   all.arguments.resize(all.size);
@@ -323,7 +324,7 @@ bool ordered(const Reader& before, const Reader& now) {
 [[maybe_unused]] void race(const char* what, const Region& region, size_t offset,
                            const Reader& other) {
   fault(std::string(what) + " at byte " + std::to_string(offset) + " of " + region.name + ": " +
-        who(*current) + " and block " + std::to_string(other.block) + " warp " +
+        name_of(*current) + " and block " + std::to_string(other.block) + " warp " +
         std::to_string(other.warp));
 }
 
@@ -345,7 +346,7 @@ Region* region_of(const void* at) {
     Byte& byte = region->shadow[o];
     if (!write && !byte.written) {
       fault("read of uninitialised byte " + std::to_string(o) + " of " + region->name + ": " +
-            who(*current));
+            name_of(*current));
       byte.written = true;
     }
     if (byte.writer.lanes != 0 && !(atomic && byte.atomic) && !ordered(byte.writer, now)) {
@@ -390,7 +391,7 @@ void fault(const std::string& text) {
 }
 
 void fail(const std::string& text) {
-  fault(text + (current != nullptr ? ": " + who(*current) : ""));
+  fault(text + (current != nullptr ? ": " + name_of(*current) : ""));
   dead = true;
   if (current == nullptr) throw std::runtime_error(text);
   current->done = true;
@@ -565,7 +566,7 @@ void launch(const std::function<void()>& kernel, uint32_t blocks, uint32_t threa
         std::string where;
         for (const Fiber* fiber : in_order)
           if (!fiber->done && (where.empty() || fiber->index % 32 == 0) && where.size() < 400)
-            where += " [" + who(*fiber) + " at " + fiber->at + "]";
+            where += " [" + name_of(*fiber) + " at " + fiber->at + "]";
         fault("deadlock: threads wait for others that have left or wait elsewhere:" + where);
         dead = true;  // the fibers' stacks are used afresh by the next launch
       }
