@@ -109,8 +109,8 @@ class Voting:
         linear = model.get_submodule(plan.classifier)
         if not positions.is_linear(linear):
             raise RuntimeError(
-                f"attach: the classifier {plan.classifier!r} has become a {type(linear).__name__}, whose weight "
-                "is not all that gives the logits (an adapter, a wrapper): attach again"
+                f"attach: the classifier {plan.classifier!r} has become a {type(linear).__name__}, whose "
+                "weight is not all that gives the logits (an adapter, a wrapper): attach again"
             )
         features = _kept(kept, plan.seat, plan.side).detach()
         with torch.no_grad():
