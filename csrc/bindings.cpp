@@ -72,5 +72,5 @@ PYBIND11_MODULE(_C, m) {
         "What the extension was built with, and the CPU instruction set it uses.");
   m.def("loss", &zipfls::loss, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "(loss, ce, zipf) of torch.ops.zipfls.loss_fwd with the gradient attached: "
-        "functional._Loss, in C++.");
+        "autograd.Loss, in C++.");
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import zipfls_cuda as zls
-from zipfls_cuda import __main__, check, check_rows, functional, ops, reference
+from zipfls_cuda import __main__, check, check_rows, labels, ops, reference
 
 NATIVE = [b for b in zls.backends() if b in ("cpu", "reference")]
 
@@ -126,7 +126,7 @@ def times(function, factor, part=None):
         (reference, "label_from_mass", 0, "label_fwd"),
         (reference, "loss_fwd", 3, "loss_grad_"),
         (reference, "count_votes", None, "rank_fwd"),
-        (functional, "_log_mass", None, "zipf_label"),
+        (labels, "log_mass", None, "zipf_label"),
     ],
     ids=str,
 )

@@ -24,7 +24,7 @@ from test_soft import KINDS as TARGETS
 from test_soft import infinite_rows, probabilities
 
 import zipfls_cuda as zls
-from zipfls_cuda import functional, reference
+from zipfls_cuda import labels, reference
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="no g++ to compile the CUDA kernels for the CPU with")
 
@@ -136,7 +136,7 @@ def loss_case(
     A = reference.accumulation_dtype(dtype)
     P = 0 if votes is None else votes.shape[1]
     law = law or zls.Zipf(1.0)
-    mass = dense if dense is not None else functional._log_mass(law, N, C, P, A, logits.device)
+    mass = dense if dense is not None else labels.log_mass(law, N, C, P, A, logits.device)
     gap = header.get("row_gap", 0)
 
     def spaced(x: torch.Tensor) -> torch.Tensor:
@@ -184,7 +184,7 @@ def by_reference(case, dtype, **options):
     A = reference.accumulation_dtype(dtype)
     N, C = logits.shape
     P = None if votes is None else votes.shape[1]
-    mass = dense if dense is not None else functional._log_mass(law, N, C, P, torch.float64, logits.device)
+    mass = dense if dense is not None else labels.log_mass(law, N, C, P, torch.float64, logits.device)
     weight = options.pop("weight", None)
     args = {"ce_weight": 1.0, "zipf_weight": 1.0, "label_smoothing": 0.0, "only_correct": False}
     args |= {"ignore_index": -100, "reduction": "mean", "with_grad": True} | options
@@ -611,7 +611,7 @@ def label_calls(dtypes=(torch.float32, torch.float64)) -> list[tuple[Case, torch
         data = pack(arrays=[votes], op=RANK, **sizes, **schedule)
         calls.append((Case(data, [(torch.int32, (N, C))]), reference.rank_fwd(votes, C)))
         for A, dense in itertools.product(dtypes, (False, True)):
-            mass = functional._log_mass(zls.Zipf(1.0), N, C, P, A, votes.device)
+            mass = labels.log_mass(zls.Zipf(1.0), N, C, P, A, votes.device)
             if dense:
                 mass = torch.rand(N, C, dtype=A).log()
                 mass[0] = -torch.inf

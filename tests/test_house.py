@@ -11,21 +11,22 @@ import zipfls_cuda as zls
 
 ROOT = Path(__file__).parent.parent
 ARROWS = {
-    "__init__": {"attach", "checks", "distributions", "functional", "modules", "ops"},
+    "__init__": {"attach", "checks", "functional", "labels", "modules", "ops"},
     "__main__": {"", "check", "extension", "ops"},
     "check": {"", "check_rows", "expected", "ops"},
     "check_rows": {"", "expected", "functional", "ops"},
     "expected": set(),
     "attach": {"checks", "compiling", "functional"},
-    "modules": {"attach", "checks", "distributions", "functional"},
-    "functional": {"checks", "distributions", "ops", "scalars", "sharded"},
-    "sharded": {"checks", "compiling", "distributions", "ops", "reference"},
+    "modules": {"attach", "checks", "functional", "labels"},
+    "functional": {"autograd", "checks", "labels", "ops", "scalars", "sharded"},
+    "autograd": {"checks", "ops"},
+    "sharded": {"checks", "compiling", "labels", "ops", "reference"},
     "ops": {"compiling", "extension", "reference", "triton_kernels"},
     "extension": {"_C"},
     "compiling": set(),
-    "checks": {"distributions", "reference", "scalars"},
+    "checks": {"labels", "reference", "scalars"},
     "reference": set(),
-    "distributions": {"scalars"},
+    "labels": {"scalars"},
     "scalars": set(),
     "triton_kernels": {"vote", "label", "loss"},
 }

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import zipfls_cuda as zls
-from zipfls_cuda import functional
+from zipfls_cuda import labels
 
 CASE = make(4, 10, 9)
 
@@ -114,15 +114,15 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_no_call_harms_the_next(mode):
     """Whichever came first, a mode or training: the kept table is an ordinary tensor; no tracer sees it."""
-    functional._log_mass_table.cache_clear()
+    labels.cached_table.cache_clear()
     MODES[mode]()
-    table = functional._log_mass(zls.Zipf(), 4, 10, 9, torch.float32, torch.device("cpu"))
+    table = labels.log_mass(zls.Zipf(), 4, 10, 9, torch.float32, torch.device("cpu"))
     assert type(table) is torch.Tensor
     assert not table.is_inference()
     assert not torch._C._functorch.is_functorch_wrapped_tensor(table)
     gradient = train()
     torch.testing.assert_close(torch.func.grad(loss)(CASE.logits), gradient)
-    functional._log_mass_table.cache_clear()
+    labels.cached_table.cache_clear()
     assert torch.equal(train(), gradient)
     MODES[mode]()  # with a table made before
     fake()
@@ -131,7 +131,7 @@ def test_no_call_harms_the_next(mode):
 
 
 def test_threads_that_call_first_at_once():
-    functional._log_mass_table.cache_clear()
+    labels.cached_table.cache_clear()
     barrier, gradients = threading.Barrier(4), []
 
     def work(mode):

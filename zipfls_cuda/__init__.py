@@ -8,16 +8,6 @@ with _warnings.catch_warnings():  # torch says at its import that NumPy is missi
 
 from .attach import Handle, Plan, attach, detach
 from .checks import check_inputs
-from .distributions import (
-    Constant,
-    Distribution,
-    ExponentialDecay,
-    LinearDecay,
-    RandomDistribution,
-    RandomPareto,
-    RandomUniform,
-    Zipf,
-)
 from .functional import (
     dense_vote,
     fit_zipf,
@@ -26,6 +16,16 @@ from .functional import (
     zipf_head_loss,
     zipf_label,
     zipf_loss,
+)
+from .labels import (
+    Constant,
+    Distribution,
+    ExponentialDecay,
+    LinearDecay,
+    RandomDistribution,
+    RandomPareto,
+    RandomUniform,
+    Zipf,
 )
 from .modules import ZipfLoss
 from .ops import backends, use_backend

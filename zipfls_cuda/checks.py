@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import distributions, scalars
-from .distributions import Distribution
+from . import labels, scalars
+from .labels import Distribution
 from .reference import raise_outside
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -23,6 +23,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def is_dtensor(x: object) -> bool:
     """Whether ``x`` is a DTensor, told by name: torch.distributed.tensor is slow to load."""
     return type(x).__name__ == "DTensor"
+
+
+def is_class_shard(x: object, dim: int) -> bool:
+    """Whether ``x`` is a DTensor with its classes, axis ``dim``, sharded over a mesh."""
+    return is_dtensor(x) and any(p.is_shard(dim) for p in x.placements)
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -234,13 +239,13 @@ def num_items(x: object, reduction: str) -> float | Tensor:
 def law(alpha: float, distribution: Distribution | None) -> Distribution:
     """The law asked for by ``alpha`` or by ``distribution``, never by both."""
     if distribution is None:
-        return distributions.Zipf(alpha)
+        return labels.Zipf(alpha)
     # Tracing does not keep the identity of floats: there, alpha=1.0 beside a distribution passes.
     if alpha != 1.0 if torch.compiler.is_compiling() else alpha is not DEFAULT_ALPHA:
         raise ValueError(
             f"alpha and distribution exclude each other, got alpha={alpha!r} and {distribution!r}"
         )
-    if not isinstance(distribution, distributions.Distribution):
+    if not isinstance(distribution, labels.Distribution):
         made_before = any(base.__qualname__ == "Distribution" for base in type(distribution).__mro__)
         raise TypeError(
             f"distribution must be a zls.Distribution such as zls.Zipf(1.0), got {distribution!r}"

@@ -1,19 +1,18 @@
-"""The package's functions: arguments checked, operator chosen, gradient attached."""
+"""The public functions: arguments checked, operator chosen and called, a loss through ``autograd``."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx
 
-from . import checks, distributions, ops, scalars, sharded
+from . import autograd, checks, labels, ops, scalars, sharded
 from .checks import DEFAULT_ALPHA
-from .distributions import Distribution
+from .labels import Distribution
 
 # Stage 1: dense votes ------------------------------------------------------------------------------
 
@@ -56,7 +55,7 @@ def dense_vote(
     """
     if isinstance(features, Tensor) and checks.autocast_enabled(features):
         features, weight, bias = (_autocast(x, features.device.type) for x in (features, weight, bias))
-    if process_group is not None or (sharded.by_class(weight, 0) and checks.is_dtensor(features)):
+    if process_group is not None or (checks.is_dtensor(features) and checks.is_class_shard(weight, 0)):
         return sharded.dense_vote(features, weight, bias, upsample, backend, process_group)
     upsample = checks.vote_inputs(features, weight, bias, upsample)
     if features.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -125,7 +124,9 @@ def zipf_label(
     law = checks.law(alpha, distribution)
     num_classes, ignore_index = checks.num_classes(num_classes), scalars.integer("ignore_index", ignore_index)
     target = checks.label_inputs(target, votes)
-    log_mass = _log_mass(law, target.shape[0], num_classes, votes.shape[1], torch.float32, target.device)
+    log_mass = labels.log_mass(
+        law, target.shape[0], num_classes, votes.shape[1], torch.float32, target.device
+    )
     op = ops.select("label_fwd", backend, votes)
     return op(target, votes, log_mass, num_classes, ignore_index)
 
@@ -184,8 +185,8 @@ def zipf_loss(
     """
     law = checks.law(alpha, distribution)
     options = (0.0, *checks.loss_options(1.0, 0.0, only_correct, ignore_index, reduction))
-    inputs = _loss_inputs(logits, target, votes, None, law, backend, process_group)
-    return _loss(*inputs, law, options, inplace, backend)[0]
+    inputs = _loss_inputs(logits, target, votes, None, law, options[4], backend, process_group)
+    return autograd.loss(*inputs, options, inplace, backend)[0]
 
 
 def zipf_cross_entropy(
@@ -259,8 +260,8 @@ def zipf_cross_entropy(
     if num_items is not None:
         num_items = checks.num_items(num_items, reduction)
         options = (*options[:-1], "sum")
-    inputs = _loss_inputs(logits, target, votes, weight, law, backend, process_group)
-    parts = _loss(*inputs, law, options, inplace, backend)
+    inputs = _loss_inputs(logits, target, votes, weight, law, options[4], backend, process_group)
+    parts = autograd.loss(*inputs, options, inplace, backend)
     if num_items is not None:
         n = num_items.detach().to(parts[0].dtype) if isinstance(num_items, Tensor) else num_items
         parts = tuple(part / n for part in parts)
@@ -306,298 +307,26 @@ def _loss_inputs(
     votes: Tensor | None,
     weight: Tensor | None,
     law: Distribution,
+    ignore_index: int,
     backend: str | None,
     process_group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, sharded.Shard | None]:
-    """The loss's tensors, checked, and which classes they are of: None for all."""
-    if process_group is not None or (type(logits) is not Tensor and sharded.by_class(logits, 1)):
-        return sharded.loss_inputs(logits, target, votes, weight, law, backend, process_group)
-    return logits, checks.loss_inputs(logits, target, votes, weight), votes, weight, None
-
-
-# Log masses ------------------------------------------------------------------------------------------
-
-
-def _log_mass(
-    law: Distribution, N: int, C: int, P: int | None, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """What the operators gather from: a table (R,) by rank, or (N, C) draws of a random law."""
-    if isinstance(law, distributions.RandomDistribution):
-        return _masses(law, "draw", law.draw(N, C, device), (N, C), dtype, device)
-    length = C if P is None else min(P, C) + 1  # by logits, ranks reach C; by votes, K + 1
-    if _belongs_to_a_mode(device) or "__dataclass_fields__" not in type(law).__dict__:
-        # Not a frozen dataclass of its own: two laws of different masses may be equal.
-        return _compute_table(law, length, C, dtype, device)
-    # Of each stream its own: a kernel of another would not wait until the table is there.
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    return _log_mass_table(law, length, C, dtype, device, torch.get_default_dtype(), stream)
-
-
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # of make_fx(pre_dispatch=True), which is on no stack
-
-
-def _belongs_to_a_mode(device: torch.device) -> bool:
-    """Whether a tensor made now must not outlive the call: traced, fake, in a transform, in a captured graph.
-
-    Nor may the call be given one made before: a tracer has to see how the table comes about, and a captured
-    graph computes it in its own memory.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
-        or torch._C._is_tracing()
-        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _log_mass_table(
-    law: Distribution,
-    length: int,
-    num_classes: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    default_dtype: torch.dtype,  # a law may make tensors of its own
-    stream: int,
-) -> Tensor:
-    """The table of a law, kept: an ordinary tensor, whatever modes the thread is in."""
-    functionalize = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
-    outside = torch._C._ExcludeDispatchKeyGuard(functionalize)
-    with outside, torch.inference_mode(False), torch._C._DisableAutocast():
-        return _compute_table(law, length, num_classes, dtype, device)
-
-
-def _compute_table(
-    law: Distribution, length: int, num_classes: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """log mass(r) for r = 1 .. length, (length,), taken in float64 and rounded once; memory of its own."""
-    with torch.no_grad():
-        rank = torch.arange(1, length + 1, dtype=torch.float64, device=device)
-        masses = law.log_mass(rank, num_classes)
-        masses = _masses(law, "log_mass", masses, (length,), dtype, device)
-        return masses.clone(memory_format=torch.contiguous_format)
-
-
-def _masses(
-    law: Distribution,
-    method: str,
-    x: Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """What a law returned, checked, detached and in ``dtype``."""
-    if not isinstance(x, Tensor) or x.shape != shape or x.device != device or x.is_complex():
-        got = f"{tuple(x.shape)} of {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(
-            f"distribution: {type(law).__name__}.{method} must return a real tensor {shape} on {device}, "
-            f"got {got}"
+) -> tuple[Callable, Tensor, tuple[Tensor, Tensor | None, Tensor, Tensor | None], bool]:
+    """The first arguments of ``autograd.loss``: operator, checked tensors, whether they are a shard."""
+    is_shard = process_group is not None or (type(logits) is not Tensor and checks.is_class_shard(logits, 1))
+    if is_shard:
+        logits, target, votes, weight, shard = sharded.loss_inputs(
+            logits, target, votes, weight, law, backend, process_group
         )
-    return x.detach().to(dtype)
-
-
-# Autograd --------------------------------------------------------------------------------------------
-
-
-def _loss(
-    logits: Tensor,
-    target: Tensor,
-    votes: Tensor | None,
-    weight: Tensor | None,
-    shard: sharded.Shard | None,
-    law: Distribution,
-    options: tuple,
-    inplace: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ce, zipf) by the chosen backend, with the gradient attached where one is wanted."""
+        forward, C = functools.partial(sharded.loss_fwd, shard), shard.num_classes
+    else:
+        target = checks.loss_inputs(logits, target, votes, weight)
+        forward, C = ops.select("loss_fwd", backend, logits), logits.shape[1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    N, C = logits.shape if shard is None else (len(logits), shard.num_classes)
     P = None if votes is None else votes.shape[1]
-    log_mass = _log_mass(law, N, C, P, dtype, logits.device)
+    log_mass = labels.log_mass(law, logits.shape[0], C, P, dtype, logits.device)
     if weight is not None:
         weight = weight.detach().to(dtype)
-    if checks.is_soft(target):  # probabilities (N, C), of which none is ignored
-        checks.no_ignore_index(options[4])
+    if target.dim() == 2:  # probabilities, of which none is ignored
+        checks.no_ignore_index(ignore_index)
         target = target.to(dtype)
-    if shard is None:
-        forward = ops.select("loss_fwd", backend, logits)
-    else:
-        forward = functools.partial(sharded.loss_fwd, shard)
-    tensors = (target, votes, log_mass, weight)
-    if torch._C._are_functorch_transforms_active():
-        function = _LossInTransforms if torch.compiler.is_compiling() else _LossRefusingForwardMode
-        backward = ops.select("loss_bwd", backend, logits)
-        return function.apply(logits, *tensors, options, forward, backward)[:3]
-    _refuse_tangents(logits)
-    # Inside a Function this would be wrong under no_grad: there, grad mode is always off.
-    wanted = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and wanted and not torch.compiler.is_compiling():
-        checks.inplace(logits, shard is not None)
-        backward_ = ops.select("loss_grad_", backend, logits)
-        scale_ = ops.select("loss_bwd_", backend, logits)
-        return _LossInPlace.apply(logits, *tensors, options, forward, backward_, scale_)
-    if forward is ops.NATIVE_LOSS_FWD and not torch.compiler.is_compiling():
-        return ops.native_loss(logits, *tensors, *options)  # the rest of this function, in C++
-    if wanted:
-        backward, scale_ = ops.select("loss_bwd", backend, logits), ops.select("loss_bwd_", backend, logits)
-        return _Loss.apply(logits, _anchor(logits), tensors, options, forward, backward, scale_)
-    return forward(logits, *tensors, *options, False)[:3]
-
-
-def _anchor(logits: Tensor) -> tuple[Tensor, ...]:
-    """A zero-element piece of the logits: ties a differentiable gradient to them without keeping them alive.
-
-    In a tuple, where autograd looks for no inputs: compiled autograd would add its gradient, None, to the
-    logits'. No compiled gradient is differentiable, so under torch.compile there is no anchor.
-    """
-    if torch.compiler.is_compiling():
-        return ()
-    return (logits.narrow(0, 0, 0).clone(),)  # narrow_copy has no derivative in torch 2.11
-
-
-def _refuse_tangents(logits: Tensor) -> None:
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
-        raise RuntimeError(_NO_FORWARD_MODE)
-
-
-_NO_FORWARD_MODE = (
-    "zipfls_cuda: forward-mode differentiation of the Zipf loss is not supported; use reverse mode"
-)
-_NO_SECOND = (
-    "zipfls_cuda: the gradient of the Zipf loss cannot be differentiated again (gradient penalty, Hessian, "
-    "grad of grad, create_graph=True followed by a backward pass through the gradient)"
-)
-
-
-class _RefuseSecond(torch.autograd.Function):
-    """The identity on a gradient, tied to the logits by ``anchor``, whose own differentiation raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad: Tensor, anchor: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> None:
-        raise RuntimeError(_NO_SECOND)
-
-
-def _is_batched(x: Tensor) -> bool:
-    """Whether ``x`` is a batch of gradients in the guise of one, as in vmap and under is_grads_batched."""
-    functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
-
-
-def _may_overwrite(grad_loss: Tensor) -> bool:
-    """Whether backward may scale the saved gradient where it is, since the graph is not kept.
-
-    Not where the upstream gradient is batched (the in-place operator has no batching rule), fake or traced.
-    """
-    if torch.compiler.is_compiling() or type(grad_loss) is not Tensor or _is_batched(grad_loss):
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-class _Loss(torch.autograd.Function):
-    """The eager path: a bare forward(ctx, ...), since setup_context costs as much again as all the rest."""
-
-    @staticmethod
-    def forward(ctx, logits, anchor, tensors, options, forward, backward, backward_):
-        loss, ce, zipf, grad, grad_scale = forward(logits, *tensors, *options, True)
-        ctx.save_for_backward(grad, grad_scale, *anchor)
-        ctx.backward, ctx.backward_ = backward, backward_
-        ctx.mark_non_differentiable(ce, zipf)
-        ctx.set_materialize_grads(False)
-        return loss, ce, zipf
-
-    @staticmethod
-    def backward(ctx, grad_loss, _ce, _zipf):
-        if grad_loss is None:
-            return (None,) * 7
-        grad, grad_scale, *anchor = ctx.saved_tensors
-        if _may_overwrite(grad_loss):
-            ctx.backward_(grad, grad_loss, grad_scale)  # at once if by one
-        else:
-            grad = ctx.backward(grad, grad_loss, grad_scale)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if _is_batched(grad_loss):  # the graph belongs to the tensor inside, which an operator reaches
-                grad = grad + _RefuseSecond.apply(anchor[0].new_zeros(()), anchor[0])
-            else:
-                grad = _RefuseSecond.apply(grad, anchor[0])
-        return grad, None, None, None, None, None, None
-
-
-class _LossInPlace(torch.autograd.Function):
-    """The loss alone in forward; in backward the gradient, over the saved logits.
-
-    Written in forward it would turn every later use of the logits silently wrong. Here the logits' version
-    counter tells on whoever saved them too, and on a second backward.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, target, votes, log_mass, weight, options, forward, backward_, scale_):
-        loss, ce, zipf = forward(logits, target, votes, log_mass, weight, *options, False)[:3]
-        ctx.save_for_backward(logits, target, votes, log_mass, weight)
-        ctx.options, ctx.backward_, ctx.scale_ = options, backward_, scale_
-        ctx.mark_non_differentiable(ce, zipf)
-        ctx.set_materialize_grads(False)
-        return loss, ce, zipf
-
-    @staticmethod
-    def backward(ctx, grad_loss, _ce, _zipf):
-        if grad_loss is None:
-            return (None,) * 9
-        if torch.is_grad_enabled():
-            raise RuntimeError(_NO_SECOND)
-        if not torch.compiler.is_compiling() and _is_batched(grad_loss):
-            raise RuntimeError(
-                "zipfls_cuda: inplace=True writes one gradient over the logits, so it has no batched "
-                "gradients (is_grads_batched, jacobian(vectorize=True)); use inplace=False"
-            )
-        logits, *tensors = ctx.saved_tensors
-        grad = logits.detach()  # the same memory and version counter
-        ctx.scale_(grad, grad_loss, ctx.backward_(grad, *tensors, *ctx.options))
-        torch.autograd.graph.increment_version(logits)  # operators written in C++ do not
-        return grad, *(None,) * 8
-
-
-class _LossInTransforms(torch.autograd.Function):
-    """The path inside torch.func transforms, which need setup_context and a vmap rule."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits, target, votes, log_mass, weight, options, forward, backward):
-        return forward(logits, target, votes, log_mass, weight, *options, True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, ce, zipf, grad, grad_scale = output
-        ctx.save_for_backward(grad, grad_scale, inputs[0])
-        ctx.backward = inputs[-1]
-        ctx.mark_non_differentiable(ce, zipf, grad, grad_scale)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        if grad_loss is None:
-            return (None,) * 8
-        grad, grad_scale, logits = ctx.saved_tensors
-        grad = _RefuseSecond.apply(ctx.backward(grad, grad_loss, grad_scale), logits)
-        return grad, None, None, None, None, None, None, None
-
-
-class _LossRefusingForwardMode(_LossInTransforms):
-    """The same with a clear error for forward mode; torch.compile does not trace a class that has a jvp."""
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(_NO_FORWARD_MODE)
+    return forward, logits, (target, votes, log_mass, weight), is_shard

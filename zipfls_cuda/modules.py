@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import checks, functional
 from .attach import Handle
 from .checks import DEFAULT_ALPHA
-from .distributions import Distribution
+from .labels import Distribution
 
 RANKINGS = ("votes", "logits")
 

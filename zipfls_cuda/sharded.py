@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, compiling, ops, reference
-from .distributions import Distribution, RandomDistribution
+from .labels import Distribution, RandomDistribution
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,6 @@ class Shard:
 
 
 # Arguments -------------------------------------------------------------------------------------------
-
-
-def by_class(x: object, dim: int) -> bool:
-    """Whether ``x`` is a DTensor with its classes, axis ``dim``, sharded over a mesh."""
-    return checks.is_dtensor(x) and any(p.is_shard(dim) for p in x.placements)
 
 
 def _local(

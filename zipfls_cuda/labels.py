@@ -1,8 +1,8 @@
-"""The laws that turn a rank into the mass of a soft label (paper: Eq. 4 and Table 6).
+"""What a soft label is: laws that turn a rank into a mass (paper: Eq. 4 and Table 6), and their tables.
 
-A law is one small class. A deterministic one says how much mass each rank gets, in log space, and that is
-all any backend ever needs: kernels gather from a table of log masses and none of them knows the law behind
-it. A random one draws a mass per sample and class instead.
+A law is one small class. A deterministic law gives the log mass of each rank, and ``log_mass`` tabulates it:
+every kernel gathers from such a table (R,), or reads log masses (N, C) by sample and class, and knows no
+law. A random law draws the masses (N, C) instead.
 
 To add a law, subclass :class:`Distribution` as a frozen dataclass and write ``log_mass``::
 
@@ -16,6 +16,7 @@ To add a law, subclass :class:`Distribution` as a frozen dataclass and write ``l
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -157,3 +158,95 @@ class RandomPareto(RandomDistribution):
         t = u.neg_().log1p_().div_(-self.a)  # t = -log(1 - u) / a >= 0
         # log(e^t - 1) = t + log(1 - e^-t), which neither overflows for large t nor cancels for small.
         return t + t.neg().expm1().neg_().log_()
+
+
+# The tables that kernels read --------------------------------------------------------------------------
+
+
+def log_mass(
+    law: Distribution, N: int, C: int, P: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The log masses that an operator gathers from.
+
+    Args:
+        N, C: samples and classes. P: votes a sample, or None to rank by logits.
+        dtype: the accumulation dtype.
+
+    Returns:
+        (R,) by rank from 1, R = C by logits and min(P, C) + 1 by votes; of a random law draws (N, C).
+    """
+    if isinstance(law, RandomDistribution):
+        return _checked(law, "draw", law.draw(N, C, device), (N, C), dtype, device)
+    length = C if P is None else min(P, C) + 1
+    if _belongs_to_a_mode(device) or "__dataclass_fields__" not in type(law).__dict__:
+        # Such a table is not cached. A law that is no frozen dataclass of its own may equal another law
+        # that has other masses.
+        return _compute_table(law, length, C, dtype, device)
+    # Cache one table per stream: work on another stream would not wait for the table to be written.
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    return cached_table(law, length, C, dtype, device, torch.get_default_dtype(), stream)
+
+
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # of make_fx(pre_dispatch=True), which is on no stack
+
+
+def _belongs_to_a_mode(device: torch.device) -> bool:
+    """Whether a tensor made now must not outlive the call: traced, fake, in a transform, in a captured graph.
+
+    Nor may such a call use a cached table: a tracer has to see how the table is computed, and a captured
+    graph computes it in its own memory.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        or torch._C._is_tracing()
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def cached_table(
+    law: Distribution,
+    length: int,
+    num_classes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    default_dtype: torch.dtype,  # a law may make tensors of its own
+    stream: int,
+) -> Tensor:
+    """The table of a law, kept: an ordinary tensor, whatever modes the thread is in."""
+    functionalize = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+    outside = torch._C._ExcludeDispatchKeyGuard(functionalize)
+    with outside, torch.inference_mode(False), torch._C._DisableAutocast():
+        return _compute_table(law, length, num_classes, dtype, device)
+
+
+def _compute_table(
+    law: Distribution, length: int, num_classes: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """log mass(r) for r = 1 .. length, (length,), computed in float64, rounded once, in memory of its own."""
+    with torch.no_grad():
+        rank = torch.arange(1, length + 1, dtype=torch.float64, device=device)
+        masses = law.log_mass(rank, num_classes)
+        masses = _checked(law, "log_mass", masses, (length,), dtype, device)
+        return masses.clone(memory_format=torch.contiguous_format)
+
+
+def _checked(
+    law: Distribution,
+    method: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The result of a law's method, checked, detached and in ``dtype``."""
+    if not isinstance(x, Tensor) or x.shape != shape or x.device != device or x.is_complex():
+        got = f"{tuple(x.shape)} of {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"distribution: {type(law).__name__}.{method} must return a real tensor {shape} on {device}, "
+            f"got {got}"
+        )
+    return x.detach().to(dtype)

@@ -1,0 +1,208 @@
+"""The gradient attached to the loss: the Functions of autograd, and which of them serves a call.
+
+The forward operator computes loss and gradient together. ``Loss`` saves the gradient, and backward scales
+it. ``csrc/autograd.cpp`` is ``Loss`` in C++ and serves eager calls of the C++ operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx
+
+from . import checks, ops
+
+
+def loss(
+    forward: Callable,
+    logits: Tensor,
+    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    sharded: bool,
+    options: tuple,
+    inplace: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, ce, zipf), with the gradient to ``logits`` attached to the loss where one is wanted.
+
+    Args:
+        forward: takes the arguments of ``reference.loss_fwd``: logits, ``tensors`` (target, votes, log_mass,
+            weight), ``options`` (from ce_weight to reduction) and with_grad.
+        sharded: whether the logits are a shard of the classes.
+        inplace: whether backward computes the gradient, over the logits.
+    """
+    if torch._C._are_functorch_transforms_active():
+        function = LossInTransforms if torch.compiler.is_compiling() else LossRefusingForwardMode
+        backward = ops.select("loss_bwd", backend, logits)
+        return function.apply(logits, *tensors, options, forward, backward)[:3]
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
+        raise RuntimeError(_NO_FORWARD_MODE)
+    # Grad mode is asked for here: inside a Function it is always off.
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    compiling = torch.compiler.is_compiling()
+    if inplace and wanted and not compiling:
+        checks.inplace(logits, sharded)
+        backward_ = ops.select("loss_grad_", backend, logits)
+        scale_ = ops.select("loss_bwd_", backend, logits)
+        return LossInPlace.apply(logits, *tensors, options, forward, backward_, scale_)
+    if forward is ops.NATIVE_LOSS_FWD and not compiling:
+        return ops.native_loss(logits, *tensors, *options)
+    if wanted:
+        backward, scale_ = ops.select("loss_bwd", backend, logits), ops.select("loss_bwd_", backend, logits)
+        return Loss.apply(logits, _anchor(logits), tensors, options, forward, backward, scale_)
+    return forward(logits, *tensors, *options, False)[:3]
+
+
+def _anchor(logits: Tensor) -> tuple[Tensor, ...]:
+    """A zero-element piece of the logits: ties a differentiable gradient to them without keeping them alive.
+
+    The tuple hides it from autograd as an input: compiled autograd would add its gradient, None, to the
+    logits' gradient. No compiled gradient is differentiable, so torch.compile needs no anchor.
+    """
+    if torch.compiler.is_compiling():
+        return ()
+    return (logits.narrow(0, 0, 0).clone(),)  # narrow_copy has no derivative in torch 2.11
+
+
+_NO_FORWARD_MODE = (
+    "zipfls_cuda: forward-mode differentiation of the Zipf loss is not supported; use reverse mode"
+)
+_NO_SECOND = (
+    "zipfls_cuda: the gradient of the Zipf loss cannot be differentiated again (gradient penalty, Hessian, "
+    "grad of grad, create_graph=True followed by a backward pass through the gradient)"
+)
+
+
+class RefuseSecond(torch.autograd.Function):
+    """The identity on a gradient, tied to the logits by ``anchor``, whose own differentiation raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> None:
+        raise RuntimeError(_NO_SECOND)
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether ``x`` stands for a batch of gradients, as in vmap and under is_grads_batched."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
+
+
+def _may_overwrite(grad_loss: Tensor) -> bool:
+    """Whether backward may scale the saved gradient in place: the graph is not kept.
+
+    It may not where the upstream gradient is batched (the in-place operator has no batching rule), fake or
+    traced.
+    """
+    if torch.compiler.is_compiling() or type(grad_loss) is not Tensor or _is_batched(grad_loss):
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+class Loss(torch.autograd.Function):
+    """The eager path: a bare forward(ctx, ...), since setup_context costs as much again as all the rest."""
+
+    @staticmethod
+    def forward(ctx, logits, anchor, tensors, options, forward, backward, backward_):
+        loss, ce, zipf, grad, grad_scale = forward(logits, *tensors, *options, True)
+        ctx.save_for_backward(grad, grad_scale, *anchor)
+        ctx.backward, ctx.backward_ = backward, backward_
+        ctx.mark_non_differentiable(ce, zipf)
+        ctx.set_materialize_grads(False)
+        return loss, ce, zipf
+
+    @staticmethod
+    def backward(ctx, grad_loss, _ce, _zipf):
+        if grad_loss is None:
+            return (None,) * 7
+        grad, grad_scale, *anchor = ctx.saved_tensors
+        if _may_overwrite(grad_loss):
+            ctx.backward_(grad, grad_loss, grad_scale)  # at once if by one
+        else:
+            grad = ctx.backward(grad, grad_loss, grad_scale)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if _is_batched(grad_loss):  # the graph belongs to the tensor inside, which an operator reaches
+                grad = grad + RefuseSecond.apply(anchor[0].new_zeros(()), anchor[0])
+            else:
+                grad = RefuseSecond.apply(grad, anchor[0])
+        return grad, None, None, None, None, None, None
+
+
+class LossInPlace(torch.autograd.Function):
+    """Forward computes the loss alone; backward writes the gradient over the saved logits.
+
+    A gradient written in forward would silently change every later use of the logits. Written in backward,
+    it increments the logits' version counter, so that another node that saved them, and a second backward,
+    raise.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, votes, log_mass, weight, options, forward, backward_, scale_):
+        loss, ce, zipf = forward(logits, target, votes, log_mass, weight, *options, False)[:3]
+        ctx.save_for_backward(logits, target, votes, log_mass, weight)
+        ctx.options, ctx.backward_, ctx.scale_ = options, backward_, scale_
+        ctx.mark_non_differentiable(ce, zipf)
+        ctx.set_materialize_grads(False)
+        return loss, ce, zipf
+
+    @staticmethod
+    def backward(ctx, grad_loss, _ce, _zipf):
+        if grad_loss is None:
+            return (None,) * 9
+        if torch.is_grad_enabled():
+            raise RuntimeError(_NO_SECOND)
+        if not torch.compiler.is_compiling() and _is_batched(grad_loss):
+            raise RuntimeError(
+                "zipfls_cuda: inplace=True writes one gradient over the logits, so it has no batched "
+                "gradients (is_grads_batched, jacobian(vectorize=True)); use inplace=False"
+            )
+        logits, *tensors = ctx.saved_tensors
+        grad = logits.detach()  # the same memory and version counter
+        ctx.scale_(grad, grad_loss, ctx.backward_(grad, *tensors, *ctx.options))
+        torch.autograd.graph.increment_version(logits)  # operators written in C++ do not
+        return grad, *(None,) * 8
+
+
+class LossInTransforms(torch.autograd.Function):
+    """The path inside torch.func transforms, which need setup_context and a vmap rule."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits, target, votes, log_mass, weight, options, forward, backward):
+        return forward(logits, target, votes, log_mass, weight, *options, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ce, zipf, grad, grad_scale = output
+        ctx.save_for_backward(grad, grad_scale, inputs[0])
+        ctx.backward = inputs[-1]
+        ctx.mark_non_differentiable(ce, zipf, grad, grad_scale)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * 8
+        grad, grad_scale, logits = ctx.saved_tensors
+        grad = RefuseSecond.apply(ctx.backward(grad, grad_loss, grad_scale), logits)
+        return grad, None, None, None, None, None, None, None
+
+
+class LossRefusingForwardMode(LossInTransforms):
+    """The same with a clear error for forward mode; torch.compile does not trace a class that has a jvp."""
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(_NO_FORWARD_MODE)
