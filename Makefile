@@ -17,11 +17,11 @@ demo test test-rest test-all mutants: export OMP_WAIT_POLICY ?= passive
 
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test test-rest test-all lint format mutants kernel-report bench efficacy gpu-check clean
+.PHONY: help docs build demo test test-rest test-all lint format mutants kernel-report bench efficacy gpu-check clean
 
 help:
 	@sed -n 's/^# //p' Makefile
-	@echo "also: build test-rest lint format mutants kernel-report bench efficacy gpu-check clean"
+	@echo "also: build docs test-rest lint format mutants kernel-report bench efficacy gpu-check clean"
 
 # The environment: torch first, so that nothing else pulls another one; torchvision without its own idea of torch.
 $(VENV)/.deps: requirements-dev.txt
@@ -55,6 +55,11 @@ test-rest: build
 test-all:
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test-rest
+
+# The site, from README, docs/ and docstrings, into build/site; a broken link or docstring is an error.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: build
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m mkdocs --quiet build
 
 lint: build
 	@$(PY) -m ruff check .

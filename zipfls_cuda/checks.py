@@ -316,6 +316,11 @@ def check_inputs(
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device.
         IndexError: names the first target or vote outside its range (votes of ignored samples are not read).
+
+    Example:
+        >>> zls.check_inputs(torch.zeros(2, 5), torch.tensor([0, 7]))
+        Traceback (most recent call last):
+        IndexError: target[1] = 7 is outside [0, 5)
     """
     target, ignore_index = loss_inputs(logits, target, votes), scalars.integer("ignore_index", ignore_index)
     if not is_soft(target):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -48,8 +49,14 @@ def dense_vote(
         the lowest class; a NaN score never wins; -1 (no vote) where all scores are NaN.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, by name.
+        TypeError: an argument of the wrong type or dtype, by name.
+        ValueError: an argument of a wrong shape, value or device, by name.
         RuntimeError: the named backend cannot serve.
+
+    Example:
+        >>> features = torch.tensor([1.0, -1.0, 2.0, -2.0]).view(1, 1, 2, 2)  # four positions of one channel
+        >>> zls.dense_vote(features, weight=torch.tensor([[1.0], [-1.0]]))
+        tensor([[0, 1, 0, 1]], dtype=torch.int32)
 
     Source: Sec. 3.2, "dense classification ranking".
     """
@@ -79,13 +86,19 @@ def rank_votes(votes: Tensor, num_classes: int, *, backend: str | None = None) -
     Args:
         votes: (N, P) int32 or int64, below ``num_classes``; negative means no vote.
         num_classes: C >= 2.
+        backend: name of a backend, or None for the best one.
 
     Returns:
         ranks (N, C) int32 from 1; ties share the smallest rank, all classes without a vote the one after.
 
     Raises:
-        TypeError, ValueError: a bad argument, by name. IndexError: a vote >= C in a CPU tensor (on other
-        devices its row becomes 0).
+        TypeError: an argument of the wrong type or dtype, by name.
+        ValueError: an argument of a wrong shape or value, by name.
+        IndexError: a vote >= C in a CPU tensor (on other devices its row becomes 0).
+
+    Example:
+        >>> zls.rank_votes(torch.tensor([[2, 2, 2, 0, 0, 1]]), num_classes=5)
+        tensor([[2, 3, 1, 4, 4]], dtype=torch.int32)
 
     Source: Sec. 3.2; the authors' code ranks the target too.
     """
@@ -110,14 +123,23 @@ def zipf_label(
         target: (N,) int64 or uint8 in [0, C), or ``ignore_index``.
         votes: (N, P) int32 or int64, below C; negative means no vote.
         num_classes: C >= 2.
-        alpha: decay of Zipf's law, or ``distribution``: another law.
+        alpha: decay of Zipf's law, >= 0.
+        distribution: another law in its place.
+        ignore_index: a target that stands for no class.
+        backend: name of a backend, or None for the best one.
 
     Returns:
         labels (N, C) float32, each row summing to 1 with 0 at the target; all 0 where ignored.
 
     Raises:
-        TypeError, ValueError: a bad argument, by name. IndexError: a target or vote out of range in CPU
-        tensors (on other devices its row becomes NaN).
+        TypeError: an argument of the wrong type or dtype, by name.
+        ValueError: an argument of a wrong shape or value, by name.
+        IndexError: a target or vote out of range in CPU tensors (on other devices its row becomes NaN).
+
+    Example:
+        >>> votes = torch.tensor([[2, 2, 2, 0, 0, 1]])  # ranks 2, 3, 1, 4, 4
+        >>> zls.zipf_label(torch.tensor([2]), votes, num_classes=5)
+        tensor([[0.3750, 0.2500, 0.0000, 0.1875, 0.1875]])
 
     Source: Eq. 4; Table 6.
     """
@@ -144,7 +166,14 @@ def fit_zipf(probabilities: Tensor) -> tuple[float, float]:
         (alpha, intercept): the decay (positive for a falling law) and log p at rank 1, natural logarithm.
 
     Raises:
-        TypeError, ValueError: not a float (M, C) tensor, or fewer than two ranks with p > 0.
+        TypeError: not a float tensor.
+        ValueError: not (M, C), or fewer than two ranks with p > 0.
+
+    Example:
+        >>> p = torch.arange(1, 101).double() ** -1.5
+        >>> alpha, intercept = zls.fit_zipf((p / p.sum())[None])
+        >>> round(alpha, 3)
+        1.5
 
     Source: Fig. 2.
     """
@@ -181,6 +210,11 @@ def zipf_loss(
     divides by the number of samples that are not ignored (with ``only_correct``: that are classified
     correctly; 0 if none is).
 
+    Example:
+        >>> logits, target = torch.zeros(1, 5), torch.tensor([2])
+        >>> zls.zipf_loss(logits, target, votes=torch.tensor([[2, 2, 2, 0, 0, 1]]))
+        tensor(0.0442)
+
     Source: Eq. 5.
     """
     law = checks.law(alpha, distribution)
@@ -189,6 +223,49 @@ def zipf_loss(
     return autograd.loss(*inputs, options, inplace, backend)[0]
 
 
+class LossOptions(TypedDict, total=False):
+    """Options of :func:`zipf_cross_entropy` and :func:`zipf_head_loss` alike."""
+
+    zipf_weight: float
+    alpha: float
+    distribution: Distribution | None
+    only_correct: bool
+    label_smoothing: float
+    ignore_index: int
+    reduction: str
+    num_items: float | Tensor | None
+    inplace: bool
+    backend: str | None
+
+
+class _CrossEntropyOptions(LossOptions, total=False):
+    weight: Tensor | None
+    process_group: dist.ProcessGroup | None
+
+
+class _HeadOptions(LossOptions, total=False):
+    upsample: int
+    class_weight: Tensor | None
+
+
+@overload
+def zipf_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None = None,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[_CrossEntropyOptions],
+) -> Tensor: ...
+@overload
+def zipf_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None = None,
+    *,
+    return_parts: Literal[True],
+    **options: Unpack[_CrossEntropyOptions],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def zipf_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -224,12 +301,14 @@ def zipf_cross_entropy(
             allowed. None ranks by the logits instead.
         zipf_weight: lambda, finite; 0 skips the Zipf term. The paper uses 0.1 (CIFAR-100, ImageNet) and 1.0
             (TinyImageNet, iNat21).
-        alpha: decay of Zipf's law, >= 0. Or ``distribution``: another law in its place.
+        alpha: decay of Zipf's law, >= 0.
+        distribution: another law in its place.
         only_correct: count L_zipf only where the target has the largest logit (lowest index on ties).
-        label_smoothing, weight: of the cross-entropy alone, as in F.cross_entropy; weight is (C,).
-        ignore_index, reduction: as in F.cross_entropy; beside probabilities, ignore_index must be negative.
-            The mean of CE divides by the sum of the targets' class weights, that of L_zipf by the number of
-            samples that count.
+        label_smoothing: of the cross-entropy alone, as in F.cross_entropy.
+        weight: class weights (C,) of the cross-entropy alone, as in F.cross_entropy.
+        ignore_index: as in F.cross_entropy; beside probabilities it must be negative.
+        reduction: as in F.cross_entropy. The mean of CE divides by the sum of the targets' class weights, the
+            mean of L_zipf by the number of samples that count.
         return_parts: return (loss, ce, zipf) with the two parts detached and unweighted.
         num_items: what a mean divides by instead of its own count: the sum over the samples / num_items. For
             gradient accumulation, the samples of all micro-batches: a number, or a scalar tensor.
@@ -248,9 +327,19 @@ def zipf_cross_entropy(
         The loss: a scalar, or (N,) for "none"; float32 (float64 for float64 logits).
 
     Raises:
-        TypeError, ValueError: a bad argument, by name. IndexError: a target or vote out of range in CPU
-        tensors (on other devices that sample's loss and gradient are NaN). RuntimeError: the named backend
-        cannot serve; weight requires grad, as F.cross_entropy says too.
+        TypeError: an argument of the wrong type or dtype, by name.
+        ValueError: an argument of a wrong shape or value, by name.
+        IndexError: a target or vote out of range in CPU tensors (on other devices that sample's loss and
+            gradient are NaN).
+        RuntimeError: the named backend cannot serve; weight requires grad, as F.cross_entropy says too.
+
+    Example:
+        >>> logits, target = torch.zeros(1, 5, requires_grad=True), torch.tensor([2])
+        >>> votes = torch.tensor([[2, 2, 2, 0, 0, 1]])
+        >>> loss, ce, zipf = zls.zipf_cross_entropy(logits, target, votes, zipf_weight=0.1, return_parts=True)
+        >>> loss.backward()
+        >>> logits.grad
+        tensor([[ 0.1875,  0.2000, -0.8000,  0.2062,  0.2062]])
 
     Source: Eq. 6.
     """
@@ -268,6 +357,26 @@ def zipf_cross_entropy(
     return parts if return_parts else parts[0]
 
 
+@overload
+def zipf_head_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[_HeadOptions],
+) -> Tensor: ...
+@overload
+def zipf_head_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    return_parts: Literal[True],
+    **options: Unpack[_HeadOptions],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def zipf_head_loss(
     features: Tensor,
     weight: Tensor,
@@ -275,30 +384,53 @@ def zipf_head_loss(
     target: Tensor,
     *,
     upsample: int = 1,
+    zipf_weight: float = 0.1,
+    alpha: float = DEFAULT_ALPHA,
+    distribution: Distribution | None = None,
+    only_correct: bool = False,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    return_parts: bool = False,
+    num_items: float | Tensor | None = None,
+    inplace: bool = False,
     backend: str | None = None,
-    **options,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Global pooling, classifier, votes and loss in one call, with gradients to features, weight and bias.
 
     Args:
         features: (N, D, H, W) map or (N, T, D) tokens; pooled by the mean over positions.
-        weight, bias: (C, D) and (C,) or None; give logits and votes both.
+        weight: (C, D) of the classifier, which gives logits and votes both.
+        bias: (C,) of the classifier, or None.
         target: (N,) int64 or uint8 in [0, C), or ``ignore_index``; or probabilities (N, C).
         upsample: as in :func:`dense_vote`.
-        options: those of :func:`zipf_cross_entropy`; its class ``weight`` goes by the name ``class_weight``.
+        class_weight: the ``weight`` of :func:`zipf_cross_entropy`; the other options go by its names.
 
-    Returns, raises: as :func:`zipf_cross_entropy`.
+    Result and errors are those of :func:`zipf_cross_entropy`.
+
+    Example:
+        >>> features = torch.randn(8, 16, 7, 7, requires_grad=True)
+        >>> weight, bias = torch.randn(10, 16), torch.zeros(10)
+        >>> loss = zls.zipf_head_loss(features, weight, bias, torch.randint(10, (8,)), zipf_weight=0.1)
+        >>> loss.backward()
+        >>> features.grad.shape
+        torch.Size([8, 16, 7, 7])
 
     Source: Fig. 1.
     """
-    class_weight = options.pop("class_weight", None)
     checks.constant("class_weight", class_weight)
     votes = dense_vote(features, weight, bias, upsample=upsample, backend=backend)
     # Pooled logits are the mean of the dense scores, but not taken from there: weight's gradient needs the
     # pooled features all the same, and with them the logits are a product of 1/P the size.
     pooled = features.mean((2, 3) if features.dim() == 4 else 1)
     logits = F.linear(pooled, weight, bias)
-    return zipf_cross_entropy(logits, target, votes, weight=class_weight, backend=backend, **options)
+    return zipf_cross_entropy(
+        logits, target, votes, zipf_weight=zipf_weight, alpha=alpha, distribution=distribution,
+        only_correct=only_correct, label_smoothing=label_smoothing, weight=class_weight,
+        ignore_index=ignore_index, reduction=reduction, return_parts=return_parts, num_items=num_items,
+        inplace=inplace, backend=backend,
+    )  # fmt: skip
 
 
 def _loss_inputs(

@@ -41,7 +41,17 @@ def _check(law: Distribution, name: str, *, above: float | None = None) -> None:
 
 @dataclass(frozen=True)
 class Distribution:
-    """A law whose mass is a function of the rank; subclasses are immutable and hashable."""
+    """A law whose mass is a function of the rank; subclasses are immutable and hashable.
+
+    Example:
+        >>> import dataclasses
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class SquareRoot(zls.Distribution):
+        ...     def log_mass(self, rank, num_classes):
+        ...         return -0.5 * rank.log()
+        >>> zls.zipf_label(torch.tensor([1]), torch.tensor([[0]]), 3, distribution=SquareRoot())
+        tensor([[0.5858, 0.0000, 0.4142]])
+    """
 
     def log_mass(self, rank: Tensor, num_classes: int) -> Tensor:
         """Natural logarithm of the unnormalised mass at each rank.
@@ -59,7 +69,17 @@ class Distribution:
 
 @dataclass(frozen=True)
 class RandomDistribution(Distribution):
-    """A law that draws the mass of every class afresh for every sample, ranks unseen (Table 6)."""
+    """A law that draws the mass of every class afresh for every sample, ranks unseen (Table 6).
+
+    Example:
+        >>> import dataclasses
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class LogNormal(zls.RandomDistribution):
+        ...     def draw(self, num_samples, num_classes, device):
+        ...         return torch.randn(num_samples, num_classes, device=device)
+        >>> zls.zipf_label(torch.tensor([1]), torch.tensor([[0]]), 3, distribution=LogNormal()).shape
+        torch.Size([1, 3])
+    """
 
     def draw(self, num_samples: int, num_classes: int, device: torch.device) -> Tensor:
         """Log masses (N, C) float32, drawn from torch's generator of ``device``; -inf where zero."""
@@ -72,6 +92,11 @@ class Zipf(Distribution):
 
     Args:
         alpha: the decay, finite and >= 0; 1.0 in the paper, 0 makes it :class:`Constant`.
+
+    Example:
+        >>> votes, target = torch.tensor([[0, 0, 1]]), torch.tensor([3])
+        >>> zls.zipf_label(target, votes, 4, distribution=zls.Zipf(alpha=2.0))  # ranks 1, 2, 3
+        tensor([[0.7347, 0.1837, 0.0816, 0.0000]])
     """
 
     alpha: float = 1.0
@@ -85,7 +110,13 @@ class Zipf(Distribution):
 
 @dataclass(frozen=True)
 class Constant(Distribution):
-    """mass(r) = 1: every non-target class alike, as in label smoothing (Table 6)."""
+    """mass(r) = 1: every non-target class alike, as in label smoothing (Table 6).
+
+    Example:
+        >>> votes, target = torch.tensor([[0, 0, 1]]), torch.tensor([3])
+        >>> zls.zipf_label(target, votes, 4, distribution=zls.Constant())
+        tensor([[0.3333, 0.3333, 0.3333, 0.0000]])
+    """
 
     def log_mass(self, rank: Tensor, num_classes: int) -> Tensor:
         return torch.zeros_like(rank)
@@ -97,6 +128,11 @@ class LinearDecay(Distribution):
 
     Args:
         smallest_prob: s, the mass of rank C, 0 <= s <= 1/C (the upper end is checked when C is known).
+
+    Example:
+        >>> votes, target = torch.tensor([[0, 0, 1]]), torch.tensor([3])
+        >>> zls.zipf_label(target, votes, 4, distribution=zls.LinearDecay(smallest_prob=0.1))
+        tensor([[0.4444, 0.3333, 0.2222, 0.0000]])
     """
 
     smallest_prob: float = 0.0
@@ -121,6 +157,11 @@ class ExponentialDecay(Distribution):
 
     Args:
         rate: the decay per rank, finite and >= 0.
+
+    Example:
+        >>> votes, target = torch.tensor([[0, 0, 1]]), torch.tensor([3])
+        >>> zls.zipf_label(target, votes, 4, distribution=zls.ExponentialDecay(rate=1.0))
+        tensor([[0.6652, 0.2447, 0.0900, 0.0000]])
     """
 
     rate: float
@@ -134,7 +175,15 @@ class ExponentialDecay(Distribution):
 
 @dataclass(frozen=True)
 class RandomUniform(RandomDistribution):
-    """mass ~ U[0, 1), drawn for every sample and class (Table 6)."""
+    """mass ~ U[0, 1), drawn for every sample and class (Table 6).
+
+    Example:
+        >>> generator = torch.manual_seed(0)  # one seed, one label
+        >>> law = zls.RandomUniform()
+        >>> label = zls.zipf_label(torch.tensor([3]), torch.tensor([[0]]), 4, distribution=law)
+        >>> round(float(label.sum()), 4), float(label[0, 3])
+        (1.0, 0.0)
+    """
 
     def draw(self, num_samples: int, num_classes: int, device: torch.device) -> Tensor:
         return torch.rand(num_samples, num_classes, dtype=torch.float32, device=device).log_()
@@ -146,6 +195,13 @@ class RandomPareto(RandomDistribution):
 
     Args:
         a: the shape, finite and > 0; 1 in the paper.
+
+    Example:
+        >>> generator = torch.manual_seed(0)  # one seed, one label
+        >>> law = zls.RandomPareto(a=1.0)
+        >>> label = zls.zipf_label(torch.tensor([3]), torch.tensor([[0]]), 4, distribution=law)
+        >>> float(label[0, 3])
+        0.0
     """
 
     a: float = 1.0

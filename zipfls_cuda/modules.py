@@ -31,18 +31,30 @@ class ZipfLoss(nn.Module):
     Args:
         zipf_weight: lambda, finite; 0 skips the Zipf term. The paper uses 0.1 (CIFAR-100, ImageNet) and 1.0
             (TinyImageNet, iNat21).
-        alpha: decay of Zipf's law, >= 0. Or ``distribution``: another law in its place.
+        alpha: decay of Zipf's law, >= 0.
+        distribution: another law in its place.
         votes: the handle that ``attach`` returned, which is asked for the votes of every output.
         ranking: "votes" ranks the classes by votes, "logits" by the logits, which needs no attached model.
         only_correct: count the Zipf term only where the target has the largest logit.
-        label_smoothing, weight, ignore_index, reduction: as in F.cross_entropy; smoothing and the class
-            weights (C,), a buffer, touch the cross-entropy alone.
+        label_smoothing: of the cross-entropy alone, as in F.cross_entropy.
+        weight: class weights (C,) of the cross-entropy alone, as in F.cross_entropy; a buffer.
+        ignore_index: as in F.cross_entropy.
+        reduction: as in F.cross_entropy.
         deep_weight: beta, the weight of the cross-entropy of every deep head (``deep_logits``).
         inplace: write the gradient over the logits, in backward, as :func:`zls.zipf_cross_entropy` tells.
         process_group: logits, deep_logits and weight are this rank's class shards (docs/DISTRIBUTED.md).
 
     Raises:
-        TypeError, ValueError: a bad option, by name, when the module is made.
+        TypeError: an option of the wrong type, by name, when the module is made.
+        ValueError: an option of a wrong value, by name, when the module is made.
+
+    Example:
+        >>> criterion = zls.ZipfLoss(zipf_weight=0.1, label_smoothing=0.1)
+        >>> logits, target = torch.zeros(1, 5, requires_grad=True), torch.tensor([2])
+        >>> criterion(logits, target, torch.tensor([[2, 2, 2, 0, 0, 1]]))
+        tensor(1.6139, grad_fn=<...>)
+        >>> criterion.eval()(logits, target)  # plain cross-entropy
+        tensor(1.6094, grad_fn=<...>)
     """
 
     weight: Tensor | None  # (C,)

@@ -291,6 +291,10 @@ def backends() -> tuple[str, ...]:
 
     Out of "cuda" (C++/CUDA), "triton", "cpu" (C++) and "reference" (pure PyTorch, any device). Triton under
     its interpreter comes last: it serves when named and is never chosen.
+
+    Example:
+        >>> zls.backends()[-1] in ("reference", "triton")
+        True
     """
     usable = [name for name in BACKENDS if not reason_against(name)]
     if "triton" in usable and triton_interpreted():
@@ -409,6 +413,10 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
     Raises:
         ValueError: unknown name. RuntimeError: that backend cannot be used on this machine.
+
+    Example:
+        >>> with zls.use_backend("reference"):
+        ...     loss = zls.zipf_loss(torch.zeros(1, 5), torch.tensor([2]))
     """
     if backend is not None:
         if backend not in BACKENDS:

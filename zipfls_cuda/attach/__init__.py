@@ -88,8 +88,20 @@ def attach(
         one (N, C) for each name in ``deep``.
 
     Raises:
-        TypeError, ValueError: a bad argument, by name. RuntimeError: the positions of this model cannot vote,
-        with the reason (from ``attach`` with an example, else from the first training batch).
+        TypeError: an argument of the wrong type, by name.
+        ValueError: an argument of a wrong value, by name.
+        RuntimeError: the positions of this model cannot vote, with the reason (from ``attach`` with an
+            example, else from the first training batch).
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+        >>> handle = zls.attach(model, feature="0", classifier="3")  # timm and others: zls.attach(model)
+        >>> criterion = zls.ZipfLoss(zipf_weight=0.1, votes=handle)
+        >>> images, target = torch.randn(8, 3, 16, 16), torch.randint(10, (8,))
+        >>> criterion(model(images), target).backward()
+        >>> handle.plan.kind
+        'global pooling'
 
     Source: Sec. 3.2, dense votes; "Dense1" and "Dense2" of the recipe for small images, whose beta weights
     the cross-entropy of the deep heads.
@@ -145,6 +157,13 @@ def detach(model: nn.Module) -> bool:
 
     Raises:
         TypeError: not an nn.Module, or one that wraps the attached model.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+        >>> handle = zls.attach(model, feature="0", classifier="3")
+        >>> zls.detach(model), zls.detach(model)
+        (True, False)
     """
     check_unwrapped(model)
     voting = voting_of(model)
@@ -158,6 +177,15 @@ class Handle:
     """What ``attach`` returns: it has the votes of the last training forward. It does not own the model.
 
     A handle copied or pickled with its model belongs to the copy; copied without it, to no model.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+        >>> handle = zls.attach(model, feature="0", classifier="3")
+        >>> logits = model(torch.randn(8, 3, 16, 16))
+        >>> votes, deep_logits = handle.votes_of(logits)
+        >>> votes.shape, deep_logits
+        (torch.Size([8, 196]), ())
     """
 
     def __init__(self, model: nn.Module, voting: Voting) -> None:
@@ -188,8 +216,8 @@ class Handle:
         last call.
 
         Raises:
-            ValueError: no votes belong to ``logits``, with the cause. RuntimeError: the handle was replaced,
-            or the model detached.
+            ValueError: no votes belong to ``logits``, with the cause.
+            RuntimeError: the handle was replaced, or the model detached.
         """
         voting = self._voting
         if voting.ended is not None:

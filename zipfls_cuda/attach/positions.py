@@ -29,7 +29,14 @@ BY_HAND = (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the probe decided: names and numbers alone, so that a copied model can follow it."""
+    """What the probe decided: names and numbers alone, so that a copied model can follow it.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+        >>> print(zls.attach(model, feature="0", classifier="3", example=torch.randn(2, 3, 16, 16)).plan)
+        global pooling: 0 (8, 14, 14) -> 3
+    """
 
     kind: str  # GLOBAL_POOLING, CLASS_TOKEN or PER_POSITION
     feature: str  # module whose output is the map
