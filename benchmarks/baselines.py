@@ -77,9 +77,6 @@ class Loss:
     sync: bool = False
 
 
-# Losses --------------------------------------------------------------------------------------------
-
-
 def cross_entropy(logits: Tensor, target: Tensor, votes: Tensor, smoothing: float = 0.0) -> Tensor:
     return F.cross_entropy(logits, target, label_smoothing=smoothing)
 
@@ -195,9 +192,6 @@ def absent(device: str) -> dict[str, str]:
     return missing
 
 
-# Votes ---------------------------------------------------------------------------------------------
-
-
 def _rows(features: Tensor) -> Tensor:
     """Features as (N*P, D); a copy unless they are channels_last or tokens."""
     if features.dim() == 4:
@@ -239,9 +233,6 @@ def votes(
     return found
 
 
-# The whole head: pooled features to loss and to the gradients of features and weight ---------------------
-
-
 def head_cross_entropy(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(features.mean((2, 3)), weight), target)
 
@@ -262,9 +253,6 @@ def heads(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     if device == "cuda":
         found |= _packages()[1]
     return found
-
-
-# Inputs --------------------------------------------------------------------------------------------
 
 
 def seeded(seed: int) -> dict:

@@ -173,9 +173,6 @@ def entry(name: str, loss: baselines.Loss, mode: str, inputs: list[tuple]) -> En
     return Entry(name, of_each(modes[mode]), prepare, waits=loss.sync, clear=clear)
 
 
-# Launches and synchronisations ---------------------------------------------------------------------------
-
-
 def count(loss: baselines.Loss, inputs: tuple) -> dict[str, int]:
     """Kernels that forward and backward launch, and calls in both that made the host wait."""
     from torch.autograd import DeviceType

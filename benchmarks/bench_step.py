@@ -65,9 +65,6 @@ class ResNet(nn.Module):
         return self.layers(x)
 
 
-# What follows the network, (map, classifier) -> loss ------------------------------------------------------
-
-
 def _logits(features: Tensor, fc: nn.Linear) -> Tensor:
     return fc(features.mean((2, 3)))
 

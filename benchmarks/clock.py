@@ -73,9 +73,6 @@ def copies(nbytes: int) -> int:
     return max(1, min(MOST_COPIES, -(-3 * l2 // max(1, nbytes))))
 
 
-# Clocks --------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Entry:
     """An implementation: a call per copy of the inputs; ``prepare`` makes, untimed, what the call takes."""
@@ -218,9 +215,6 @@ class DeviceClock:
 def best_clock() -> HostClock | DeviceClock:
     """The device's where there is a GPU."""
     return DeviceClock() if device().type == "cuda" else HostClock()
-
-
-# Comparisons ---------------------------------------------------------------------------------------
 
 
 class ContextLost(Exception):  # noqa: N818
@@ -372,9 +366,6 @@ def peak_memory(entry: Entry) -> int | None:
     before = int(proc("self/status", r"VmRSS:\s*(\d+) kB"))
     call()
     return max(0, int(proc("self/status", r"VmHWM:\s*(\d+) kB")) - before) * 1024
-
-
-# Ceilings ------------------------------------------------------------------------------------------
 
 
 def ceilings(clock: HostClock | DeviceClock) -> Iterator[tuple[dict, Comparison, int, int]]:

@@ -3,17 +3,11 @@
     make gpu-check OUT=DIR [PART=cuda,triton] [SECONDS=560] [AGAIN=1] [DRY=1]
 
 Uses the Python that runs it, its torch and triton, and nvcc; installs nothing, fetches nothing. It ends
-within SECONDS, whatever hangs, and says what it had no time for. Called again with the same DIR it resumes:
-what has passed with the same sources is not repeated unless AGAIN=1, and records add up. Where one call
-cannot last for all of it, ask in turn for
-
-    1. PART=ceilings,exercise,cuda,triton,memcheck
-    2. PART=loss,vote
-    3. PART=memcheck,step,tune,train,sanitize
-
-DIR may be a copy of the last call's. Without PART all parts come in this order, as far as the time goes,
-`reference` last. Every call builds first. DIR gets, as the work goes on, so that they exist when it is cut
-short:
+within SECONDS, whatever hangs, and says what it had no time for. Called again with the same DIR, or a copy,
+it resumes: what has passed with the same sources is not repeated unless AGAIN=1, and records add up. Every
+call builds first. All parts run in the order of PARTS, as far as the time goes; where one call cannot last
+for all, ask for PART=ceilings,exercise,cuda,triton,memcheck, then loss,vote, then the others. DIR gets, as
+the work goes on:
 
     table.md       every target: asked, measured, met or not (also printed last)
     records.json   the benchmarks' records
@@ -24,8 +18,8 @@ short:
 
 DRY=1 walks through all of it on a CPU at tiny sizes; its figures mean nothing. A tool that is not there is
 reported as absent; both backends for a GPU must be usable. Exit status 1 if the build, a test, the sanitizer
-or a benchmark failed, in this call or, with the same sources, in one before; a target that is not met, or a
-part cut short, is no failure.
+or a benchmark failed, in this call or an earlier one of the same sources; a target that is not met, or a part
+cut short, is no failure.
 """
 
 from __future__ import annotations
@@ -33,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -42,7 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sources import ROOT, digest
@@ -83,17 +78,14 @@ class Child:
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0, **pipes)
 
     def wait(self, seconds: float) -> int | None:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
 
     def news(self) -> str:
         """What was printed since the last time."""
         more = os.pread(self.file.fileno(), 1 << 24, self.read)
         self.read += len(more)
-        text = more.decode(errors="replace")
-        self.output += text
+        self.output += (text := more.decode(errors="replace"))
         return text
 
     def kill(self, patience: float = 0) -> None:
@@ -235,9 +227,6 @@ def cut(status: int, words: str) -> str:
     return f"cut short: {words}" if status == 124 else words
 
 
-# Build -----------------------------------------------------------------------------------------------
-
-
 def architecture() -> str:
     """Of the first GPU, as TORCH_CUDA_ARCH_LIST has it; an H100's where nothing tells."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -255,16 +244,13 @@ def build(check: Check) -> bool:
         check.note("build", None, "left as it is")
         check.usable = ["cpu"]
         return True
-    more = {
-        "ZIPFLS_BUILD": "cuda",
-        "TORCH_CUDA_ARCH_LIST": architecture(),
-        "MAX_JOBS": str(os.cpu_count() or 4),
-    }
+    arch, jobs = architecture(), str(os.cpu_count() or 4)
+    more = {"ZIPFLS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch, "MAX_JOBS": jobs}
     check.checks.pop("build", None)  # until it is there again, no table: that would load the old one
     began = time.monotonic()
     command = [*check.python, "setup.py", "build_ext", "--inplace"]
     status, output = check.run(command, min(BUILD, check.left()), **more)
-    words = f"{more['TORCH_CUDA_ARCH_LIST']}, {time.monotonic() - began:.0f} s"
+    words = f"{arch}, {time.monotonic() - began:.0f} s"
     check.note("build", status == 0, words if status == 0 else cut(status, last_line(output)))
     if status != 0:
         return False
@@ -275,8 +261,6 @@ def build(check: Check) -> bool:
     check.note("backends", check.usable == ["cuda", "triton"], words)
     return True
 
-
-# Tests -----------------------------------------------------------------------------------------------
 
 # A line of pytest -v: one test and its outcome, by xdist the other way round.
 OUTCOME = re.compile(
@@ -324,51 +308,64 @@ def run_tests(
     check.note(name, ok, cut(status, words), failed)
 
 
-def suite(backend: str) -> Callable[[Check], None]:
+def suite(check: Check, backend: str) -> None:
     """All that tests a backend: first what only a GPU can show, then the suite that runs anywhere."""
-
-    def part(check: Check) -> None:
-        if backend not in (*check.usable, "reference"):
-            check.note(backend, None, "absent")
-            return
-        many = max(1, (os.cpu_count() or 1) - 2)
-        groups = {
-            f"{backend}, GPU only": (ON_GPU, min(WORKERS_ON_GPU, many)),
-            f"{backend}, suite": ((*(["triton"] if backend == "triton" else []), *SUITE), many),
-        }
-        if backend == "reference":
-            groups.pop("reference, GPU only")
-        groups = {name: group for name, group in groups.items() if not check.passed(name)}
-        end = time.monotonic() + check.share(backend)
-        for i, (name, (files, workers)) in enumerate(groups.items(), 1):
-            left = end - time.monotonic()
-            if left < LEAST:
-                check.note(name, None, "no time left")
-                continue
+    if backend not in (*check.usable, "reference"):
+        check.note(backend, None, "absent")
+        return
+    many = max(1, (os.cpu_count() or 1) - 2)
+    only_triton = ("triton",) if backend == "triton" else ()
+    groups = {f"{backend}, suite": ((*only_triton, *SUITE), many)}
+    if backend != "reference":
+        groups = {f"{backend}, GPU only": (ON_GPU, min(WORKERS_ON_GPU, many)), **groups}
+    groups = {name: group for name, group in groups.items() if not check.passed(name)}
+    end = time.monotonic() + check.share(backend)
+    for i, (name, (files, workers)) in enumerate(groups.items(), 1):
+        left = end - time.monotonic()
+        if left < LEAST:
+            check.note(name, None, "no time left")
+        else:
             run_tests(check, name, backend, files, workers, left if i == len(groups) else 0.6 * left)
 
-    return part
 
-
-# Sanitizer -------------------------------------------------------------------------------------------
-
-
-def exercised(check: Check) -> list[str]:
-    return [b for b in ("cuda", "triton", "cpu") if b in check.usable]
-
-
-def exercise_command(check: Check, backend: str) -> list[str]:
-    return [*check.python, str(HERE / "gpu_check.py"), "--exercise", backend]
+def exercises(check: Check, part: str, tools: Iterable[str]) -> Iterator[tuple[str, int, str]]:
+    """Name, status and output of each backend's exercise under each tool ("": none), all side by side."""
+    sanitizer, end = find_sanitizer(), time.monotonic() + check.share(part)
+    running = {}
+    for tool, backend in itertools.product(
+        tools, [b for b in ("cuda", "triton", "cpu") if b in check.usable]
+    ):
+        name, command = f"{tool or part}, {backend}", []
+        if tool:
+            command = [sanitizer, "--tool", tool, "--target-processes", "application-only"]
+            command += ["--show-backtrace", "no", "--print-limit", "1000"]
+            if tool != "initcheck":  # which must see all that is written
+                command += ["--kernel-name", f"kns={FILTERS[backend]}"]
+        command += [*check.python, str(HERE / "gpu_check.py"), "--exercise", backend]
+        if not check.passed(name):
+            more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {}
+            running[name] = check.start_process(command, **more)
+    for name, child in running.items():
+        yield name, *check.finish(child, max(1, end - time.monotonic()))
 
 
 def plain_exercise(check: Check) -> None:
     """Every kernel once at small shapes: what the sanitizer will watch, without it."""
-    end = time.monotonic() + check.share("exercise")
-    todo = {f"exercise, {b}": exercise_command(check, b) for b in exercised(check)}
-    running = {name: check.start_process(c) for name, c in todo.items() if not check.passed(name)}
-    for name, child in running.items():
-        status, output = check.finish(child, max(1, end - time.monotonic()))
+    for name, status, output in exercises(check, "exercise", [""]):
         check.note_run(name, status, last_line(output))
+
+
+def find_sanitizer() -> str:
+    return shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+
+
+def sanitize(check: Check, part: str, tools: tuple[str, ...]) -> None:
+    """The exercise under tools of compute-sanitizer."""
+    if check.dry or not Path(find_sanitizer()).exists():
+        check.note(part, None, "absent: there is no compute-sanitizer")
+        return
+    for name, status, output in exercises(check, part, tools):
+        check.note(name, *verdict(status, output))
 
 
 def reports(output: str) -> list[str]:
@@ -401,47 +398,13 @@ def verdict(status: int, output: str) -> tuple[bool | None, str]:
     return (None, cut(status, words)) if status == 124 else (bool(right), words)
 
 
-def sanitize(part: str, tools: tuple[str, ...]) -> Callable[[Check], None]:
-    """Every kernel once at small shapes under tools of compute-sanitizer, tools and backends side by side."""
-
-    def run(check: Check) -> None:
-        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        if check.dry or not Path(tool).exists():
-            check.note(part, None, "absent: there is no compute-sanitizer")
-            return
-        end = time.monotonic() + check.share(part)
-        running = {}
-        for name in tools:
-            for backend in exercised(check):
-                command = [tool, "--tool", name, "--target-processes", "application-only"]
-                command += ["--show-backtrace", "no", "--print-limit", "1000"]
-                if name != "initcheck" and backend in FILTERS:  # it must see who writes what ours read
-                    command += ["--kernel-name", f"kns={FILTERS[backend]}"]
-                if not check.passed(f"{name}, {backend}"):
-                    command += exercise_command(check, backend)
-                    child = check.start_process(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-                    running[f"{name}, {backend}"] = child
-        for name, child in running.items():
-            check.note(name, *verdict(*check.finish(child, max(1, end - time.monotonic()))))
-
-    return run
-
-
-# Benchmarks and training -------------------------------------------------------------------------------
-
-
-def bench(*names: str, only: str = "") -> Callable[[Check], None]:
+def bench(check: Check, *names: str, only: str = "") -> None:
     """Benchmark files, in one process; what has its record is not measured again."""
-
-    def part(check: Check) -> None:
-        name = "ceilings" if only else ", ".join(names)
-        command = [*check.python, "-m", "pytest", *(f"benchmarks/bench_{n}.py" for n in names), "-rfEs"]
-        status, output = check.run(
-            [*command, *(["-k", only] if only else [])], check.share(name.split(",")[0])
-        )
-        check.note_run(name, status, last_line(output).strip("= "))
-
-    return part
+    name = "ceilings" if only else ", ".join(names)
+    command = [*check.python, "-m", "pytest", *(f"benchmarks/bench_{n}.py" for n in names), "-rfEs"]
+    command += ["-k", only] if only else []
+    status, output = check.run(command, check.share(name.split(",")[0]))
+    check.note_run(name, status, last_line(output).strip("= "))
 
 
 def tune(check: Check) -> None:
@@ -470,22 +433,19 @@ def train(check: Check) -> None:
 
 
 RUN: dict[str, Callable[[Check], None]] = {
-    "ceilings": bench("loss", only="bench_launches"),
+    "ceilings": lambda check: bench(check, "loss", only="bench_launches"),
     "exercise": plain_exercise,
-    "cuda": suite("cuda"),
-    "triton": suite("triton"),
-    "memcheck": sanitize("memcheck", ("memcheck",)),
-    "loss": bench("loss"),
-    "vote": bench("vote"),
+    "cuda": lambda check: suite(check, "cuda"),
+    "triton": lambda check: suite(check, "triton"),
+    "memcheck": lambda check: sanitize(check, "memcheck", ("memcheck",)),
+    "loss": lambda check: bench(check, "loss"),
+    "vote": lambda check: bench(check, "vote"),
     "tune": tune,
-    "step": bench("step"),
+    "step": lambda check: bench(check, "step"),
     "train": train,
-    "sanitize": sanitize("sanitize", ("racecheck", "synccheck", "initcheck")),
-    "reference": suite("reference"),
+    "sanitize": lambda check: sanitize(check, "sanitize", ("racecheck", "synccheck", "initcheck")),
+    "reference": lambda check: suite(check, "reference"),
 }
-
-
-# What runs under the sanitizer -------------------------------------------------------------------------
 
 
 def exercise(backend: str) -> None:
@@ -501,19 +461,14 @@ def exercise(backend: str) -> None:
         if getattr(row.case, "N", 0) > 1000:  # as many as fill a device: too slow under the sanitizer
             row = row._replace(case=row.case._replace(N=67))
         failure = check.check_row(row)["failure"]
-        print(*row.names().values(), failure, flush=True)
+        print(*row.names().values(), flush=True)
         if failure:
-            sys.exit(1)
+            raise AssertionError(failure)
     print(f"{len(rows)} calls right on {backend} ({device})")
 
 
-# Command line ----------------------------------------------------------------------------------------------
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="folder for records, log and table")
     parser.add_argument("--parts", default="", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--seconds", type=float, default=560, help="for all of it (default: 560)")
@@ -559,7 +514,10 @@ def run_parts(check: Check) -> None:
             check.note(part, None, "no time left")
         else:
             check.checks.pop(part, None)
-            (bench(*together) if part in together else RUN[part])(check)
+            if part in together:
+                bench(check, *together)
+            else:
+                RUN[part](check)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,6 @@ NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
 class Row(nvcc_report.Row):
     """One kernel, in one configuration, for one architecture; ``shared`` is what a launch asks for."""
 
-    case: str
-    warps: int
     needs_wgmma: bool
     fusible: str  # see fusible()
 
@@ -76,31 +74,15 @@ class Row(nvcc_report.Row):
         return found
 
 
-# Compiling what the launchers launch -----------------------------------------------------------------
-
-
-class Driver:
-    """Stands in for Triton's driver on a machine without a GPU."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-        device = {"max_shared_mem": 1 << 20, "multiprocessor_count": MULTIPROCESSORS}
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda _: device,
-            load_binary=lambda *args: (None, 1, 32, 0, 1024),
-        )
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # caches of compiled kernels are per device: one per architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def launcher_cls(self, src, metadata) -> Callable:
-        return lambda *args: None
+def driver(arch: int) -> SimpleNamespace:
+    """Stands in for Triton's driver on a machine without a GPU, for kernels that are never launched."""
+    device = {"max_shared_mem": 1 << 20, "multiprocessor_count": MULTIPROCESSORS}
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch,  # caches of compiled kernels are per device: one per architecture
+        get_current_stream=lambda device: 0,
+        utils=SimpleNamespace(get_device_properties=lambda _: device),
+    )
 
 
 def compiled_launches(call: Callable[[], object], arch: int) -> list[tuple[str, object]]:
@@ -114,7 +96,7 @@ def compiled_launches(call: Callable[[], object], arch: int) -> list[tuple[str, 
         return kernel
 
     launching.plans.clear()  # what was compiled for another architecture
-    triton.runtime.driver.set_active(Driver(arch))  # stays: a machine without a GPU has none to go back to
+    triton.runtime.driver.set_active(driver(arch))  # stays: a machine without a GPU has none to go back to
     triton.JITFunction.run, vote_file._device = compile_only, lambda x: (arch, MULTIPROCESSORS)
     try:
         call()
@@ -123,8 +105,6 @@ def compiled_launches(call: Callable[[], object], arch: int) -> list[tuple[str, 
         launching.plans.clear()
     return launches
 
-
-# The cases: every configuration of the tables --------------------------------------------------------
 
 FORWARD = ("loss_fwd_kernel", "loss_fwd_long_kernel")
 SOFT = ("soft_loss_fwd_kernel", "soft_loss_fwd_long_kernel")
@@ -304,9 +284,6 @@ def vote_cases() -> Iterator[Case]:
         yield vote_case((128, 512, 4, 4), 100, dtype, "upsampled", upsample=2)
 
 
-# Reading what was compiled ---------------------------------------------------------------------------
-
-
 def report_case(arch: int, index: int) -> tuple[list[Row], str]:
     """(rows, what went wrong) of one case, compiled. Runs in a worker process."""
     case = cases()[index]
@@ -323,8 +300,9 @@ def report_case(arch: int, index: int) -> tuple[list[Row], str]:
                 continue
             cubin.write_bytes(kernel.asm["cubin"])
             found = vars(nvcc_report.rows(cubin, str(arch))[0]) | {"shared": kernel.metadata.shared}
-            found |= {"warps": kernel.metadata.num_warps, "fusible": fusible(kernel.asm["ptx"])}
-            rows.append(Row(**found, case=case.name, needs_wgmma=case.wgmma and name in VOTE))
+            found |= {"case": f"{case.name}, {kernel.metadata.num_warps} warps"}
+            needs_wgmma, fused = case.wgmma and name in VOTE, fusible(kernel.asm["ptx"])
+            rows.append(Row(**found, needs_wgmma=needs_wgmma, fusible=fused))
     return rows, "" if rows else f"sm_{arch} {case.name}: launches none of {', '.join(case.kernels)}"
 
 
@@ -358,22 +336,6 @@ def accesses(ttgir: str) -> str:
     return "".join(letters[kind] for kind in re.findall(memory, ttgir))
 
 
-# The report ------------------------------------------------------------------------------------------
-
-HEAD = (
-    f"{'kernel':<22} {'case':<48} {'sm':>4} {'warps':>5} {'regs':>5} {'stack':>5} {'spill':>5} "
-    f"{'shared':>7} {'16-byte':>9} {'TMA':>4} {'tensor':>7} {'instr':>6}"
-)
-
-
-def line(r: Row) -> str:
-    wide = f"{r.wide_loads + r.wide_stores}/{r.loads + r.stores}"
-    return (
-        f"{r.kernel:<22} {r.case:<48} {r.arch:>4} {r.warps:>5} {r.registers:>5} {r.stack:>5} {r.spills:>5} "
-        f"{r.shared:>7} {wide:>9} {r.tma:>4} {r.tensor or '-':>7} {r.instructions:>6}"
-    )
-
-
 def collect(architectures: list[int], only: str, quick: bool, jobs: int) -> Iterator[tuple[list[Row], str]]:
     """What report_case gives for each chosen case, in order, as they are ready."""
     work = [
@@ -396,11 +358,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only cases or kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(argv)
-    print(f"triton {triton.__version__}, torch {torch.__version__}\n\n{HEAD}")
+    print(f"triton {triton.__version__}, torch {torch.__version__}\n\n{nvcc_report.HEAD}")
     begin, count, wrong = time.perf_counter(), 0, []
     for found, error in collect(options.arch, options.only, options.quick, options.jobs):
         for row in found:
-            print(line(row), flush=True)
+            print(nvcc_report.line(row), flush=True)
             wrong += [f"sm_{row.arch} {row.kernel}, {row.case}: {fault}" for fault in row.faults]
         count += len(found)
         wrong += [error] if error else []

@@ -33,6 +33,7 @@ class Row:
     """One kernel for one architecture."""
 
     kernel: str
+    case: str = ""  # the call that launches it, where a kernel has several
     arch: str
     registers: int
     stack: int  # bytes a thread
@@ -137,14 +138,14 @@ def report(architectures: list[str], jobs: int, only: str) -> tuple[list[Row], l
     return found, wrong
 
 
-HEAD = f"{'kernel':58} {'sm':>5} {'reg':>4} {'stack':>5} {'spill':>5} {'LDG.128':>8} {'STG.128':>8} tensor"
+HEAD = f"{'kernel':72}   sm  regs stack spill  shared   16-byte  TMA  tensor  instr"
 
 
-def line(row: Row) -> str:
-    loads, stores = f"{row.wide_loads}/{row.loads}", f"{row.wide_stores}/{row.stores}"
+def line(r: Row) -> str:
+    wide = f"{r.wide_loads + r.wide_stores}/{r.loads + r.stores}"
     return (
-        f"{row.kernel[:58]:58} {row.arch:>5} {row.registers:4} {row.stack:5} {row.spills:5} "
-        f"{loads:>8} {stores:>8} {row.tensor}"
+        f"{r.kernel[:58] + ' ' + r.case:72} {r.arch:>4} {r.registers:>5} {r.stack:>5} {r.spills:>5} "
+        f"{r.shared:>7} {wide:>9} {r.tma:>4} {r.tensor or '-':>7} {r.instructions:>6}"
     )
 
 

@@ -33,9 +33,6 @@ RECORD = (
 )  # fmt: skip
 
 
-# Environment ---------------------------------------------------------------------------------------
-
-
 def _output(*command: str) -> str:
     """First line a command prints; empty if it cannot run."""
     try:
@@ -111,9 +108,6 @@ class OtherLoad:
 
 
 OTHER_LOAD = OtherLoad()
-
-
-# Records -------------------------------------------------------------------------------------------
 
 
 class Where(NamedTuple):

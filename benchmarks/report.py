@@ -35,9 +35,6 @@ NOTHING = "*Not measured yet.*"
 BUSY = 0.10  # of the machine taken by other processes: figures from there are marked
 
 
-# Text ------------------------------------------------------------------------------------------------
-
-
 def seconds(x: float) -> str:
     """A time in the unit that suits it, three digits."""
     unit, size = next((u for u in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)) if x >= u[1]), ("ns", 1e-9))
@@ -105,7 +102,7 @@ def failures(records: list[dict], *benches: str) -> str:
     """What could not be measured somewhere, and why."""
     failed = [r for r in records if r["bench"] in [files.FAILED + bench for bench in benches]]
     found = Counter((r["name"], r["facts"]["reason"]) for r in failed)
-    words = "; ".join(f"{name}, {count} of the races: {why}" for (name, why), count in found.items())
+    words = "; ".join(f"{name}, {count} of the comparisons: {why}" for (name, why), count in found.items())
     return f"\n\nCould not be measured: {words}." if words else ""
 
 
@@ -125,9 +122,6 @@ def _provenance(env: dict) -> str:
     if env.get("others", 0) > BUSY:
         text += f". **The machine was busy: other programs took {100 * env['others']:.0f} % of it**"
     return text
-
-
-# Blocks ----------------------------------------------------------------------------------------------
 
 
 def _shape(r: dict) -> str:
@@ -304,35 +298,26 @@ def step_table(rows: list[dict], bench: str, case: dict) -> str:
 
 def speed_block(records: list[dict]) -> str:
     """Four rows for the README: the loss at two sizes, a training step, the head alone; our best backend."""
-    ours, body = targets.names(records, "loss")[0], []
-    losses = sorted(loss_panels(records), key=lambda r: r["case"]["C"])
-    for r in losses[(len(losses) - 1) // 2 :][:2]:
-        other = one(records, "loss", baselines.CROSS_ENTROPY, "both", r["clock"], **r["case"])
-        peers = (baselines.CROSS_ENTROPY, baselines.COMPILED_CROSS_ENTROPY)
-        ratios = [times(records, r, peer) for peer in peers]
-        body.append([f"loss and gradient, {_shape(r)}", timed(r), timed(other) if other else "-", *ratios])
+    if not (backends := targets.names(records, "loss")):
+        return ""
+    ours, body, clock = backends[0], [], clock_of(records)
+    dtype = "bfloat16" if clock == "device" else "float32"
+    rows = find(records, "loss", ours, "both", clock, dtype=dtype)
+    rows = sorted((r for r in rows if len(r["ratio"]) > 3), key=lambda r: r["case"]["C"])
+    for r in rows[(len(rows) - 1) // 2 :][:2]:
+        other = one(records, "loss", baselines.CROSS_ENTROPY, "both", clock, **r["case"])
+        ratios = [times(records, r, p) for p in (baselines.CROSS_ENTROPY, baselines.COMPILED_CROSS_ENTROPY)]
+        body.append([f"loss and gradient, {_shape(r)}", timed(r), timed(other), *ratios])
     for bench, what in (
         ("step", "a training step of a small ResNet"),
         ("head", "pooling, classifier and loss"),
     ):
         r, other = one(records, bench, ours), one(records, bench, PLAIN[bench])
         if r and other:
-            body.append(
-                [
-                    f"{what}, C = {r['case']['C']}",
-                    timed(r),
-                    timed(other),
-                    times(records, r, PLAIN[bench]),
-                    "-",
-                ]
-            )
-    head = [
-        "",
-        f"ours ({_backend(ours)})",
-        "with `F.cross_entropy`",
-        "ours / it",
-        "ours / compiled `F.cross_entropy`",
-    ]
+            ratio = times(records, r, PLAIN[bench])
+            body.append([f"{what}, C = {r['case']['C']}", timed(r), timed(other), ratio, "-"])
+    head = ["", f"ours ({_backend(ours)})", "with `F.cross_entropy`", "ours / it"]
+    head += ["ours / compiled `F.cross_entropy`"]
     return table(head, body) if body else ""
 
 
@@ -400,83 +385,31 @@ def efficacy_block(preset: str, folder: Path) -> str:
     )
 
 
-# Pictures: what is drawn, if there are records of it, and how ------------------------------------------
-
-INK, OURS, THEIRS, SOFT = "#22272e", "#d1495b", "#7d8ca3", "#d9dee6"
-COLOURS = (OURS, "#3a6ea5", "#8f9bb3", "#e0a458", "#5f9e7e")
+INK, SOFT = "#22272e", "#d9dee6"
+COLOURS = ("#d1495b", "#3a6ea5", "#8f9bb3", "#e0a458", "#5f9e7e")
 STYLE = {
     "axes.edgecolor": SOFT, "axes.spines.right": False, "axes.spines.top": False,
     "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold", "legend.frameon": False,
     "svg.fonttype": "none", "svg.hashsalt": "zipfls_cuda", "text.color": INK,
 }  # fmt: skip
+GROWING = {"C": "classes C", "N": "samples N", "P": "votes a sample P"}
 
 
-def figure_of(columns: int, width: float, height: float, lines: int = 1):
-    """A figure and its panels; a figure of its own needs no window and no closing."""
+def growing(records: list[dict]) -> list[str]:
+    """Which sizes the loss was measured against."""
+    return [key for key in GROWING if find(records, "loss", mode="both", sweep=key)]
+
+
+def draw_growth(records: list[dict], path: Path, description: str) -> None:
+    """Lines: time of the loss against classes, samples and votes."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update(STYLE)
-    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
-    return figure, figure.subplots(lines, columns, squeeze=False).flatten()
-
-
-def loss_panels(records: list[dict]) -> list[dict]:
-    """At most six shapes whose loss was compared with peers."""
-    if not (ours := targets.names(records, "loss")):
-        return []
-    clock = clock_of(records)
-    dtype = "bfloat16" if clock == "device" else "float32"
-    rows = [r for r in find(records, "loss", ours[0], "both", clock, dtype=dtype) if len(r["ratio"]) > 3]
-    return [rows[i * len(rows) // 6] for i in range(6)] if len(rows) > 6 else rows
-
-
-def draw_loss(records: list[dict], panels: list[dict]):
-    """Bars: how many times faster the loss is than each peer, shape by shape, on each of our backends."""
-    ours = targets.names(records, "loss")
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    figure, axes = figure_of(columns, 4.9, 2.9 + 0.9 * (len(ours) - 1), -(-len(panels) // columns))
-    for ax in axes[len(panels) :]:
-        ax.axis("off")
-    for ax, r in zip(axes, panels):
-        mine = [one(records, "loss", name, "both", r["clock"], **r["case"]) for name in ours]
-        met = [{p: targets.meeting(records, m, p) for p in LOSS_PEERS if m} for m in mine]
-        peers = [p for p in LOSS_PEERS if p != baselines.COPY and any(found.get(p) for found in met)]
-        for k, found in enumerate(met):
-            for i, peer in enumerate(peers):
-                if not found.get(peer):
-                    continue
-                middle, low, high = (1 / x for x in found[peer][0])
-                plain = "cross_entropy" in peer or "CE" in LOSS_PEERS[peer]
-                bar = {"color": COLOURS[1] if plain else THEIRS, "alpha": 1 - 0.4 * k, "ecolor": INK}
-                at = i + 0.62 / len(ours) * (k - (len(ours) - 1) / 2)
-                error = [[max(0.0, middle - high)], [max(0.0, low - middle)]]
-                ax.barh(at, middle, 0.62 / len(ours), xerr=error, **bar)
-                ax.text(max(low, middle) * 1.08, at, f"{digits(middle, 2)}x", va="center", weight="bold")
-        ax.set_yticks(range(len(peers)), [LOSS_PEERS[p].replace("`", "") for p in peers])
-        ax.invert_yaxis()
-        ax.set_xscale("log")
-        ax.margins(x=0.3)
-        ax.axvline(1, color=OURS, lw=1.4, zorder=0)
-        ax.minorticks_off()
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
-        ax.set_title(f"{_shape(r)}: {seconds(r['median'])}")
-    shades = f"; dark {_backend(ours[0])}, light {_backend(ours[1])}" if len(ours) > 1 else ""
-    figure.suptitle(f"Loss and gradient: times faster than each peer (plain cross-entropy in blue{shades})")
-    return figure
-
-
-GROWING = {"C": "classes C", "N": "samples N", "P": "votes a sample P"}
-
-
-def growth_panels(records: list[dict]) -> list[str]:
-    return [key for key in GROWING if find(records, "loss", mode="both", sweep=key)]
-
-
-def draw_growth(records: list[dict], panels: list[str]):
-    """Lines: time of the loss against classes, samples and votes."""
-    figure, axes = figure_of(len(panels), 4.2, 3.4)
-    for ax, key in zip(axes, panels):
+    keys = growing(records)
+    figure = Figure(figsize=(4.2 * len(keys), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(keys), squeeze=False)[0]
+    for ax, key in zip(axes, keys):
         rows = sorted(find(records, "loss", mode="both", sweep=key), key=lambda r: r["case"][key])
         for name, colour in zip(dict.fromkeys(r["name"] for r in rows), COLOURS):
             mine = [r for r in rows if r["name"] == name]
@@ -485,22 +418,13 @@ def draw_growth(records: list[dict], panels: list[str]):
             ax.plot(x, median, "o-", color=colour, ms=3.5, lw=1.8, label=name)
         fixed = {k: {r["case"][k] for r in rows} for k in GROWING if k != key}
         ax.set_title(", ".join(f"{k} = {min(v)}" for k, v in fixed.items() if len(v) == 1))
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_xlabel(GROWING[key])
+        ax.set(xscale="log", yscale="log", xlabel=GROWING[key])
         ax.yaxis.set_major_formatter(lambda t, _: re.sub(r"\.0+ ", " ", seconds(t)) if t > 0 else "")
         ax.grid(True, color=SOFT, lw=0.6)
     axes[0].legend(fontsize=8.5)
     figure.suptitle("Time of loss + gradient as the problem grows (band: 20 to 80 % quantiles)")
-    return figure
+    figure.savefig(path, metadata={"Date": None, "Description": description})
 
-
-PICTURES: dict[str, tuple[str, Callable, Callable]] = {  # name -> the block it stands below
-    "loss": ("loss", loss_panels, draw_loss),
-    "growth": ("loss", growth_panels, draw_growth),
-}
-
-# Writing and checking --------------------------------------------------------------------------------
 
 EFFICACY = {f"efficacy-{preset}": preset for preset in efficacy.PLANS}  # name of a block -> its plan
 BLOCKS: dict[str, Callable[[list[dict]], str]] = {
@@ -526,8 +450,8 @@ def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESUL
         source = [r for r in records if (r["bench"], r["env"]["kind"]) == (needed, KINDS[label])]
         text = BLOCKS[what](records) if source else ""
         if text:
-            shown = [p for p, (of, choose, _) in PICTURES.items() if of == what and choose(records)]
-            text += "".join(f"\n\n![{p}]({up}benchmarks/results/{path.stem}-{p}.svg)" for p in shown)
+            if what == "loss" and growing(records):
+                text += f"\n\n![growth]({up}benchmarks/results/{growth_of(path).name})"
             parts.append(f"{text}\n\n<sub>{provenance(source)}.</sub>")
     return "\n\n".join(parts) or NOTHING
 
@@ -536,6 +460,11 @@ def load_all(folder: Path = files.RESULTS) -> dict[Path, list[dict]]:
     """The records of each file, tiny ones left out: they measure nothing."""
     found = {path: files.load(path) for path in sorted(folder.glob("*.json"))}
     return {path: [r for r in records if not r["env"]["tiny"]] for path, records in found.items()}
+
+
+def growth_of(path: Path) -> Path:
+    """The picture drawn from a file of records."""
+    return path.with_name(f"{path.stem}-growth.svg")
 
 
 def pages() -> list[Path]:
@@ -551,10 +480,8 @@ def write(documents: Iterable[Path], folder: Path = files.RESULTS) -> None:
     """Write the tables and draw the pictures."""
     results = load_all(folder)
     for path, records in results.items():
-        for what, (_, choose, picture) in PICTURES.items():
-            if chosen := choose(records):
-                about = {"Date": None, "Description": digest(path)}
-                picture(records, chosen).savefig(folder / f"{path.stem}-{what}.svg", metadata=about)
+        if growing(records):
+            draw_growth(records, growth_of(path), digest(path))
     for document in documents:
         text, up = document.read_text(), up_from(document)
         document.write_text(MARKED.sub(lambda m, up=up: marked(m[1], m[2], results, folder, up), text))
@@ -591,10 +518,9 @@ def check(documents: Iterable[Path], folder: Path = files.RESULTS) -> list[str]:
     if any(results.values()) and not shown & {*NAMES}:
         problems.append(f"no document shows any of the blocks {', '.join(NAMES)}")
     for path, records in results.items():
-        for what, (_, choose, _) in PICTURES.items():
-            file = folder / f"{path.stem}-{what}.svg"
-            if choose(records) and not (file.exists() and digest(path) in file.read_text()):
-                problems.append(f"{file.name}: not drawn from {path.name} as it is")
+        file = growth_of(path)
+        if growing(records) and not (file.exists() and digest(path) in file.read_text()):
+            problems.append(f"{file.name}: not drawn from {path.name} as it is")
     return problems
 
 

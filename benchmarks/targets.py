@@ -75,9 +75,6 @@ class Target:
         return Verdict(self.group, self.text, self.target, text, met, name)
 
 
-# Finding records -------------------------------------------------------------------------------------
-
-
 def names(records: list[dict], bench: str = "") -> list[str]:
     """Our backends to show: on a GPU each but plain PyTorch, best first; on a CPU the one that serves."""
     records = [r for r in records if not bench or r["bench"] == bench]
@@ -121,9 +118,6 @@ def meeting(records: list[dict], r: dict, peer: str) -> tuple[list[float], str] 
                 hows = [x["how"] for x in (mine, *theirs) if x["how"] not in SURE]
                 return mine["ratio"][peer], hows[0] if hows else mine["how"]
     return None
-
-
-# Figures ---------------------------------------------------------------------------------------------
 
 
 def _shape(r: dict) -> str:
@@ -233,9 +227,6 @@ def reached(records: list[dict], name: str, of: str, dtype: str, unit: float) ->
     """A ceiling."""
     value = ceiling(records, of, dtype)
     return [Figure(value / unit)] if value else []
-
-
-# The rows: group, text, target, form, figures ---------------------------------------------------------
 
 
 def cpu_targets() -> Iterator[tuple]:
