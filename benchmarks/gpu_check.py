@@ -2,12 +2,11 @@
 
     make gpu-check OUT=DIR [PART=cuda,triton] [SECONDS=560] [AGAIN=1] [DRY=1]
 
-Uses the Python that runs it, its torch and triton, and nvcc; installs nothing, fetches nothing. It ends
-within SECONDS, whatever hangs, and says what it had no time for. Called again with the same DIR, or a copy,
-it resumes: what has passed with the same sources is not repeated unless AGAIN=1, and records add up. Every
-call builds first. All parts run in the order of PARTS, as far as the time goes; where one call cannot last
-for all, ask for PART=ceilings,exercise,cuda,triton,memcheck, then loss,vote, then the others. DIR gets, as
-the work goes on:
+Uses the Python that runs it, its torch and triton, and nvcc; installs nothing, downloads nothing. Every call
+builds first, then runs the parts in the order of PARTS and ends within SECONDS. A second call with the same
+DIR, or a copy, resumes: what has passed with the same sources is not repeated unless AGAIN=1, and records add
+up. Where one call is too short for all, ask for PART=ceilings,exercise,cuda,triton,memcheck, then loss,vote,
+then the others. DIR gets, as the work goes on:
 
     table.md       every target: asked, measured, met or not (also printed last)
     records.json   the benchmarks' records
@@ -16,10 +15,9 @@ the work goes on:
     efficacy.json  the training's records, for benchmarks/results/efficacy/h200.json
     log.txt        everything the parts printed
 
-DRY=1 walks through all of it on a CPU at tiny sizes; its figures mean nothing. A tool that is not there is
-reported as absent; both backends for a GPU must be usable. Exit status 1 if the build, a test, the sanitizer
-or a benchmark failed, in this call or an earlier one of the same sources; a target that is not met, or a part
-cut short, is no failure.
+DRY=1 runs all of it on a CPU at tiny sizes; its figures mean nothing. A missing tool is reported as absent;
+both GPU backends must be usable. Exit status 1 if the build, a test, the sanitizer or a benchmark failed, in
+this call or an earlier one of the same sources; a missed target or a part cut short is no failure.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sources import ROOT, digest
@@ -66,10 +64,7 @@ FILTERS = {"cuda": "zipfls", "triton": "_kernel"}  # what their names have in co
 
 
 class Child:
-    """A program in a process group of its own; its output is in a file, so that killing it loses nothing.
-
-    A group and no more (no setsid): what ends all that our caller started ends it too.
-    """
+    """A program in a process group (not session) of its own; its output is in a file and survives a kill."""
 
     def __init__(self, command: list[str], environment: dict[str, str]):
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
@@ -89,7 +84,7 @@ class Child:
         return text
 
     def kill(self, patience: float = 0) -> None:
-        """End it and what it started; ``patience`` seconds to say what it knows come first.
+        """End it and what it started, after ``patience`` seconds to print what it knows.
 
         A process stuck in the driver does not die, and is not waited for.
         """
@@ -230,11 +225,10 @@ def cut(status: int, words: str) -> str:
 def architecture() -> str:
     """Of the first GPU, as TORCH_CUDA_ARCH_LIST has it; an H100's where nothing tells."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = None
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+    major, minor = "9", "0"
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired, ValueError):
         output = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-        found = re.match(r"(\d+)\.(\d+)", output)
-    major, minor = found.groups() if found else ("9", "0")
+        ((major, minor),) = re.findall(r"^(\d+)\.(\d+)", output)
     return f"{major}.{minor}{'a' if int(major) >= 9 else ''}"
 
 
@@ -332,9 +326,7 @@ def exercises(check: Check, part: str, tools: Iterable[str]) -> Iterator[tuple[s
     """Name, status and output of each backend's exercise under each tool ("": none), all side by side."""
     sanitizer, end = find_sanitizer(), time.monotonic() + check.share(part)
     running = {}
-    for tool, backend in itertools.product(
-        tools, [b for b in ("cuda", "triton", "cpu") if b in check.usable]
-    ):
+    for tool, backend in itertools.product(tools, check.usable):
         name, command = f"{tool or part}, {backend}", []
         if tool:
             command = [sanitizer, "--tool", tool, "--target-processes", "application-only"]
@@ -349,23 +341,20 @@ def exercises(check: Check, part: str, tools: Iterable[str]) -> Iterator[tuple[s
         yield name, *check.finish(child, max(1, end - time.monotonic()))
 
 
-def plain_exercise(check: Check) -> None:
-    """Every kernel once at small shapes: what the sanitizer will watch, without it."""
-    for name, status, output in exercises(check, "exercise", [""]):
-        check.note_run(name, status, last_line(output))
+def sanitize(check: Check, part: str, *tools: str) -> None:
+    """Every kernel once at small shapes, under tools of compute-sanitizer; without tools, by itself."""
+    if tools and (check.dry or not Path(find_sanitizer()).exists()):
+        check.note(part, None, "absent: there is no compute-sanitizer")
+        return
+    for name, status, output in exercises(check, part, tools or [""]):
+        if tools:
+            check.note(name, *verdict(status, output))
+        else:
+            check.note_run(name, status, last_line(output))
 
 
 def find_sanitizer() -> str:
     return shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-
-
-def sanitize(check: Check, part: str, tools: tuple[str, ...]) -> None:
-    """The exercise under tools of compute-sanitizer."""
-    if check.dry or not Path(find_sanitizer()).exists():
-        check.note(part, None, "absent: there is no compute-sanitizer")
-        return
-    for name, status, output in exercises(check, part, tools):
-        check.note(name, *verdict(status, output))
 
 
 def reports(output: str) -> list[str]:
@@ -385,8 +374,7 @@ def verdict(status: int, output: str) -> tuple[bool | None, str]:
     if re.search(r"^=========.*Device not supported", output, re.M):
         return None, "absent: the sanitizer cannot watch this device"
     found = reports(output)
-    own = [k for k in found if OWN.search(k)]
-    other = [k for k in found if not OWN.search(k)]
+    own, other = ([k for k in found if bool(OWN.search(k)) is ours] for ours in (True, False))
     right = re.findall(r"^\d+ calls right.*$", output, re.M)
     words = right[-1] if right else f"the calls ended early: {last_line(output)}"
     for kernels, whose in ((own, "our kernels"), (other, "others")):
@@ -398,13 +386,11 @@ def verdict(status: int, output: str) -> tuple[bool | None, str]:
     return (None, cut(status, words)) if status == 124 else (bool(right), words)
 
 
-def bench(check: Check, *names: str, only: str = "") -> None:
-    """Benchmark files, in one process; what has its record is not measured again."""
-    name = "ceilings" if only else ", ".join(names)
-    command = [*check.python, "-m", "pytest", *(f"benchmarks/bench_{n}.py" for n in names), "-rfEs"]
-    command += ["-k", only] if only else []
-    status, output = check.run(command, check.share(name.split(",")[0]))
-    check.note_run(name, status, last_line(output).strip("= "))
+def bench(check: Check, part: str, file: str, *options: str) -> None:
+    """A benchmark file; what has its record is not measured again."""
+    command = [*check.python, "-m", "pytest", f"benchmarks/{file}.py", "-rfEs", *options]
+    status, output = check.run(command, check.share(part))
+    check.note_run(part, status, last_line(output).strip("= "))
 
 
 def tune(check: Check) -> None:
@@ -432,20 +418,25 @@ def train(check: Check) -> None:
     check.note_run("train", status, words or last_line(output))
 
 
-RUN: dict[str, Callable[[Check], None]] = {
-    "ceilings": lambda check: bench(check, "loss", only="bench_launches"),
-    "exercise": plain_exercise,
-    "cuda": lambda check: suite(check, "cuda"),
-    "triton": lambda check: suite(check, "triton"),
-    "memcheck": lambda check: sanitize(check, "memcheck", ("memcheck",)),
-    "loss": lambda check: bench(check, "loss"),
-    "vote": lambda check: bench(check, "vote"),
-    "tune": tune,
-    "step": lambda check: bench(check, "step"),
-    "train": train,
-    "sanitize": lambda check: sanitize(check, "sanitize", ("racecheck", "synccheck", "initcheck")),
-    "reference": lambda check: suite(check, "reference"),
+RUN: dict[str, tuple] = {  # part -> function of the check, its other arguments
+    "ceilings": (bench, "ceilings", "bench_loss", "-k", "bench_launches"),
+    "exercise": (sanitize, "exercise"),
+    "cuda": (suite, "cuda"),
+    "triton": (suite, "triton"),
+    "memcheck": (sanitize, "memcheck", "memcheck"),
+    "loss": (bench, "loss", "bench_loss"),
+    "vote": (bench, "vote", "bench_vote"),
+    "tune": (tune,),
+    "step": (bench, "step", "bench_step"),
+    "train": (train,),
+    "sanitize": (sanitize, "sanitize", "racecheck", "synccheck", "initcheck"),
+    "reference": (suite, "reference"),
 }
+
+
+def run_part(check: Check, part: str) -> None:
+    function, *arguments = RUN[part]
+    function(check, *arguments)
 
 
 def exercise(backend: str) -> None:
@@ -481,9 +472,8 @@ def main() -> int:
         return 0
     if arguments.out is None:
         parser.error("--out is needed: a folder for records, log and table (make gpu-check OUT=dir)")
-    asked = re.split(r"[,\s]+", arguments.parts.strip()) if arguments.parts.strip() else list(PARTS)
-    unknown = [p for p in asked if p not in PARTS]
-    if unknown:
+    asked = re.findall(r"[^,\s]+", arguments.parts) or list(PARTS)
+    if unknown := [p for p in asked if p not in PARTS]:
         parser.error(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     parts = [p for p in PARTS if p in asked]
     check = Check(arguments.out, parts, arguments.dry, arguments.seconds, arguments.again)
@@ -504,20 +494,14 @@ def main() -> int:
 
 
 def run_parts(check: Check) -> None:
-    together = [p for p in ("loss", "vote", "step") if p in check.parts] if check.dry else []
     for part in check.parts:
-        if check.dry and (part == "ceilings" or part in together[1:]):
-            continue  # the benchmarks of a dry run share one process
         if part not in RECORDED and check.passed(part):
             check.say(f"{part}: passed before")
         elif check.left() < LEAST:
             check.note(part, None, "no time left")
         else:
             check.checks.pop(part, None)
-            if part in together:
-                bench(check, *together)
-            else:
-                RUN[part](check)
+            run_part(check, part)
 
 
 if __name__ == "__main__":

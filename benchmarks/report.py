@@ -3,9 +3,7 @@
     python benchmarks/report.py            write the tables, draw the pictures
     python benchmarks/report.py --check    say what in them does not follow from the records (exit status 1)
 
-A table goes between ``<!-- report:NAME -->`` and ``<!-- /report -->``; the names are those of BLOCKS. Every
-figure comes from a record in benchmarks/results; where there is none, the block says that nothing was
-measured, or stays empty if it is.
+A table goes between ``<!-- report:NAME -->`` and ``<!-- /report -->``; NAMES and EFFICACY list the names.
 """
 
 from __future__ import annotations
@@ -108,8 +106,7 @@ def failures(records: list[dict], *benches: str) -> str:
 
 def provenance(records: list[dict]) -> str:
     """Where figures come from, in a line; several where they come from runs of different code or machines."""
-    environments = {r["run"]: r["env"] for r in records}.values()
-    return "; ".join(dict.fromkeys(map(_provenance, environments)))
+    return "; ".join(dict.fromkeys(map(_provenance, {r["run"]: r["env"] for r in records}.values())))
 
 
 def _provenance(env: dict) -> str:
@@ -190,9 +187,8 @@ def loss_tables(records: list[dict], name: str) -> str:
         body += [[_shape(r), *cells]] if set(cells) != {"-"} else []
     if body:
         head = ["logits"] + [x for words in modes.values() for x in (f"{words}: ours", "`F.cross_entropy`")]
-        text += "\n\nThe gradient is computed in forward; backward only hands it over.\n\n" + table(
-            head, body
-        )
+        text += "\n\nThe gradient is computed in forward; backward only hands it over.\n\n"
+        text += table(head, body)
     return noted(text)
 
 
@@ -216,26 +212,17 @@ def vote_table(records: list[dict], name: str) -> str:
         dense = one(records, "vote", baselines.MATMUL_ARGMAX, **c)
         ceiling = targets.ceiling(records, "product", c["dtype"], r["run"])
         rate = r["flops"] / r["median"]
-        body.append(
-            [
-                f"{c['what']}{', upsampled' if c['upsample'] == 2 else ''}",
-                f"{c['N']}x{c['H'] * c['W']}, {c['D']}, {c['C']}",
-                c["dtype"],
-                c["layout"],
-                timed(r),
-                f"{rate / 1e9:.3g}" + (f" ({100 * rate / ceiling:.0f} %)" if ceiling else ""),
-                *(times(records, r, p) for p in peers),
-                f"{size(r['peak'])} ({size(dense['peak']) if dense else '-'})",
-            ]
-        )
+        what = c["what"] + (", upsampled" if c["upsample"] == 2 else "")
+        row = [what, f"{c['N']}x{c['H'] * c['W']}, {c['D']}, {c['C']}", c["dtype"], c["layout"], timed(r)]
+        row += [f"{rate / 1e9:.3g}" + (f" ({100 * rate / ceiling:.0f} %)" if ceiling else "")]
+        row += [times(records, r, p) for p in peers]
+        body.append([*row, f"{size(r['peak'])} ({size(dense['peak']) if dense else '-'})"])
     head = ["votes", "NxP, D, C", "dtype", "layout", "time", "GFLOP/s (of a large product)"]
     head += [*(VOTE_PEERS[p] for p in peers), "extra memory (matmul + argmax's)"]
     parts = "the matrix product alone and of product and argmax"
     if baselines.MATMUL_BATCHED in peers:
-        parts = (
-            "the matrix product alone (of NCHW: with a transposing copy, and sample by sample without one), "
-            "of product and argmax, and of the argmax alone"
-        )
+        copying = "of NCHW: with a transposing copy, and sample by sample without one"
+        parts = f"the matrix product alone ({copying}), of product and argmax, and of the argmax alone"
     return noted(
         f"`dense_vote` ({_backend(name)} backend): its time, **its time over that of** {parts}; its peak "
         f"extra memory.\n\n{table(head, body)}"
@@ -264,13 +251,8 @@ def host_block(records: list[dict]) -> str:
 
 
 def step_block(records: list[dict]) -> str:
-    cases = {(r["bench"], str(r["case"])): r["case"] for r in records if r["bench"] in PLAIN}
-    text = [
-        step_table(find(records, bench, **case), bench, case)
-        for bench in PLAIN
-        for (of, _), case in cases.items()
-        if of == bench
-    ]
+    cases = {(b, str(r["case"])): r["case"] for b in PLAIN for r in records if r["bench"] == b}
+    text = [step_table(find(records, bench, **case), bench, case) for (bench, _), case in cases.items()]
     absent = missing(records, (baselines.LINEAR_CROSS_ENTROPY, baselines.CUT))
     return noted("\n\n".join(text)) + absent + failures(records, *PLAIN) if text else ""
 
@@ -308,10 +290,8 @@ def speed_block(records: list[dict]) -> str:
         other = one(records, "loss", baselines.CROSS_ENTROPY, "both", clock, **r["case"])
         ratios = [times(records, r, p) for p in (baselines.CROSS_ENTROPY, baselines.COMPILED_CROSS_ENTROPY)]
         body.append([f"loss and gradient, {_shape(r)}", timed(r), timed(other), *ratios])
-    for bench, what in (
-        ("step", "a training step of a small ResNet"),
-        ("head", "pooling, classifier and loss"),
-    ):
+    others = {"step": "a training step of a small ResNet", "head": "pooling, classifier and loss"}
+    for bench, what in others.items():
         r, other = one(records, bench, ours), one(records, bench, PLAIN[bench])
         if r and other:
             ratio = times(records, r, PLAIN[bench])
@@ -437,6 +417,7 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
 }
 KINDS = {"cpu": "cpu", "gpu": "cuda"}
 NAMES = [f"{label}-{name}" for label in KINDS for name in BLOCKS]
+KNOWN = [*NAMES, *EFFICACY]
 
 
 def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESULTS, up: str = "") -> str:
@@ -483,18 +464,20 @@ def write(documents: Iterable[Path], folder: Path = files.RESULTS) -> None:
         if growing(records):
             draw_growth(records, growth_of(path), digest(path))
     for document in documents:
-        text, up = document.read_text(), up_from(document)
-        document.write_text(MARKED.sub(lambda m, up=up: marked(m[1], m[2], results, folder, up), text))
+        document.write_text(MARKED.sub(renewing(document, results, folder), document.read_text()))
 
 
-def up_from(document: Path) -> str:
-    return "../" if document.parent.name == "docs" else ""
+def renewing(document: Path, results: dict[Path, list[dict]], folder: Path) -> Callable[[re.Match], str]:
+    """The function that renews a document's blocks."""
+    up = "../" if document.parent.name == "docs" else ""
+    return functools.partial(marked, results=results, folder=folder, up=up)
 
 
-def marked(name: str, old: str, results: dict[Path, list[dict]], folder: Path, up: str = "") -> str:
-    """A block between its marks; an empty one, of which nothing was measured, stays empty."""
-    body = block(name, results, folder, up) if name in {*NAMES, *EFFICACY} else None
-    if body is not None and (old or body != NOTHING):
+def marked(found: re.Match, results: dict[Path, list[dict]], folder: Path, up: str = "") -> str:
+    """A block between its marks; an empty block without measurements stays empty."""
+    name, old = found.groups()
+    body = block(name, results, folder, up) if name in KNOWN else NOTHING
+    if name in KNOWN and (old or body != NOTHING):
         old = body + "\n"
     return f"<!-- report:{name} -->\n{old}<!-- /report -->"
 
@@ -503,17 +486,14 @@ def check(documents: Iterable[Path], folder: Path = files.RESULTS) -> list[str]:
     """What in the documents and pictures does not follow from the records; empty if all does."""
     problems, shown, results = [], set(), load_all(folder)
     for document in documents:
-        text = document.read_text()
+        text, renewed = document.read_text(), renewing(document, results, folder)
         for name in re.findall(r"<!-- report:([\w-]+) -->", MARKED.sub("", text)):
             problems.append(f"{document.name}: the block {name} is not closed")
-        for name, body in MARKED.findall(text):
-            shown.add(name)
-            if name not in {*NAMES, *EFFICACY}:
-                known = ", ".join([*NAMES, *EFFICACY])
-                problems.append(f"{document.name}: there is no block {name}; there are {known}")
-            elif f"<!-- report:{name} -->\n{body}<!-- /report -->" != marked(
-                name, body, results, folder, up_from(document)
-            ):
+        for found in MARKED.finditer(text):
+            shown.add(name := found[1])
+            if name not in KNOWN:
+                problems.append(f"{document.name}: there is no block {name}; there are {', '.join(KNOWN)}")
+            elif found[0] != renewed(found):
                 problems.append(f"{document.name}: the block {name} differs from the records")
     if any(results.values()) and not shown & {*NAMES}:
         problems.append(f"no document shows any of the blocks {', '.join(NAMES)}")

@@ -1,8 +1,7 @@
 """The performance targets, one row each: what is asked, and how the records answer it.
 
-``judge`` gives for every row, and on a GPU for every backend of ours, what was measured and whether that
-meets the target. A row without records says so; nothing is filled in. Time on the device that was not taken
-with the host ahead of it (clock: ``how``) is shown and not judged.
+``judge`` gives for every row, and on a GPU for each of our backends, what was measured and whether it meets
+the target. Device time that was not taken with the host ahead of the device is shown and not judged.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from clock import SURE
 
 MIB = 1 << 20
 GAP = "not measured"
-Select = Callable[[dict], bool]  # of records
 
 
 @dataclass(frozen=True)
@@ -125,60 +123,47 @@ def _shape(r: dict) -> str:
     return f"{c['N']}x{c['C']}" if "D" not in c else f"N {c['N']}, D {c['D']}, C {c['C']}, {c['dtype']}"
 
 
-def _any(r: dict) -> bool:
-    return True
-
-
-def _is_small(r: dict) -> bool:
-    return (r["case"]["N"], r["case"]["C"]) in ((256, 1000), (512, 1000), (1024, 1000), (128, 100))
-
-
-def _is_large(r: dict) -> bool:
-    return r["bytes"] > 128e6
-
-
-def _is_wide(r: dict) -> bool:
-    return r["case"]["C"] >= 4096 and r["case"]["C"] % 8 == 0
-
-
-def _is_unaligned(r: dict) -> bool:
-    return r["case"]["C"] in (21841, 10007)
-
-
-def _has_many_rows(r: dict) -> bool:
-    return r["case"]["C"] == 1000 and r["case"]["N"] >= 32768
+SHAPES: dict[str, Callable[[dict], bool]] = {  # of the loss, by record
+    "any": lambda r: True,
+    "small": lambda r: (
+        (r["case"]["N"], r["case"]["C"]) in ((256, 1000), (512, 1000), (1024, 1000), (128, 100))
+    ),
+    "large": lambda r: r["bytes"] > 128e6,
+    "wide": lambda r: r["bytes"] > 128e6 and r["case"]["C"] >= 4096 and r["case"]["C"] % 8 == 0,
+    "unaligned": lambda r: r["case"]["C"] in (21841, 10007),
+    "many rows": lambda r: r["case"]["C"] == 1000 and r["case"]["N"] >= 32768,
+}
 
 
 def ratio(
-    records: list[dict], name: str, peer: str, select: Select = _any, bench: str = "loss", **case
+    records: list[dict], name: str, peer: str, shapes: str = "any", bench: str = "loss", **case
 ) -> list[Figure]:
     """Our time over a peer's."""
-    met = [(r, meeting(records, r, peer)) for r in find(records, bench, name, **case) if select(r)]
-    met = [(r, *found) for r, found in met if found]
+    rows = filter(SHAPES[shapes], find(records, bench, name, **case))
+    met = [(r, *found) for r in rows if (found := meeting(records, r, peer))]
     several = len({_shape(r) for r, _, _ in met}) > 1
     return [Figure(x[0], _shape(r) if several else "", how) for r, x, how in met]
 
 
 def faster(records: list[dict], name: str, peer: str, **case) -> list[Figure]:
     """A peer's time over ours, of votes."""
-    found = ratio(records, name, peer, bench="vote", **case)
-    return [Figure(1 / figure.value, "", figure.how) for figure in found]
+    return [Figure(1 / f.value, "", f.how) for f in ratio(records, name, peer, bench="vote", **case)]
 
 
-def of_copy(records: list[dict], name: str, *selects: Select) -> Iterator[Figure]:
+def of_copy(records: list[dict], name: str, shapes: str) -> Iterator[Figure]:
     """The loss's bandwidth as a share of the copy's in the same run, percent."""
-    for r in find(records, "loss", name, mode="both", clock="device", dtype="bfloat16"):
-        copy = ceiling(records, "copy", run=r["run"])
-        if copy and all(select(r) for select in selects):
+    rows = find(records, "loss", name, mode="both", clock="device", dtype="bfloat16")
+    for r in filter(SHAPES[shapes], rows):
+        if copy := ceiling(records, "copy", run=r["run"]):
             yield Figure(100 * r["bytes"] / r["median"] / copy, _shape(r), r["how"])
 
 
 def microseconds(
-    records: list[dict], name: str, clock: str, select: Select = _any, bench: str = "loss", **case
+    records: list[dict], name: str, clock: str, shapes: str = "any", bench: str = "loss", **case
 ) -> list[Figure]:
     """Time of a call."""
-    found = find(records, bench, name, clock=clock, **case)
-    return [Figure(1e6 * r["median"], _shape(r), r["how"]) for r in found if select(r)]
+    found = filter(SHAPES[shapes], find(records, bench, name, clock=clock, **case))
+    return [Figure(1e6 * r["median"], _shape(r), r["how"]) for r in found]
 
 
 def launches(records: list[dict], name: str, key: str) -> list[Figure]:
@@ -189,8 +174,8 @@ def launches(records: list[dict], name: str, key: str) -> list[Figure]:
 
 def peak(records: list[dict], name: str, bench: str, **case) -> list[Figure]:
     """Peak extra memory in MiB."""
-    found = [r for r in find(records, bench, name, **case) if r["peak"] is not None]
-    return [Figure(r["peak"] / MIB, _shape(r)) for r in found]
+    found = find(records, bench, name, **case)
+    return [Figure(r["peak"] / MIB, _shape(r)) for r in found if r["peak"] is not None]
 
 
 def peak_over_logits(records: list[dict], name: str, **case) -> list[Figure]:
@@ -211,9 +196,8 @@ def layouts(records: list[dict], name: str) -> list[Figure]:
 
 def added_time(records: list[dict], name: str, C: int) -> list[Figure]:
     """What our loss adds to the time of a step with F.cross_entropy, percent."""
-    rows = find(records, "step", name, C=C, compiled=False)[:1]
-    met = [meeting(records, r, baselines.CROSS_ENTROPY) for r in rows]
-    return [Figure(100 * (x[0][0] - 1), "", x[1]) for x in met if x]
+    found = ratio(records, name, baselines.CROSS_ENTROPY, bench="step", C=C, compiled=False)[:1]
+    return [Figure(100 * (f.value - 1), "", f.how) for f in found]
 
 
 def added_peak(records: list[dict], name: str, C: int) -> list[Figure]:
@@ -245,12 +229,12 @@ def gpu_targets() -> Iterator[tuple]:
     yield "ceiling", "copy, bytes read and written", "-", "{:.3g} TB/s", copy
     product = partial(reached, of="product", dtype="bfloat16", unit=1e12)
     yield "ceiling", "bf16 matrix product, random data", "-", "{:.3g} TFLOP/s", product
-    for text, percent, *selects in (
-        ("C >= 4096, logits > 64 MB", 95, _is_large, _is_wide),
-        ("C = 1000, N >= 32768", 90, _has_many_rows),
-        ("C = 21841, 10007", 85, _is_unaligned),
+    for text, percent, shapes in (
+        ("C >= 4096, logits > 64 MB", 95, "wide"),
+        ("C = 1000, N >= 32768", 90, "many rows"),
+        ("C = 21841, 10007", 85, "unaligned"),
     ):
-        figures = partial(lambda records, name, chosen: of_copy(records, name, *chosen), chosen=selects)
+        figures = partial(of_copy, shapes=shapes)
         yield "loss", f"share of the copy bandwidth, {text}", f">= {percent} %", "{:.1f} %", figures
     for text, key, target in (
         ("launches in forward", "forward", "<= 1"),
@@ -263,7 +247,7 @@ def gpu_targets() -> Iterator[tuple]:
         ("time on the GPU", "device", "<= 6 us"),
         ("host time, forward + backward", "host", "<= 25 us"),
     ):
-        figures = partial(microseconds, clock=clock, select=_is_small, **both)
+        figures = partial(microseconds, clock=clock, shapes="small", **both)
         yield "loss, small", text, target, "{:.3g} us", figures
     for peer, bound in (
         (baselines.CROSS_ENTROPY, "0.40"),
@@ -272,7 +256,7 @@ def gpu_targets() -> Iterator[tuple]:
         (baselines.LIGER, "0.80"),
         (baselines.QUACK_IN_FORWARD, "1.05"),
     ):
-        figures = partial(ratio, peer=peer, select=_is_large, clock="device", **both)
+        figures = partial(ratio, peer=peer, shapes="large", clock="device", **both)
         yield "loss", f"time of {peer}", f"<= {bound}", "{:.3g}", figures
     memory = partial(peak_over_logits, clock="device", **both)
     yield "loss", "peak extra memory", "1 x logits", "{:.3f} x logits", memory, 1.01

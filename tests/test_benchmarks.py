@@ -856,9 +856,7 @@ def test_the_page_waits_for_records_of_a_gpu(tmp_path):
     records = made_up("cuda")
     bare = [{k: v for k, v in r.items() if k != "env"} for r in records]
     files.dump(folder / "nvidia-h200.json", {"1": records[0]["env"]}, bare)
-    text = report.MARKED.sub(
-        lambda m: report.marked(m[1], m[2], report.load_all(folder), folder), readme.read_text()
-    )
+    text = report.MARKED.sub(lambda m: report.marked(m, report.load_all(folder), folder), readme.read_text())
     for name, body in report.MARKED.findall(text):
         if name.startswith("gpu-"):
             assert "| ---" in body

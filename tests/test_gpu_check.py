@@ -44,7 +44,7 @@ def test_gpu_check_dry_run(tmp_path):
             assert f"{target.group}: {target.text} | {target.target}" in table
     checks = json.loads((out / "checks.json").read_text())
     absent = {"cuda", "triton", "memcheck", "sanitize", "tune"}
-    done = {"exercise, cpu", "loss, vote, step", "train", "reference, suite"}
+    done = {"ceilings", "exercise, cpu", "loss", "vote", "step", "train", "reference, suite"}
     assert set(checks) == {"build"} | absent | done
     assert all(checks[name]["ok"] is True for name in done), checks
     assert all(checks[name]["text"].startswith("absent") for name in absent)
@@ -148,7 +148,7 @@ def test_what_hangs_loses_nothing_and_nobody_s_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "LEAST", 1)
     check = make_check(tmp_path, HANGS, seconds=gpu_check.SPARE + 4)
     start = time.monotonic()
-    gpu_check.RUN["cuda"](check)
+    gpu_check.run_part(check, "cuda")
     assert time.monotonic() - start < 6
     for name in ("cuda, GPU only", "cuda, suite"):
         assert check.checks[name]["ok"] is False
@@ -186,7 +186,7 @@ def test_commands_of_the_tests(tmp_path, monkeypatch):
         monkeypatch.setattr(gpu_check, "has", lambda module, there=there: there)
         check = make_check(tmp_path, parts=["cuda", "triton", "reference"])
         for part in ("cuda", "triton", "reference"):
-            gpu_check.RUN[part](check)
+            gpu_check.run_part(check, part)
     files = [[Path(c).stem for c in command if c.startswith("tests/")] for command in commands]
     suite = [f"test_{f}" for f in gpu_check.SUITE]
     assert files[:5] == [["test_gpu"], suite, ["test_gpu"], ["test_triton", *suite], suite]
@@ -204,7 +204,7 @@ def test_commands_of_the_tests(tmp_path, monkeypatch):
 
 def test_a_backend_that_is_not_there_is_absent(tmp_path):
     check = make_check(tmp_path, usable=["triton"])
-    gpu_check.RUN["cuda"](check)
+    gpu_check.run_part(check, "cuda")
     assert check.checks["cuda"]["ok"] is None
     assert [name for name, *_ in gpu_check.exercises(check, "cuda", [""])] == ["cuda, triton"]
 
@@ -306,7 +306,7 @@ def test_what_passed_is_not_repeated(tmp_path, monkeypatch):
         check.source = source or check.source
         check.note("cuda, suite", ok, "")
         done.clear()
-        gpu_check.RUN["cuda"](make_check(tmp_path, again=again))
+        gpu_check.run_part(make_check(tmp_path, again=again), "cuda")
         assert done == ["cuda, GPU only"] + ["cuda, suite"] * repeated
 
 
@@ -422,7 +422,7 @@ def test_the_sanitizer_runs_the_exercise_of_each_backend_by_itself(tmp_path, pat
     program(path / "compute-sanitizer", "print(*sys.argv[1:]); print('1 calls right')")
     check = make_check(tmp_path, parts=["memcheck", "sanitize"])
     for part in ("memcheck", "sanitize"):
-        gpu_check.RUN[part](check)
+        gpu_check.run_part(check, part)
     assert {c["ok"] for c in check.checks.values()} == {True}
     tools = ("memcheck", "racecheck", "synccheck", "initcheck")
     assert set(check.checks) == {f"{tool}, {backend}" for tool in tools for backend in ("cuda", "triton")}

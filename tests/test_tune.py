@@ -79,7 +79,13 @@ def test_a_variant_that_fails_costs_its_own_row(monkeypatch):
     monkeypatch.setattr(tune, "Problem", Problem)
     monkeypatch.setattr(tune.ctypes, "CDLL", str)
     monkeypatch.setattr(tune.clock, "TINY", True)
-    names = {"as it is": "a", "kStagger 1": "b", "without combine": "c", "kStagger 3": "d", "kWideStages 3": "e"}
+    names = {
+        "as it is": "a",
+        "kStagger 1": "b",
+        "without combine": "c",
+        "kStagger 3": "d",
+        "kWideStages 3": "e",
+    }
     libraries = {name: Path(f"{file}.so") for name, file in names.items()}
     timer = tune.clock.HostClock()
     rows = tune.measure("vote", "a", (), libraries, timer)
