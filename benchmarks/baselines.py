@@ -54,12 +54,9 @@ def kernels(names: Iterable[str]) -> list[str]:
 
 def our_backends(device: str) -> list[str]:
     """Backends that serve a device type, best first; Triton's interpreter is not worth timing."""
-    return [
-        b
-        for b in zls.backends()
-        if not ops.refusal(b, "loss_fwd", device, torch.float32)
-        and not (b == "triton" and ops.triton_interpreted())
-    ]
+    slow = {"triton"} if ops.triton_interpreted() else set()
+    usable = (b for b in zls.backends() if not ops.refusal(b, "loss_fwd", device, torch.float32))
+    return [b for b in usable if b not in slow]
 
 
 @dataclass(frozen=True)
@@ -81,38 +78,32 @@ def cross_entropy(logits: Tensor, target: Tensor, votes: Tensor, smoothing: floa
     return F.cross_entropy(logits, target, label_smoothing=smoothing)
 
 
-def plain_zipf(
-    logits: Tensor, target: Tensor, votes: Tensor, zipf_weight: float = 1.0, alpha: float = 1.0
-) -> Tensor:
+def plain_zipf(logits: Tensor, target: Tensor, votes: Tensor) -> Tensor:
     """The whole loss as one would write it in PyTorch, differentiated by autograd."""
     z = logits.to(reference.accumulation_dtype(logits.dtype))
     with torch.no_grad():
         rank = reference.competition_rank(reference.count_votes(votes, logits.shape[1]))
-        label, log_label = reference.label_from_mass(-alpha * rank.to(z.dtype).log(), target)
-    return F.cross_entropy(z, target) + zipf_weight * reference.zipf_term(z, target, label, log_label).mean()
+        label, log_label = reference.label_from_mass(-rank.to(z.dtype).log(), target)
+    return F.cross_entropy(z, target) + reference.zipf_term(z, target, label, log_label).mean()
 
 
-def published_zipf(
-    logits: Tensor, target: Tensor, votes: Tensor, zipf_weight: float = 1.0, alpha: float = 1.0
-) -> Tensor:
-    """The algorithm the way the paper's authors run it: votes to the CPU, SciPy ranks, a dense label back.
+def published_zipf(logits: Tensor, target: Tensor, votes: Tensor) -> Tensor:
+    """The algorithm as the paper's authors run it: votes to the CPU, SciPy ranks, a dense label back.
 
     Written from Sec. 3.2 and 3.3: count the votes, rank all classes by count with ties sharing the smallest
-    rank, rank^-alpha over the non-target classes as label, KL divergence to the non-target softmax.
+    rank, 1 / rank over the non-target classes as label, KL divergence to the non-target softmax.
     """
     from scipy.stats import rankdata
 
     N, C = logits.shape
     counts = torch.stack([torch.bincount(v, minlength=C) for v in votes.cpu().long()])
     rank = torch.from_numpy(rankdata(-counts.numpy(), method="min", axis=1)).to(logits.device)
-    mass = rank.float().pow(-alpha)
+    mass = 1 / rank.float()
     others = torch.ones_like(mass, dtype=torch.bool).scatter_(1, target[:, None], False)
     label = mass[others].view(N, C - 1)
     label = label / label.sum(1, keepdim=True)
     log_p = logits.float()[others].view(N, C - 1).log_softmax(1)
-    return F.cross_entropy(logits.float(), target) + zipf_weight * F.kl_div(
-        log_p, label, reduction="batchmean"
-    )
+    return F.cross_entropy(logits.float(), target) + F.kl_div(log_p, label, reduction="batchmean")
 
 
 def fused(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -176,9 +167,7 @@ def _packages() -> tuple[dict[str, Loss], dict[str, Callable], dict[str, str]]:
     with using(CUT, "cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
 
-        heads[CUT] = lambda features, weight, target: linear_cross_entropy(
-            features.mean((2, 3)), weight, target
-        )
+        heads[CUT] = head_of(linear_cross_entropy)
     return found, heads, missing
 
 
@@ -219,9 +208,7 @@ def matmul_argmax(features: Tensor, weight: Tensor, upsample: int = 1) -> Tensor
     return scores.argmax(1).view(N, -1)
 
 
-def votes(
-    device: str, upsample: int = 1, layout: str = "channels_last"
-) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def votes(device: str, upsample: int = 1, layout: str = "channels_last") -> dict[str, Callable]:
     """All ways to vote on a layout, ours first, by name; the products alone stop at the scores."""
     found: dict[str, Callable] = {
         ours(b): functools.partial(zls.dense_vote, upsample=upsample, backend=b) for b in our_backends(device)
@@ -233,8 +220,9 @@ def votes(
     return found
 
 
-def head_cross_entropy(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(features.mean((2, 3)), weight), target)
+def head_of(loss: Callable) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A head of (features, weight, target) from a loss of (pooled features, weight, target)."""
+    return lambda features, weight, target: loss(features.mean((2, 3)), weight, target)
 
 
 def heads(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -245,11 +233,9 @@ def heads(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         )
         for b in our_backends(device)
     }
-    found[LINEAR_THEN_CROSS_ENTROPY] = head_cross_entropy
+    found[LINEAR_THEN_CROSS_ENTROPY] = head_of(lambda x, weight, y: F.cross_entropy(F.linear(x, weight), y))
     if hasattr(F, "linear_cross_entropy"):
-        found[LINEAR_CROSS_ENTROPY] = lambda features, weight, target: F.linear_cross_entropy(
-            features.mean((2, 3)), weight, target
-        )
+        found[LINEAR_CROSS_ENTROPY] = head_of(F.linear_cross_entropy)
     if device == "cuda":
         found |= _packages()[1]
     return found

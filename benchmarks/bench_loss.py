@@ -104,14 +104,10 @@ def gpu_cases() -> list[Case]:
     cases += [bf16(N, C, mode=mode, clock="host") for N, C in small for mode in ("both", "forward")]
     cases += [bf16(N, C) for N, C in [*others, (8192, 10007)]]
     cases += [Case(N, C) for N, C in [(8192, 10000), (32768, 1000), (256, 1000), (128, 100)]]
-    cases += [
-        bf16(N, C, mode=mode)
-        for N, C in [(8192, 10000), (32768, 1000), (256, 1000)]
-        for mode in ("forward", "backward", "infer")
-    ]
-    cases += [
-        bf16(max(256, (1 << 26) // C), C, sweep="C") for C in (100, 256, 1024, 4096, 16384, 65536, 262144)
-    ]
+    timed = [(8192, 10000), (32768, 1000), (256, 1000)]
+    cases += [bf16(N, C, mode=mode) for N, C in timed for mode in ("forward", "backward", "infer")]
+    classes = (100, 256, 1024, 4096, 16384, 65536, 262144)
+    cases += [bf16(max(256, (1 << 26) // C), C, sweep="C") for C in classes]
     cases += [bf16(N, 1000, sweep="N") for N in (64, 256, 1024, 4096, 16384, 65536)]
     cases += [bf16(1024, 1000, P, sweep="P") for P in (1, 16, 49, 196, 784, 3136)]
     cases += [bf16(N, C, sweep="compiled") for N, C in [*first, (2048, 131072), (256, 1000), (128, 100)]]

@@ -42,10 +42,8 @@ class Case:
     def votes(self) -> dict:
         """What takes features and weight: fewer in sweeps."""
         found = baselines.votes(clock.device().type, self.upsample, self.layout)
-        if self.sweep:
-            names = [*baselines.kernels(found), baselines.MATMUL, baselines.MATMUL_ARGMAX]
-            return {name: found[name] for name in names}
-        return found
+        few = [*baselines.kernels(found), baselines.MATMUL, baselines.MATMUL_ARGMAX]
+        return {name: found[name] for name in few} if self.sweep else found
 
     @property
     def names(self) -> list[str]:

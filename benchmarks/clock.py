@@ -1,22 +1,20 @@
 """How time is taken: interleaved comparisons, two clocks, peak memory, ceilings.
 
-The machines are shared and their speed drifts, so nothing is measured alone. A comparison takes one sample of
-every implementation per round, in a new random order each round, within one process; a ratio is the median
-over rounds of (ours in that round / theirs in that round). A slow implementation runs in few of the rounds.
+Machines are shared and their speed drifts. A comparison takes one sample of every implementation per round,
+in a new random order each round, within one process; a ratio is the median over rounds of (ours in that round
+/ theirs in that round). A slow implementation runs in few of the rounds.
 
 Clocks:
-    host    perf_counter around a loop of calls: all there is on a CPU; on a GPU the time the host is busy.
-    device  CUDA events around eager calls that were all issued while the device still slept, so that neither
-            the host nor the latency of a launch is in the time. Inputs rotate through copies that together
-            exceed the L2 cache, as a training step would leave it, as far as MOST_COPIES reach.
+    host    perf_counter around a loop of calls: the time of a call on a CPU, the host's time on a GPU.
+    device  CUDA events around eager calls that were all issued while the device still slept: neither the host
+            nor the latency of a launch is in the time. Inputs rotate through up to MOST_COPIES copies that
+            together exceed the L2 cache.
 
 How a sample was taken (``how``):
-    calls       the host clock's
-    queued      the device clock's, the host ahead of the device throughout: device time
+    calls       by the host clock
+    queued      by the device clock, the host ahead of the device throughout: device time
     events      by CUDA events from an idle device, as the call makes the host wait: includes the host's time
     host-bound  the host could not be brought ahead of the device: includes the host's time
-
-An illegal access ends a CUDA context and all that would come after it in the process: see ``ContextLost``.
 """
 
 from __future__ import annotations
@@ -126,10 +124,8 @@ class HostClock:
 class DeviceClock:
     """CUDA events around eager calls, issued while the device sleeps so that it never waits for the host.
 
-    The sleep comes from the host's time per call. Where it turns out too short (measured: the sleep against
-    the host's time to issue), it grows; where that does not help fewer calls are issued at once, as a full
-    queue stops the host. A replay of a captured graph would need no sleep, but times what a captured call has
-    to make anew where eager calls keep it.
+    The sleep follows from the host's time per call. A sleep shorter than the time to issue grows; where that
+    does not help, fewer calls are issued at once, as a full queue stops the host.
     """
 
     name = "device"
@@ -286,9 +282,8 @@ def compare(
 ) -> Comparison:
     """Time the entries interleaved, ``seconds`` altogether as far as ``least_rounds`` of each allow.
 
-    One ten times slower than the fastest gets three rounds: precision matters elsewhere. One that raises is
-    left out, with its reason in ``failed``. ``memory``: measure the peak of one call first. ``watch`` is
-    entered while the rounds run.
+    An entry ten times slower than the fastest gets three rounds. One that raises is left out, with its reason
+    in ``failed``. ``memory``: measure the peak of one call first. ``watch`` is entered while the rounds run.
     """
     if TINY:
         seconds, least_rounds, most_rounds = 0.01, 2, 2

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from sources import ROOT
 
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
 PRODUCTS = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "DMMA")
@@ -55,11 +56,6 @@ class Row:
         return [f"{self.spills} spill instructions, {self.stack} bytes of stack"] if spilled else []
 
 
-def nvcc() -> str | None:
-    """Path of nvcc, or None."""
-    return shutil.which("nvcc")
-
-
 def tool(name: str) -> str | None:
     """Path of a disassembler: the toolkit's, or the one that Triton's package ships."""
     spec, found = importlib.util.find_spec("triton"), shutil.which(name)
@@ -69,16 +65,11 @@ def tool(name: str) -> str | None:
     return found
 
 
-def sources() -> list[Path]:
-    """Every CUDA source file of the package."""
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-
-
 def compile_one(source: Path, arch: str, folder: Path) -> tuple[Path, str]:
     """(cubin, what nvcc said); the text is empty if it compiled without a warning."""
     cubin = folder / f"{source.stem}.sm_{arch}.cubin"
     target = f"arch=compute_{arch},code=sm_{arch}"
-    command = [nvcc(), *FLAGS, "-gencode", target, "-cubin", "-o", cubin, source]
+    command = ["nvcc", *FLAGS, "-gencode", target, "-cubin", "-o", cubin, source]
     done = subprocess.run(command, capture_output=True, text=True)
     return cubin, (done.stdout + done.stderr).strip() if done.returncode else ""
 
@@ -128,7 +119,7 @@ def rows(cubin: Path, arch: str) -> list[Row]:
 def report(architectures: list[str], jobs: int, only: str) -> tuple[list[Row], list[str]]:
     """All rows, and what is wrong: what the compiler refuses, what spills."""
     found, wrong = [], []
-    pairs = [(s, a) for s, a in itertools.product(sources(), architectures) if only in s.stem]
+    pairs = [(s, a) for s, a in itertools.product(SOURCES, architectures) if only in s.stem]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         results = pool.map(lambda pair: compile_one(*pair, Path(folder)), pairs)
         for (source, arch), (cubin, error) in zip(pairs, results, strict=True):
@@ -155,7 +146,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="sources whose name contains this")
     options = parser.parse_args()
-    if nvcc() is None or tool("cuobjdump") is None:
+    if shutil.which("nvcc") is None or tool("cuobjdump") is None:
         print("nvcc_report needs nvcc and cuobjdump")
         return 2
     found, wrong = report(options.arch, options.jobs, options.only)

@@ -84,8 +84,7 @@ def environment() -> dict[str, object]:
 class OtherLoad:
     """The share of the machine's processors that other processes took while rounds ran (Linux)."""
 
-    def __init__(self):
-        self.others = self.total = 0.0
+    others = total = 0.0  # seconds
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
@@ -136,10 +135,9 @@ def _key(record: dict) -> tuple:
 class Records:
     """Records of this run, written to one file per device as they come in.
 
-    What an earlier run left in the file stays until the same implementation is measured in the same
-    comparison again. What an earlier run measured of the same code (its ``source``) on the same device need
-    not be measured again: ``measured`` tells. ZIPFLS_BENCH_AGAIN=all lets only this run's records count; a
-    number, those from that run on.
+    An earlier record stays until the same implementation is measured in the same comparison again. A record
+    of the same code (``source``) on the same device counts as measured; with ZIPFLS_BENCH_AGAIN=all only this
+    run's records do, with a number those from that run on.
     """
 
     def __init__(self, path: Path | None = None):
@@ -156,11 +154,8 @@ class Records:
         again = os.environ.get("ZIPFLS_BENCH_AGAIN", "0")
         self.since = int(self.run) if again == "all" else int(again)
         same = ("source", "device", "torch", "threads", "tiny")
-        self.valid = {self.run} | {
-            run
-            for run, env in self.runs.items()
-            if int(run) >= self.since and all(env[key] == self.environment[key] for key in same)
-        }
+        alike = {k for k, env in self.runs.items() if all(env[x] == self.environment[x] for x in same)}
+        self.valid = {self.run} | {run for run in alike if int(run) >= self.since}
 
     def compare(
         self,
@@ -188,9 +183,7 @@ class Records:
                 self.fail(where, name, reason)
         return result
 
-    def add(
-        self, where: Where, result: Comparison, nbytes: int, flops: int, ours: Sequence[str] = ()
-    ) -> None:
+    def add(self, where: Where, result: Comparison, nbytes: int, flops: int, ours: Sequence[str] = ()):
         """Record every sample's quantiles; ``ours`` also get their ratio to each other implementation."""
         for name in result.samples:
             median, p20, p80 = map(_round, clock.quantiles(result.taken(name)))
@@ -237,11 +230,8 @@ class Records:
 
     def banned(self, where: Where, name: str) -> str:
         """Why one is left out: it ended the context in this comparison, or in three of this benchmark."""
-        bench = FAILED + where.bench
-        failed = [
-            r for r in self.all() if r["run"] in self.valid and (r["bench"], r["name"]) == (bench, name)
-        ]
-        losses = [r for r in failed if r["facts"]["lost"]]
+        failed = [r for r in self.all() if (r["bench"], r["name"]) == (FAILED + where.bench, name)]
+        losses = [r for r in failed if r["run"] in self.valid and r["facts"]["lost"]]
         if any(r in losses for r in self._known(where)):
             return self.reason(where, name)
         return "left out: it ended the CUDA context three times" if len(losses) >= 3 else ""

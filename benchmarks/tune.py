@@ -2,11 +2,10 @@
 
     python benchmarks/tune.py [--only loss vote] [--out tune.json]
 
-A variant is a few replacements in the text of csrc/cuda. Each is compiled into a library of its own without
-torch (seconds; all of them at once, on as many cores as there are), called through ctypes on the same inputs,
-compared with what the kernels as they stand compute, and timed interleaved with them. What comes out is a
-table of times over theirs (below 1: the variant is faster), to choose the constants in tuning.h from.
-Where a stage is left out the results are wrong on purpose: the difference in time is what the stage costs.
+A variant is a few replacements in the text of csrc/cuda. Each is compiled into a library without torch,
+called through ctypes on the same inputs, compared with the results of the unchanged kernels and timed
+interleaved with them: a table of times over theirs, to choose the constants in tuning.h from. Where a stage
+is left out, results are wrong on purpose: the difference in time is the cost of the stage.
 
 ``--compile`` stops after compiling, which needs no GPU.
 """
@@ -51,11 +50,11 @@ def swap(name: str, file: str, old: str, new: str, right: bool = True) -> Varian
     return Variant(name, ((file, old, new),), right)
 
 
-def constant(file: str, name: str, old: str, new: str) -> Variant:
-    return swap(f"{name} {new}", file, f"{name} = {old}", f"{name} = {new}")
+def constants(name: str, old: str, *values: str) -> list[Variant]:
+    """A constant of tuning.h in other values."""
+    return [swap(f"{name} {new}", "tuning.h", f"{name} = {old}", f"{name} = {new}") for new in values]
 
 
-loss = vote = functools.partial(constant, "tuning.h")
 AS_IT_IS = Variant("as it is")
 RESIDENT = "kSmallResident = (sizeof(T) == 2   ? "
 STREAMED, STORED = "__ldcs(static_cast<const uint4*>(at))", "__stcg(static_cast<uint4*>(at), raw)"
@@ -66,50 +65,31 @@ PACKED = "    cudaError_t error = pack(args, size, stream);"
 VARIANTS = {
     "loss": (
         AS_IT_IS,
-        loss("kHeldVectors", "4", "2"),
+        *constants("kHeldVectors", "4", "2"),
         swap("kSmallResident 4", "tuning.h", RESIDENT + "5", RESIDENT + "4"),
-        loss("kSmallBlock", "128", "256"),
-        loss("kWideBlock", "320", "256"),
-        loss("kWideBlock", "320", "512"),
-        loss("kLongBlock", "512", "256"),
-        loss("kLongBlock", "512", "1024"),
-        loss("kLargestCluster", "8", "4"),
-        loss("kClusterSlice", "768", "384"),
-        loss("kClusterSlice", "768", "1280"),
-        loss("kFullDeviceVectors", "4", "2"),
-        loss("kIdleDeviceVectors", "1", "2"),
-        loss("kIdleDeviceVectors", "1", "4"),
-        loss("kVotesPerThread", "4", "1"),
+        *constants("kSmallBlock", "128", "256"),
+        *constants("kWideBlock", "320", "256", "512"),
+        *constants("kLongBlock", "512", "256", "1024"),
+        *constants("kLargestCluster", "8", "4"),
+        *constants("kClusterSlice", "768", "384", "1280"),
+        *constants("kFullDeviceVectors", "4", "2"),
+        *constants("kIdleDeviceVectors", "1", "2", "4"),
+        *constants("kVotesPerThread", "4", "1"),
         swap("plain loads", "ptx.cuh", STREAMED, "*static_cast<const uint4*>(at)"),
         swap("stores first to leave L2", "ptx.cuh", STORED, STORED.replace("__stcg", "__stcs")),
     ),
     "vote": (
         AS_IT_IS,
-        vote("kStagger", "2", "1"),
-        vote("kStagger", "2", "3"),
-        vote("kWideStages", "4", "3"),
-        vote("kGroupBytes", "int64_t{16} << 20", "int64_t{8} << 20"),
-        vote("kGroupBytes", "int64_t{16} << 20", "int64_t{32} << 20"),
-        vote("kNarrowPenalty", "1.35", "0.5"),  # 128 x 128 tiles wherever wgmma serves
-        vote("kMinWgmmaTiles", "33", "1 << 30"),  # mma.sync everywhere
-        vote("kPackBytes", "int64_t{64} << 20", "int64_t{32} << 20"),
-        vote("kPackBytes", "int64_t{64} << 20", "int64_t{18} << 20"),
+        *constants("kStagger", "2", "1", "3"),
+        *constants("kWideStages", "4", "3"),
+        *constants("kGroupBytes", "int64_t{16} << 20", "int64_t{8} << 20", "int64_t{32} << 20"),
+        *constants("kNarrowPenalty", "1.35", "0.5"),  # 128 x 128 tiles wherever wgmma serves
+        *constants("kMinWgmmaTiles", "33", "1 << 30"),  # mma.sync everywhere
+        *constants("kPackBytes", "int64_t{64} << 20", "int64_t{32} << 20", "int64_t{18} << 20"),
         swap("promotion to 128 bytes", "vote_wgmma_sm90.cu", "PROMOTION_L2_256B", "PROMOTION_L2_128B"),
         swap("without argmax", "vote_wgmma_sm90.cuh", BEST + " rows)", ANY, right=False),
-        swap(
-            "without combine",
-            "vote_wgmma_sm90.cuh",
-            "if (args.tiles_n > 1) stored = first_row;",
-            "",
-            right=False,
-        ),
-        swap(
-            "without packing",
-            "vote.cu",
-            PACKED,
-            PACKED.replace("pack(args, size, stream)", "cudaSuccess"),
-            False,
-        ),
+        swap("without combine", "vote_wgmma_sm90.cuh", COMBINED, "", right=False),
+        swap("without packing", "vote.cu", PACKED, "    cudaError_t error = cudaSuccess;", right=False),
     ),
 }
 
@@ -169,7 +149,10 @@ def compiled(kind: str, variant: Variant, arch: str) -> Path | str:
 
 
 class Problem:
-    """Calls on the GPU, each with inputs and outputs of its own, so that none is found in L2."""
+    """Calls on the GPU, each with inputs and outputs of its own, so that none is found in L2.
+
+    ``_loss`` and ``_vote`` make one: tensors to keep, results, fields of the call.
+    """
 
     def __init__(self, kind: str, size: tuple) -> None:
         make, nbytes = self._loss if kind == "loss" else self._vote, 0
@@ -185,7 +168,6 @@ class Problem:
 
     @staticmethod
     def _loss(N: int, C: int) -> tuple:
-        """Tensors to keep, results, fields of the call."""
         zeros = functools.partial(torch.zeros, device="cuda")
         logits = torch.randn(N, C, device="cuda").bfloat16()
         target = torch.randint(C, (N,), device="cuda")
@@ -199,7 +181,6 @@ class Problem:
 
     @staticmethod
     def _vote(N: int, D: int, side: int, C: int, channels_last: bool) -> tuple:
-        """Tensors to keep, results, fields of the call."""
         zeros = functools.partial(torch.zeros, device="cuda")
         features = torch.randn(N, D, side, side, device="cuda").bfloat16()
         if channels_last:
@@ -288,16 +269,9 @@ def table(kind: str, rows: list[dict]) -> str:
     return "\n".join(lines + [f"! {r['variant']}, {r['case']}: {r['wrong']}" for r in wrong])
 
 
-def build(
-    kinds: list[str], parts: list[str], arch: str, jobs: int
-) -> tuple[dict[str, dict[str, Path]], bool]:
-    """Libraries by kind and variant, the kernels as they are always among them; whether all compile."""
-    wanted = [
-        (kind, v)
-        for kind in kinds
-        for v in VARIANTS[kind]
-        if v is AS_IT_IS or not parts or any(part in v.name for part in parts)
-    ]
+def build(kinds: list[str], arch: str, jobs: int) -> tuple[dict[str, dict[str, Path]], bool]:
+    """Libraries by kind and variant; whether all compile."""
+    wanted = [(kind, v) for kind in kinds for v in VARIANTS[kind]]
     with ThreadPoolExecutor(jobs) as pool:
         built = list(pool.map(lambda pair: compiled(*pair, arch), wanted))
     libraries: dict[str, dict[str, Path]] = {kind: {} for kind in kinds}
@@ -312,7 +286,6 @@ def build(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--variants", nargs="+", default=[], help="those whose names contain one of these")
     parser.add_argument("--arch", default="90a", help="as nvcc names it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
@@ -321,7 +294,7 @@ def main() -> int:
     if shutil.which("nvcc") is None or not (args.compile or torch.cuda.is_available()):
         print("tune needs nvcc, and a CUDA device (--compile does not)")
         return 2
-    libraries, right = build(args.only, args.variants, args.arch, args.jobs)
+    libraries, right = build(args.only, args.arch, args.jobs)
     if args.compile or not all(AS_IT_IS.name in found for found in libraries.values()):
         return 0 if right else 1
     sizes = {"loss": {f"{N} x {C}": (N, C) for N, C in LOSSES}, "vote": MAPS}

@@ -21,7 +21,7 @@ import nvcc_report  # noqa: E402
 DEAR = ("loss", "loss_general", "vote_mma_sm80")  # to compile
 
 
-@pytest.mark.skipif(nvcc_report.nvcc() is None, reason="no nvcc to compile the CUDA sources with")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc to compile the CUDA sources with")
 @pytest.mark.skipif(
     nvcc_report.tool("cuobjdump") is None, reason="no cuobjdump to look into the binaries with"
 )
@@ -31,7 +31,7 @@ DEAR = ("loss", "loss_general", "vote_mma_sm80")  # to compile
 )
 @pytest.mark.parametrize(
     "source",
-    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in DEAR)) for p in nvcc_report.sources()],
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in DEAR)) for p in nvcc_report.SOURCES],
 )
 def test_source_compiles_without_spills_and_with_16_byte_accesses(tmp_path, source, arch):
     cubin, error = nvcc_report.compile_one(source, arch, tmp_path)
@@ -51,7 +51,7 @@ def test_source_compiles_without_spills_and_with_16_byte_accesses(tmp_path, sour
 
 
 def test_no_source_is_left_out():
-    assert {path.stem for path in nvcc_report.sources()} >= {
+    assert {path.stem for path in nvcc_report.SOURCES} >= {
         "label",
         "loss",
         "loss_general",
@@ -62,7 +62,7 @@ def test_no_source_is_left_out():
 
 def cuda_include() -> Path | None:
     """The toolkit's headers."""
-    nvcc = nvcc_report.nvcc()
+    nvcc = shutil.which("nvcc")
     if nvcc is None:
         return None
     command = [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"]
