@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-# Tiny sizes, two rounds: walks through everything and measures nothing. Its records are never reported.
+# Tiny sizes, two rounds: everything runs, nothing is measured. Its records are never reported.
 TINY = os.environ.get("ZIPFLS_BENCH") == "tiny"
 
 # After so many seconds on a CPU comparisons take fewer rounds, so that a busy machine ends too.

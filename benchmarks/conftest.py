@@ -2,12 +2,10 @@
 
 A benchmark is one test per case and implementation: a file's CASES, each with ``where`` (its place in the
 records), ``names`` (what it compares) and ``run(records)``. The first test of a case takes all the samples,
-interleaved; each test then hands its own to pytest-benchmark through a timer that plays them back, and the
-records go to benchmarks/results/<device>.json. What has a record of this code on this device is skipped
-(ZIPFLS_BENCH_AGAIN=all measures it again).
+interleaved; each test then hands its own to pytest-benchmark through a timer that plays them back. A case
+with records of this code on this device is skipped, unless ZIPFLS_BENCH_AGAIN=all.
 
-Where an implementation ends the CUDA context, that is put on record, and the process starts itself anew: it
-goes on with what has no record, without that implementation.
+An implementation that ends the CUDA context is put on record, and the process restarts without it.
 """
 
 from __future__ import annotations

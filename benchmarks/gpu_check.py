@@ -199,7 +199,7 @@ class Check:
             lines.append(f"{name}: {words[c['ok']]}, {c['text']}{old}  ")
         if "build" not in self.checks:
             return "\n".join(lines) + "\n"
-        sys.path[:0] = [p for p in (str(ROOT), str(HERE)) if p not in sys.path]
+        sys.path += [str(ROOT)] * (str(ROOT) not in sys.path)
         import records
         import report
         import targets
@@ -274,9 +274,7 @@ def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def run_tests(
-    check: Check, name: str, backend: str, files: Iterable[str], workers: int, limit: float
-) -> None:
+def run_tests(check: Check, name: str, backend: str, files: Iterable[str], workers: int, limit: float):
     """Some files of the suite over one backend, each test with a time limit, in several processes."""
     paths = [f"tests/test_{f}.py" for f in files if f != "properties" or has("hypothesis")]
     command = [*check.python, "-m", "pytest", *paths, "--backend", backend, "-p", "no:cacheprovider"]
@@ -308,13 +306,11 @@ def suite(check: Check, backend: str) -> None:
         check.note(backend, None, "absent")
         return
     many = max(1, (os.cpu_count() or 1) - 2)
-    only_triton = ("triton",) if backend == "triton" else ()
-    groups = {f"{backend}, suite": ((*only_triton, *SUITE), many)}
-    if backend != "reference":
-        groups = {f"{backend}, GPU only": (ON_GPU, min(WORKERS_ON_GPU, many)), **groups}
-    groups = {name: group for name, group in groups.items() if not check.passed(name)}
+    groups = [(f"{backend}, GPU only", ON_GPU, min(WORKERS_ON_GPU, many))] * (backend != "reference")
+    groups += [(f"{backend}, suite", ("triton",) * (backend == "triton") + SUITE, many)]
+    groups = [group for group in groups if not check.passed(group[0])]
     end = time.monotonic() + check.share(backend)
-    for i, (name, (files, workers)) in enumerate(groups.items(), 1):
+    for i, (name, files, workers) in enumerate(groups, 1):
         left = end - time.monotonic()
         if left < LEAST:
             check.note(name, None, "no time left")
@@ -396,7 +392,7 @@ def bench(check: Check, part: str, file: str, *options: str) -> None:
 def tune(check: Check) -> None:
     """Launch constants in other values, and kernels with a stage left out: benchmarks/tune.py."""
     if check.dry or shutil.which("nvcc", path=check.environment()["PATH"]) is None:
-        check.note("tune", None, "absent: " + ("there is no GPU" if check.dry else "there is no nvcc"))
+        check.note("tune", None, f"absent: there is no {'GPU' if check.dry else 'nvcc'}")
         return
     command = [*check.python, str(HERE / "tune.py"), "--out", str(check.out / "tune.json")]
     status, output = check.run([*command, "--arch", architecture().replace(".", "")], check.share("tune"))
@@ -464,7 +460,7 @@ def main() -> int:
     parser.add_argument("--parts", default="", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--seconds", type=float, default=560, help="for all of it (default: 560)")
     parser.add_argument("--again", action="store_true", help="repeat what has passed")
-    parser.add_argument("--dry", action="store_true", help="walk through it on a CPU at tiny sizes")
+    parser.add_argument("--dry", action="store_true", help="run all of it on a CPU at tiny sizes")
     parser.add_argument("--exercise", metavar="BACKEND", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.exercise:

@@ -176,7 +176,7 @@ def test_steps_run_and_say_what_waits(monkeypatch):
 
 
 class DriftingClock:
-    """Plays a machine whose speed changes tenfold from round to round; each contestant has its own cost."""
+    """A machine whose speed changes tenfold from round to round; each implementation has its own cost."""
 
     name, least, most = "host", 1e-3, 200
 
@@ -388,7 +388,7 @@ def test_peak_memory_sees_what_a_call_takes(monkeypatch):
 RESULT = clock.Comparison({"x": [1.0, 2.0, 3.0]}, {"x": 1}, {"x": "calls"}, {"x": None})
 
 
-def test_a_book_replaces_only_what_ran_again(tmp_path):
+def test_records_replace_only_what_ran_again(tmp_path):
     path = tmp_path / "records.json"
     first = files.Records(path)
     first.add(files.Where("ceiling", {"dtype": "float32"}, "", "host"), RESULT, 8, 0)
@@ -449,7 +449,7 @@ def test_what_is_on_record_of_this_code_is_not_measured_again(tmp_path, monkeypa
 
 
 class BreakingClock(DriftingClock):
-    """A contestant of cost -1 ends the CUDA context."""
+    """An implementation of cost -1 ends the CUDA context."""
 
     def ready(self, entry):
         self.dead = self.costs[entry.name] < 0
@@ -460,15 +460,15 @@ class BreakingClock(DriftingClock):
             raise RuntimeError("an illegal memory access was encountered")
 
 
-def test_who_ends_the_context_is_on_record_and_left_out(tmp_path, monkeypatch):
+def test_an_implementation_that_ends_the_context_is_on_record_and_left_out(tmp_path, monkeypatch):
     timer = BreakingClock({"a": 0.1, "bad": -1.0})
     monkeypatch.setattr(clock, "synchronize", timer.synchronize)
     entries = [clock.Entry(name, [lambda: None]) for name in timer.costs]
     places = [files.Where("loss", {"N": N}, "both", "host") for N in range(4)]
     for place in places[:3]:
-        book = files.Records(tmp_path / "records.json")  # a new process each time
+        ours = files.Records(tmp_path / "records.json")  # a new process each time
         with pytest.raises(clock.ContextLost, match="bad: RuntimeError: cannot run here"):
-            book.compare(place, entries, timer, 8)
+            ours.compare(place, entries, timer, 8)
         timer.dead = False
         again = files.Records(tmp_path / "records.json")
         assert not again.measured(place, ["a", "bad"])
@@ -482,7 +482,7 @@ def test_who_ends_the_context_is_on_record_and_left_out(tmp_path, monkeypatch):
     assert [r["facts"]["lost"] for r in lost] == [True, True, True, False]
 
 
-def test_who_fails_in_the_middle_is_out(monkeypatch):
+def test_an_implementation_that_fails_between_rounds_is_out(monkeypatch):
     monkeypatch.setattr(clock, "TINY", False)
 
     class Clock(DriftingClock):
@@ -580,7 +580,7 @@ def test_readme_and_pictures_follow_from_the_records():
 
 
 def made_up(kind: str, time: float = 1e-3, copy_time: float = 1e-3, how: str = "") -> list[dict]:
-    """Records of every case there is for a kind of device, each contestant taking the same ``time``."""
+    """Records of every case there is for a kind of device, each implementation taking the same ``time``."""
     env = dict.fromkeys(ENVIRONMENT, "")
     env |= {"kind": kind, "device": "made up", "threads": 1, "others": 0.0, "tiny": False, "dirty": False}
     env["backends"] = ["cuda", "triton", "reference"] if kind == "cuda" else ["cpu", "reference"]
@@ -792,7 +792,7 @@ def test_blocks_of_a_gpu_show_both_backends():
         )
         for start in ("| logits | dtype", "| 8192 x 10000 |")
     )
-    for peer in bench_loss.COMPILED:  # from a race of their own
+    for peer in bench_loss.COMPILED:  # from a comparison of their own
         assert row[head.index(report.LOSS_PEERS[peer])] == "1.00"
 
 

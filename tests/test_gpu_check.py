@@ -143,7 +143,7 @@ def test_outcomes_of_pytest_itself(tmp_path, workers):
 HANGS = f"print({PYTEST_OUTPUT!r}, flush=True); time.sleep(60)"
 
 
-def test_what_hangs_loses_nothing_and_nobody_s_time(tmp_path, monkeypatch):
+def test_what_hangs_keeps_its_output_and_its_limit(tmp_path, monkeypatch):
     """Each group of tests has its limit; what it printed before counts; the next group has its turn."""
     monkeypatch.setattr(gpu_check, "LEAST", 1)
     check = make_check(tmp_path, HANGS, seconds=gpu_check.SPARE + 4)
