@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py [--only loss vote] [--out tune.json]
 
-A variant is a few replacements in the text of csrc/cuda. Each is compiled into a library without torch,
+A variant is a replacement in the text of csrc/cuda. Each is compiled into a library without torch,
 called through ctypes on the same inputs, compared with the results of the unchanged kernels and timed
 interleaved with them: a table of times over theirs, to choose the constants in tuning.h from. Where a stage
 is left out, results are wrong on purpose: the difference in time is the cost of the stage.
@@ -39,20 +39,18 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """Replacements (file, what stands there once, what instead)."""
+    """A replacement of text that stands once in a file of csrc/cuda; without a file: none."""
 
     name: str
-    edits: tuple[tuple[str, str, str], ...] = ()
-    right: bool = True  # False: a stage is left out, and so are right results
-
-
-def swap(name: str, file: str, old: str, new: str, right: bool = True) -> Variant:
-    return Variant(name, ((file, old, new),), right)
+    file: str = ""
+    old: str = ""
+    new: str = ""
+    right: bool = True  # False: a stage is left out, so results are wrong
 
 
 def constants(name: str, old: str, *values: str) -> list[Variant]:
     """A constant of tuning.h in other values."""
-    return [swap(f"{name} {new}", "tuning.h", f"{name} = {old}", f"{name} = {new}") for new in values]
+    return [Variant(f"{name} {new}", "tuning.h", f"{name} = {old}", f"{name} = {new}") for new in values]
 
 
 AS_IT_IS = Variant("as it is")
@@ -66,7 +64,7 @@ VARIANTS = {
     "loss": (
         AS_IT_IS,
         *constants("kHeldVectors", "4", "2"),
-        swap("kSmallResident 4", "tuning.h", RESIDENT + "5", RESIDENT + "4"),
+        Variant("kSmallResident 4", "tuning.h", RESIDENT + "5", RESIDENT + "4"),
         *constants("kSmallBlock", "128", "256"),
         *constants("kWideBlock", "320", "256", "512"),
         *constants("kLongBlock", "512", "256", "1024"),
@@ -75,8 +73,8 @@ VARIANTS = {
         *constants("kFullDeviceVectors", "4", "2"),
         *constants("kIdleDeviceVectors", "1", "2", "4"),
         *constants("kVotesPerThread", "4", "1"),
-        swap("plain loads", "ptx.cuh", STREAMED, "*static_cast<const uint4*>(at)"),
-        swap("stores first to leave L2", "ptx.cuh", STORED, STORED.replace("__stcg", "__stcs")),
+        Variant("plain loads", "ptx.cuh", STREAMED, "*static_cast<const uint4*>(at)"),
+        Variant("stores first to leave L2", "ptx.cuh", STORED, STORED.replace("__stcg", "__stcs")),
     ),
     "vote": (
         AS_IT_IS,
@@ -86,10 +84,10 @@ VARIANTS = {
         *constants("kNarrowPenalty", "1.35", "0.5"),  # 128 x 128 tiles wherever wgmma serves
         *constants("kMinWgmmaTiles", "33", "1 << 30"),  # mma.sync everywhere
         *constants("kPackBytes", "int64_t{64} << 20", "int64_t{32} << 20", "int64_t{18} << 20"),
-        swap("promotion to 128 bytes", "vote_wgmma_sm90.cu", "PROMOTION_L2_256B", "PROMOTION_L2_128B"),
-        swap("without argmax", "vote_wgmma_sm90.cuh", BEST + " rows)", ANY, right=False),
-        swap("without combine", "vote_wgmma_sm90.cuh", COMBINED, "", right=False),
-        swap("without packing", "vote.cu", PACKED, "    cudaError_t error = cudaSuccess;", right=False),
+        Variant("promotion to 128 bytes", "vote_wgmma_sm90.cu", "PROMOTION_L2_256B", "PROMOTION_L2_128B"),
+        Variant("without argmax", "vote_wgmma_sm90.cuh", BEST + " rows)", ANY, right=False),
+        Variant("without combine", "vote_wgmma_sm90.cuh", COMBINED, "", right=False),
+        Variant("without packing", "vote.cu", PACKED, "    cudaError_t error = cudaSuccess;", right=False),
     ),
 }
 
@@ -116,12 +114,15 @@ def call_bytes(kind: str) -> int:
 
 
 def varied(kernels: Path, variant: Variant) -> None:
-    """Makes the replacements in a copy of csrc/cuda."""
-    for file, old, new in variant.edits:
-        text = (kernels / file).read_text()
-        if text.count(old) != 1:
-            raise ValueError(f"{variant.name}: {file} has {text.count(old)} times {old!r}")
-        (kernels / file).write_text(text.replace(old, new))
+    """Makes the replacement in a copy of csrc/cuda."""
+    if variant.file:
+        file = kernels / variant.file
+        text = file.read_text()
+        if text.count(variant.old) != 1:
+            raise ValueError(
+                f"{variant.name}: {file.name} has {text.count(variant.old)} times {variant.old!r}"
+            )
+        file.write_text(text.replace(variant.old, variant.new))
 
 
 def command(kind: str, arch: str, kernels: Path) -> list[str]:
