@@ -42,9 +42,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from zipfls_cuda import triton_kernels
-from zipfls_cuda.triton_kernels import launching
+from zipfls_cuda.triton_kernels import launch_cache
 from zipfls_cuda.triton_kernels import loss as loss_file
-from zipfls_cuda.triton_kernels import soft_loss as soft_file
 from zipfls_cuda.triton_kernels import vote as vote_file
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # architecture -> bytes a program may have
@@ -95,19 +94,18 @@ def compiled_launches(call: Callable[[], object], arch: int) -> list[tuple[str, 
         launches.append((self.__name__, kernel))
         return kernel
 
-    launching.plans.clear()  # what was compiled for another architecture
+    launch_cache.plan_cache.clear()  # what was compiled for another architecture
     triton.runtime.driver.set_active(driver(arch))  # stays: a machine without a GPU has none to go back to
     triton.JITFunction.run, vote_file._device = compile_only, lambda x: (arch, MULTIPROCESSORS)
     try:
         call()
     finally:
         triton.JITFunction.run, vote_file._device = run, device
-        launching.plans.clear()
+        launch_cache.plan_cache.clear()
     return launches
 
 
-FORWARD = ("loss_fwd_kernel", "loss_fwd_long_kernel")
-SOFT = ("soft_loss_fwd_kernel", "soft_loss_fwd_long_kernel")
+FORWARD = ("loss_fwd_kernel",)
 VOTE = ("vote_fwd_kernel", "vote_upsample_kernel")
 
 
@@ -155,7 +153,7 @@ def loss_case(
         )
 
     name = f"{'soft' if soft else 'loss'} {N}x{C} {NAMES[dtype]} P={P} {label}".rstrip()
-    return Case(name, call, kernels or (SOFT if soft else FORWARD), quick=quick)
+    return Case(name, call, kernels or FORWARD, quick=quick)
 
 
 def vote_case(
@@ -197,7 +195,7 @@ def cases() -> list[Case]:
 def loss_cases(soft: bool) -> Iterator[Case]:
     """Rows of every length, held in registers or read twice; every type and option."""
     case = functools.partial(loss_case, soft=soft)
-    longest = soft_file.LONGEST_ROW if soft else loss_file.LONGEST_ROW
+    longest = loss_file.LONGEST_SOFT_ROW if soft else loss_file.LONGEST_ROW
     for C, (R, _) in loss_file.ROW_TILES.items():
         for dtype in (BF16, FP32) if longest >= C else ():
             yield case(loss_file.FEW_ROWS, C, dtype)
@@ -225,8 +223,7 @@ def loss_cases(soft: bool) -> Iterator[Case]:
         yield case(256, C, label="dense everything", dense=True, **everything)
     yield case(256, 1000, label="no gradient", with_grad=False)
     for C in (100, 1000, 21841):
-        kernel = "soft_correct_kernel" if soft else "correct_kernel"
-        yield case(256, C, label="correct", only_correct=True, kernels=(kernel,))
+        yield case(256, C, label="correct", only_correct=True, kernels=("correct_kernel",))
 
 
 def hard_cases() -> Iterator[Case]:
@@ -279,7 +276,7 @@ def vote_cases() -> Iterator[Case]:
         yield vote_case(resnet50, 1000, dtype, label)
     yield vote_case((4, 512, 7, 7), 100, FP32, "TF32")
     for dtype in (BF16, FP64):
-        yield vote_case(resnet50, 1000, dtype, "fold", kernels=("vote_fold_kernel",))
+        yield vote_case(resnet50, 1000, dtype, "combine", kernels=("vote_combine_kernel",))
     for dtype in (BF16, FP32, FP64):
         yield vote_case((128, 512, 4, 4), 100, dtype, "upsampled", upsample=2)
 

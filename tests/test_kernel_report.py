@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import kernel_report  # noqa: E402
 import nvcc_report  # noqa: E402
 
-from zipfls_cuda.triton_kernels import launching, loss, soft_loss, vote  # noqa: E402
+from zipfls_cuda.triton_kernels import launch_cache, loss, vote  # noqa: E402
 
 compiles = pytest.mark.skipif(
     nvcc_report.tool("cuobjdump") is None, reason="no cuobjdump to look into the binaries with"
@@ -47,11 +47,11 @@ def test_quick_report_is_clean():
     rows = [row.split() for row in done.stdout.splitlines() if re.match(r"\w+_kernel ", row)]
     quick = [case for case in kernel_report.cases() if case.quick]
     assert len(rows) == 3 * len(quick)
-    assert {row[0] for row in rows} >= {"vote_fwd_kernel", *kernel_report.FORWARD, *kernel_report.SOFT}
+    assert {row[0] for row in rows} >= {"vote_fwd_kernel", *kernel_report.FORWARD}
     for row in rows:
         tensor, wide = row[-2], int(row[-4].split("/")[0])
         assert (tensor == "-") == (not row[0].startswith("vote_fwd")), row
-        if row[0].startswith(("loss_fwd", "loss_bwd", "soft_loss")):
+        if row[0].startswith(("loss_fwd", "loss_bwd")):
             assert wide >= 2, row
 
 
@@ -113,14 +113,15 @@ def test_report_fails_where_a_kernel_does_not_compile(monkeypatch, capsys):
 
 def test_report_reaches_every_configuration(monkeypatch):
     """The calls of the cases lead to each entry of the tuning tables."""
-    products, tiles = set(), {loss.loss_fwd_kernel: set(), soft_loss.soft_loss_fwd_kernel: set()}
-    tiles |= {loss.loss_fwd_long_kernel: set(), soft_loss.soft_loss_fwd_long_kernel: set()}
+    products, held, streamed = set(), set(), set()
     for module in (loss, vote):
         monkeypatch.setattr(module, "INTERPRET", False)
 
     def launch(self, *args):
-        if self.kernel in tiles:
-            tiles[self.kernel].add((args[-1], args[-2], self.warps))
+        if self.kernel is loss.loss_fwd_kernel:
+            *_, is_held, R, B = args
+            soft = args[loss.loss_fwd_kernel.arg_names.index("SOFT")]
+            (held if is_held else streamed).add((soft, B, R, self.warps))
 
     def product(*args):
         products.add(args[7])
@@ -128,30 +129,31 @@ def test_report_reaches_every_configuration(monkeypatch):
 
     real_product = vote._product
     monkeypatch.setattr(vote, "_product", product)
-    monkeypatch.setattr(launching.Launch, "__call__", launch)
-    launching.plans.clear()
+    monkeypatch.setattr(launch_cache.Launch, "__call__", launch)
+    launch_cache.plan_cache.clear()
     for case in kernel_report.cases():
-        if {"loss_fwd_kernel", "soft_loss_fwd_kernel"} & {*case.kernels} and "everything" not in case.name:
+        if "loss_fwd_kernel" in case.kernels and "everything" not in case.name:
             case.call()
         if "vote_fwd_kernel" in case.kernels and not re.search("NCHW|upsampled", case.name):
             for arch in kernel_report.ARCHITECTURES:
                 monkeypatch.setattr(vote, "_device", lambda x, arch=arch: (arch, 132))
-                launching.plans.clear()
+                launch_cache.plan_cache.clear()
                 case.call()
     assert products >= {config for table in vote.TUNING.values() for _, config in table.values()}
     assert products >= {vote.EXACT, vote.FLOAT64}
     short = {(B, *tile) for B, tile in [*loss.ROW_TILES.items(), *loss.FEW_ROW_TILES.items()]}
-    assert tiles[loss.loss_fwd_kernel] >= short
-    soft = {(B, R, max(warps, 4)) for B, R, warps in short if B <= soft_loss.LONGEST_ROW}
-    assert tiles[soft_loss.soft_loss_fwd_kernel] >= soft
-    for kernel, V, (elements, warps) in (
-        (loss.loss_fwd_long_kernel, 8, loss.LONG_TILES[0][1]),
-        (loss.loss_fwd_long_kernel, 8, loss.LONG_TILES[1][1]),
-        (soft_loss.soft_loss_fwd_long_kernel, 8, soft_loss.LONG_TILE),
-        (soft_loss.soft_loss_fwd_long_kernel, 8, soft_loss.LONG_TILE_DENSE),
+    assert held >= {(False, *tile) for tile in short}
+    soft = {(B, R, 4 if warps == 2 else warps) for B, R, warps in short if B <= loss.LONGEST_SOFT_ROW}
+    assert held >= {(True, *tile) for tile in soft}
+    for soft, (B, warps) in (
+        (False, loss.LONG_TILES[0][1]),
+        (False, loss.LONG_TILES[1][1]),
+        (False, loss.LONG_TILE_DENSE),
+        (True, loss.LONG_SOFT_TILE),
+        (True, loss.LONG_SOFT_TILE_DENSE),
     ):
-        assert (elements // V, warps) in {(L, warps) for L, _, warps in tiles[kernel]}
-    launching.plans.clear()
+        assert (soft, B, 1, warps) in streamed
+    launch_cache.plan_cache.clear()
 
 
 @compiles

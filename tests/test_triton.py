@@ -18,9 +18,8 @@ pytest.importorskip("triton")
 
 from zipfls_cuda import reference, triton_kernels
 from zipfls_cuda.triton_kernels import label as label_file
-from zipfls_cuda.triton_kernels import launching, loss_mean
+from zipfls_cuda.triton_kernels import launch_cache, loss_reduce
 from zipfls_cuda.triton_kernels import loss as loss_file
-from zipfls_cuda.triton_kernels import soft_loss as soft_file
 from zipfls_cuda.triton_kernels import vote as vote_file
 
 if not vote_file.INTERPRET and not torch.cuda.is_available():
@@ -114,21 +113,22 @@ def test_views_reach_the_device_as_they_are():
 @pytest.fixture(autouse=True)
 def _forgotten_plans():
     """Tests change the tables that plans are made from."""
-    launching.plans.clear()
+    launch_cache.plan_cache.clear()
     yield
-    launching.plans.clear()
+    launch_cache.plan_cache.clear()
 
 
 SHORT = {
     "LONGEST_ROW": 32,
     "LONG_TILES": ((32, (32, 4)), (INF, (32, 4))),
-}  # from 33 classes long, 32 at a time
+    "LONG_TILE_DENSE": (32, 4),
+}  # from 33 classes streamed, 32 at a time
 
 
-@pytest.fixture(params=["registers", "long"])
+@pytest.fixture(params=["held", "streamed"])
 def row_kernel(request, monkeypatch):
-    """Both loss kernels, on the same rows."""
-    if request.param == "long":
+    """Held and streamed, the same rows."""
+    if request.param == "streamed":
         for name, value in SHORT.items():
             monkeypatch.setattr(loss_file, name, value)
 
@@ -161,7 +161,7 @@ def test_loss_options(row_kernel, options):
 @pytest.mark.parametrize("R", [1, 8])
 @pytest.mark.parametrize("N", [1, 5, 13])
 def test_loss_several_rows_per_program(monkeypatch, N, R):
-    """R rows at once, groups of rows walked through, and partial sums folded."""
+    """R rows at once, groups of rows walked through, and partial sums combined."""
     monkeypatch.setattr(loss_file, "INTERPRET", False)
     monkeypatch.setattr(loss_file, "FEW_ROWS", 0 if R == 8 else 99)
     monkeypatch.setattr(loss_file, "PROGRAMS", 2)
@@ -171,8 +171,8 @@ def test_loss_several_rows_per_program(monkeypatch, N, R):
 
 @pytest.mark.parametrize("weight", [False, True])
 def test_loss_totals_from_partial_sums(monkeypatch, weight):
-    monkeypatch.setattr(loss_mean, "SCAN_ROWS", 2)
-    monkeypatch.setattr(loss_mean, "CORRECT_PROGRAMS", 2)
+    monkeypatch.setattr(loss_reduce, "SCAN_ROWS", 2)
+    monkeypatch.setattr(loss_reduce, "CORRECT_PROGRAMS", 2)
     assert_same(loss_args(6, 20, dtype=torch.float64, weight=weight, only_correct=True))
 
 
@@ -302,13 +302,13 @@ def assert_same_soft(args):
         )
 
 
-@pytest.fixture(params=["registers", "long"])
+@pytest.fixture(params=["held", "streamed"])
 def soft_kernel(request, monkeypatch):
-    """Both kernels for soft targets, on the same rows."""
-    if request.param == "long":
-        monkeypatch.setattr(soft_file, "LONGEST_ROW", 32)
-        for name in ("LONG_TILE", "LONG_TILE_DENSE"):
-            monkeypatch.setattr(soft_file, name, (32, 4))
+    """Held and streamed, the same rows beside a target of probabilities."""
+    if request.param == "streamed":
+        monkeypatch.setattr(loss_file, "LONGEST_SOFT_ROW", 32)
+        for name in ("LONG_SOFT_TILE", "LONG_SOFT_TILE_DENSE"):
+            monkeypatch.setattr(loss_file, name, (32, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -380,7 +380,7 @@ def test_soft_several_rows_per_program(monkeypatch, R):
     monkeypatch.setattr(loss_file, "INTERPRET", False)
     monkeypatch.setattr(loss_file, "FEW_ROWS", 0 if R == 8 else 99)
     monkeypatch.setattr(loss_file, "PROGRAMS", 2)
-    monkeypatch.setattr(loss_mean, "CORRECT_PROGRAMS", 2)
+    monkeypatch.setattr(loss_reduce, "CORRECT_PROGRAMS", 2)
     for N in (1, 13):
         assert_same_soft(soft_args(N, 10, dtype=torch.float64, only_correct=True))
 
@@ -395,7 +395,7 @@ def test_soft_only_correct_beyond_a_tile():
     z[6, 7] = -INF
     t[7] = -INF
     expected = reference.is_correct(z, reference._argmax_lowest(t).long().clamp(min=0))
-    correct, number = loss_mean.soft_correct_samples(z.to(DEVICE), t.to(DEVICE))
+    correct, number = loss_reduce.correct_samples(z.to(DEVICE), t.to(DEVICE), -100)
     assert correct.tolist() == expected.int().tolist()
     assert number.item() == expected.sum()
     assert 0 < number.item() < 8
@@ -440,8 +440,8 @@ def test_soft_vote_out_of_range_poisons_its_row_alone(soft_kernel):
 def assert_in_place_is_the_same(args, *, aligned=True):
     """loss_grad_ writes over the logits what loss_fwd writes beside them.
 
-    Bit for bit, but where logits are not ``aligned`` and the gradient beside them is: two kernels then, that
-    add in different orders.
+    Bit for bit, but where logits are not ``aligned`` and the gradient beside them is: their sums then differ
+    in order.
     """
     grad, grad_scale = triton_kernels.loss_fwd(*args)[3:]
     logits = placed(args[0])
@@ -528,7 +528,7 @@ def test_loss_is_repeatable_and_leaves_its_counter_at_zero(monkeypatch):
     args = loss_args(9, 50, 300)
     first, second = triton_kernels.loss_fwd(*args), triton_kernels.loss_fwd(*args)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
-    assert all(counter.item() == 0 for _, counter in loss_mean._workspaces.values())
+    assert all(counter.item() == 0 for _, counter in loss_reduce._workspaces.values())
 
 
 # Backward --------------------------------------------------------------------------------------------
@@ -731,12 +731,12 @@ class NoWaiting(TorchDispatchMode):
 def test_launchers_never_wait_for_the_device(monkeypatch):
     launched = []
     monkeypatch.setattr(
-        launching.Launch, "__call__", lambda self, *args: launched.append(self.kernel.__name__)
+        launch_cache.Launch, "__call__", lambda self, *args: launched.append(self.kernel.__name__)
     )
     empty = partial(torch.empty, device=DEVICE)
     grad, votes = empty(3, 40), torch.zeros(3, 300, dtype=torch.int32, device=DEVICE)
     target, mass = torch.zeros(3, dtype=torch.int64, device=DEVICE), table(41).to(DEVICE)
-    features, weight = empty(3, 16, 4, 4), empty(600, 16)  # several tiles of classes, to be folded
+    features, weight = empty(3, 16, 4, 4), empty(600, 16)  # several tiles of classes, to be combined
     with NoWaiting():
         for C, N in ((40, 3), (5000, 2000)):
             for options in ({"only_correct": True, "weight": True}, {"P": None}, {"reduction": "none"}):
@@ -749,8 +749,8 @@ def test_launchers_never_wait_for_the_device(monkeypatch):
         triton_kernels.label_fwd(target, votes, mass, 40, -100)
         for upsample in (1, 2):
             triton_kernels.vote_fwd(features, weight, None, upsample)
-    kernels = "correct logits_mass loss_bwd loss_bwd_rows loss_fwd loss_fwd_long rank_fwd label_fwd totals "
-    kernels += "soft_correct soft_loss_fwd soft_loss_fwd_long transpose vote_fold vote_fwd vote_upsample"
+    kernels = "correct logits_mass loss_bwd loss_bwd_rows loss_fwd rank_fwd label_fwd totals transpose "
+    kernels += "vote_combine vote_fwd vote_upsample"
     assert set(launched) == {f"{kernel}_kernel" for kernel in kernels.split()}
 
 
@@ -779,7 +779,7 @@ def no_driver(monkeypatch):
     class Driver:
         active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda d: f"stream of {d}")
 
-    monkeypatch.setattr(launching, "driver", Driver)
+    monkeypatch.setattr(launch_cache, "driver", Driver)
 
 
 def test_launch_remembers_binaries_by_all_that_decides(no_driver):
@@ -790,7 +790,7 @@ def test_launch_remembers_binaries_by_all_that_decides(no_driver):
     calls = [(x, 7, 0.5, True), (x[4:], 7, 0.25, True)]
     calls += [(x[1:], 7, 0.5, True), (x.half(), 7, 0.5, True), (x, 8, 0.5, True), (x, 7, 0.5, False)]
     for args in calls:
-        launching.launch(kernel, (2, 1, 1), args, args[:1], 4)
+        launch_cache.launch(kernel, (2, 1, 1), args, args[:1], 4)
     assert [args[1:] for args in compiled] == [args[1:] for args in calls[:1] + calls[2:]]
     assert [(how, grid, args[2]) for how, grid, args in launched] == [
         (("stream of 3", "function", "metadata"), (2, 1, 1), 0.25)
@@ -802,14 +802,14 @@ def test_partial_sums_are_kept_apart_by_their_type():
     target = torch.zeros(3000, dtype=torch.int64, device=DEVICE)
     correct = torch.ones(3000, dtype=torch.int32, device=DEVICE)
     for dtype in (torch.float32, torch.float64):
-        known = set(launching.plans)
-        totals = loss_mean.partial_totals(target, correct, None, 7, -100, True, dtype)
+        known = set(launch_cache.plan_cache)
+        totals = loss_reduce.partial_totals(target, correct, None, 7, -100, True, dtype)
         assert totals.sum(1).tolist() == [3000.0] * 3
-        assert set(launching.plans) - known, "launched from the other's plan"
+        assert set(launch_cache.plan_cache) - known, "launched from the other's plan"
 
 
 def test_templates_hold_no_memory():
-    x = launching.template((3, 4), torch.float64, torch.device("cpu"))
+    x = launch_cache.template((3, 4), torch.float64, torch.device("cpu"))
     assert x.untyped_storage().nbytes() == 0
     like = torch.empty_like(x, memory_format=torch.contiguous_format)
     assert like.shape == (3, 4)
@@ -820,28 +820,28 @@ def test_templates_hold_no_memory():
 def test_plans_are_kept_apart_by_alignment():
     x = torch.empty(5, 8)
     unaligned = torch.empty(41)[1:].view(5, 8)
-    assert launching.described(x) == launching.described(torch.empty(5, 8))
-    assert launching.described(x) != launching.described(unaligned)
+    assert launch_cache.signature(x) == launch_cache.signature(torch.empty(5, 8))
+    assert launch_cache.signature(x) != launch_cache.signature(unaligned)
 
 
 def test_launch_under_a_profiler_takes_tritons_own_path(no_driver, monkeypatch):
     launched = []
-    launch = launching.Launch(OnGrid(lambda grid, *args, **options: Binary(launched)), (2, 1, 1), 4)
+    launch = launch_cache.Launch(OnGrid(lambda grid, *args, **options: Binary(launched)), (2, 1, 1), 4)
     launch(1)
 
     def hook(metadata):
         pass
 
-    for chain in (launching.knobs.runtime.launch_enter_hook, launching.knobs.runtime.launch_exit_hook):
+    for chain in (launch_cache.knobs.runtime.launch_enter_hook, launch_cache.knobs.runtime.launch_exit_hook):
         chain.add(hook)
         try:
             launch(2)
         finally:
             chain.remove(hook)
     for name in ("launch_enter_hook", "launch_exit_hook"):  # a plain function, or none
-        monkeypatch.setattr(launching.knobs.runtime, name, hook)
+        monkeypatch.setattr(launch_cache.knobs.runtime, name, hook)
         launch(3)
-        monkeypatch.setattr(launching.knobs.runtime, name, None)
+        monkeypatch.setattr(launch_cache.knobs.runtime, name, None)
     launch(4)
     assert [how for how, _, _ in launched] == ["watched"] * 4 + [("stream of 3", "function", "metadata")]
 
@@ -877,4 +877,4 @@ def test_plans_are_kept_apart_by_all_that_decides(soft):
             args[1][1] = 3
             check(args)
             check((*args[:9], 3, *args[10:]))  # another ignore_index
-    assert len(launching.plans) > len(other)
+    assert len(launch_cache.plan_cache) > len(other)

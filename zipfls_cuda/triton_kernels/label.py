@@ -17,9 +17,6 @@ a_k with a_k the number of classes that have k votes (each of them shows up k ti
 with k votes is 1 + sum_{j>k} a_j. Sums over voted classes become sums over votes weighted 1/n_i, so which of
 several equal votes stands for its class never matters, nor the order of atomics: bitwise the same on every
 run.
-
-Never run on a GPU so far: compiled ahead of time for sm_80, sm_90 and sm_100, and run in Triton's
-interpreter.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import device_of, launch, neighbours
+from .launch_cache import device_of, launch, with_unit_stride
 
 INTERPRET: bool = triton.knobs.runtime.interpret  # whether kernels run in Triton's interpreter
 
@@ -201,9 +198,7 @@ def label_of_ranks(log_mass, table_length, exception, count, rank, K, rest):
     """
     dtype: tl.constexpr = log_mass.dtype.element_ty
     log_p = tl.load(log_mass + tl.minimum(rank, table_length) - 1, mask=exception, other=-float("inf"))
-    log_q = tl.load(
-        log_mass + tl.minimum(K, table_length - 1)
-    )  # of rank K + 1; unused where no class is left
+    log_q = tl.load(log_mass + tl.minimum(K, table_length - 1))  # of rank K + 1
     log_q = tl.where(rest > 0, log_q, -float("inf"))
     # Normalised by the largest mass, in log space: at alpha = 150 all but one underflow.
     top = tl.maximum(tl.max(log_p, 1), log_q)
@@ -239,7 +234,6 @@ def rank_fwd_kernel(
 
     Every class is first given the rank after the voted ones, then the voted ones are written over: two
     threads may write one address, so a barrier stands between (equal votes write equal values).
-    Never run on a GPU so far: compiled ahead of time and interpreted.
     """
     scratch += tl.program_id(0).to(tl.int64) * 5 * P2
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
@@ -282,7 +276,6 @@ def label_fwd_kernel(
     """Soft label of all classes. A row at a time; writes the row once and reads a dense one three times (L2).
 
     A barrier stands between the constant and the exceptions written over it, as in rank_fwd_kernel.
-    Never run on a GPU so far: compiled ahead of time and interpreted.
     """
     dtype: tl.constexpr = log_mass.dtype.element_ty
     scratch += tl.program_id(0).to(tl.int64) * 5 * P2
@@ -319,7 +312,7 @@ def label_fwd_kernel(
                 1, P2, PAIRWISE, PAIR_BLOCK,
             )  # fmt: skip
         bad |= bad_votes
-        spoilt = tl.where(ignored, 0.0, float("nan")).to(dtype)[:, None]
+        invalid_value = tl.where(ignored, 0.0, float("nan")).to(dtype)[:, None]
         for first in range(0, C, BLOCK):
             c = first + tl.arange(0, BLOCK).to(tl.int64)[None, :]
             if DENSE:
@@ -329,7 +322,7 @@ def label_fwd_kernel(
             else:
                 p = tl.exp(log_q)[:, None] + tl.zeros([1, BLOCK], dtype)
             p = tl.where(c == y[:, None], tl.zeros_like(p), p)
-            tl.store(label + start + c, tl.where((bad | ignored)[:, None], spoilt, p), mask=c < C)
+            tl.store(label + start + c, tl.where((bad | ignored)[:, None], invalid_value, p), mask=c < C)
         if not DENSE:
             tl.debug_barrier()
             tl.store(label + start + v, tl.exp(log_p), mask=(share > 0) & ~(bad | ignored)[:, None])
@@ -351,7 +344,7 @@ def logits_mass_kernel(
     """Log masses by the logits' ranks (Table 5): rank = 1 + #{m : z_m > z_c}, found in the sorted row.
 
     One block of classes of one row per program; reads and writes each class once, and searches the sorted row
-    (log2 C reads a class, from L1 and L2). Never run on a GPU so far: compiled ahead of time and interpreted.
+    (log2 C reads a class, from L1 and L2).
     """
     row = tl.program_id(1).to(tl.int64)
     c = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -420,7 +413,7 @@ def label_fwd(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int,
         return label
     dense = log_mass.dim() == 2
     if not dense:
-        log_mass = neighbours(log_mass)
+        log_mass = with_unit_stride(log_mass)
     P2, pairwise = vote_tile(P)
     BLOCK = min(2048, triton.next_power_of_2(num_classes))
     with device_of(label):

@@ -1,24 +1,21 @@
-"""Stage 4 on a GPU: votes in, loss and gradient out, one read and one write of the logits.
+"""Logits, target and votes in, losses and gradient out: one read and one write of the logits.
 
-Two kernels compute the same thing and share every formula:
+One kernel (loss_kernel.py) in two forms. A row of up to LONGEST_ROW classes (LONGEST_SOFT_ROW beside a target
+of probabilities, which is read whole) is held in registers between statistics and gradient. A longer row is
+streamed: read twice, the second time backwards, so that what was read last comes from L1 or L2. In L2, two
+rows per multiprocessor in flight are 34 of an H200's 50 MB at C = 65536 in bfloat16; beyond about 95000
+classes the front of a row is read from memory again.
 
-* ``loss_fwd_kernel`` keeps R rows of up to LONGEST_ROW classes in registers between statistics and gradient;
-* ``loss_fwd_long_kernel`` reads a longer row twice, the second time backwards, so that what was read last
-  comes from L1 or L2. In L2, two rows per multiprocessor in flight are 34 of an H200's 50 MB at C = 65536 in
-  bfloat16; beyond about 95000 classes the front of a row is read from memory again.
-
-With m = max_{c != y} z_c, s = sum_{c != y} exp(z_c - m) and t = sum_{c != y} (z_c - m), the target left out
-of all three, a label that is q everywhere but at the voted classes gives
+S are the classes that the label is over: all but y, or those of the row's least probability (docs/MATH.md,
+"Soft targets"). With m = max_S z_c, s = sum_S exp(z_c - m) and t = sum_S (z_c - m), a label that is q
+everywhere in S but at the voted classes gives
 
     L_zipf  = sum p log p - (q t + sum_voted (p_c - q)(z_c - m)) + log s
-    dz_c    = exp(z_c - m) K1 - K2,   K1 = a / (Z e^-m) + lambda / s,   K2 = lambda q   for other c != y
+    dz_c    = exp(z_c - m) K1 - K2,   K1 = a / (Z e^-m) + lambda / s,   K2 = lambda q   for other c in S
 
 so one exponential and one multiply-add per element give the gradient, and at most P + 1 classes differ.
 
-The means' denominators, and the fold of the losses, are in loss_mean.py.
-
-Never run on a GPU so far: compiled ahead of time for sm_80, sm_90 and sm_100, and run in Triton's
-interpreter.
+The means' denominators, and the sum of the losses, are in loss_reduce.py.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import loss_mean
+from . import loss_reduce
 from .label import (
     HASHING_PROGRAMS,
     INTERPRET,
@@ -39,25 +36,27 @@ from .label import (
     vote_scratch,
     vote_tile,
 )
-from .launching import Launch, described, device_of, neighbours, plans, remembered, template
+from .launch_cache import Launch, device_of, plan_cache, signature, store_plan, template, with_unit_stride
 from .loss_bwd import loss_bwd, loss_bwd_
-from .loss_long import loss_fwd_long_kernel
-from .loss_rows import loss_fwd_kernel
+from .loss_kernel import loss_fwd_kernel
 
 __all__ = ["loss_bwd", "loss_bwd_", "loss_fwd", "loss_grad_"]
 
 # Tuning ----------------------------------------------------------------------------------------------
 #
-# Chosen from the compiled code (make kernel-report: no spills, 16-byte accesses) and the model of time beside
-# it; no entry was measured on a GPU. That is Triton 3.9: 3.6 keeps a few masks of some kernels on the stack
-# (8 or 16 bytes a thread), not for want of registers.
+# Chosen from the compiled code of Triton 3.9 (make kernel-report: no spills, 16-byte accesses), not by
+# measurement. Triton 3.6 keeps a few masks of some kernels on the stack, 8 or 16 bytes a thread.
 
-LONGEST_ROW = 4096  # classes a program keeps in registers (float64: half): 16 float32 a thread at 8 warps
-PROGRAMS = loss_mean.MOST_PROGRAMS  # more rows than that are walked through
-# Up to so many classes -> (elements a step, warps) of a long row. A multiprocessor holds seven programs or
-# more of 4 warps, and its L1 most of their rows up to 30 KB; longer rows come again from L2, two at a time.
-# Beside a mass for every class the longer step spilled on sm_100 (make kernel-report).
+# Classes of a row that is held in registers (float64: half): 16 float32 a thread at 8 warps. Beside a target
+# of probabilities registers hold both.
+LONGEST_ROW, LONGEST_SOFT_ROW = 4096, 2048
+PROGRAMS = loss_reduce.MOST_PROGRAMS  # more rows than that are walked through
+# Up to so many classes -> (elements of a tile, warps) of a streamed row. A multiprocessor holds seven or more
+# programs of 4 warps, its L1 most of their rows up to 30 KB; longer rows come again from L2, two at a time.
+# Larger tiles spilled, beside a mass for every class and beside a target of probabilities.
 LONG_TILES = ((32768, (2048, 4)), (float("inf"), (4096, 8)))
+LONG_TILE_DENSE = (2048, 8)
+LONG_SOFT_TILE, LONG_SOFT_TILE_DENSE = (1024, 4), (512, 4)
 
 # Power-of-two row length -> (rows per program, warps).
 ROW_TILES = {
@@ -75,14 +74,18 @@ FEW_ROWS = 4096  # below, latency counts: a row per program, and more warps for 
 FEW_ROW_TILES = {16: (1, 2), 32: (1, 2), 64: (1, 2), 128: (1, 4), 256: (1, 4), 512: (1, 4), 1024: (1, 4)}
 
 
-def long_tile(C: int, itemsize: int, label: int) -> tuple[int, int]:
-    """(elements a step, warps) for a row read twice; ``label``: 2 beside a mass for every class."""
-    return next(tile for most, tile in LONG_TILES if most >= C or itemsize == 8 or label == 2)
+def longest_row(itemsize: int, soft: bool) -> int:
+    """Classes up to which a row is held in registers, which hold half as many float64."""
+    return (LONGEST_SOFT_ROW if soft else LONGEST_ROW) // (2 if itemsize == 8 else 1)
 
 
-def is_long(C: int, itemsize: int, longest: int) -> bool:
-    """Whether rows are read twice rather than kept in registers, which hold half as many float64."""
-    return (longest // 2 if itemsize == 8 else longest) < C
+def long_tile(C: int, itemsize: int, label: int, soft: bool) -> tuple[int, int]:
+    """(elements of a tile, warps) for a streamed row; ``label``: 2 beside a mass for every class."""
+    if soft:
+        return LONG_SOFT_TILE_DENSE if label == 2 else LONG_SOFT_TILE
+    if label == 2:
+        return LONG_TILE_DENSE
+    return next(tile for most, tile in LONG_TILES if most >= C or itemsize == 8)
 
 
 def row_tile(N: int, C: int, P2: int) -> tuple[int, int, int]:
@@ -101,9 +104,9 @@ def row_tile(N: int, C: int, P2: int) -> tuple[int, int, int]:
 class Rows(NamedTuple):
     """How rows are cut up over programs, and read."""
 
-    long: bool  # read twice
-    B: int  # elements in registers
-    R: int  # rows in registers
+    held: bool  # in registers
+    B: int  # elements of a tile's row
+    R: int  # rows of a tile
     warps: int
     P2: int
     pairwise: bool
@@ -115,21 +118,24 @@ class Rows(NamedTuple):
     stride: int  # distance of rows
 
 
-def cut_rows(logits: Tensor, P: int, label: int, longest: int, tile_of_long: tuple[int, int]) -> Rows:
-    """For logits with P votes a row; ``label``: 1 if votes rank; ``longest``: row kept in registers."""
+def cut_rows(logits: Tensor, P: int, label: int, soft: bool) -> Rows:
+    """For logits with P votes a row; ``label``: 1 if votes rank; ``soft``: a target of probabilities."""
     N, C = logits.shape
     itemsize = logits.element_size()
     P2, pairwise = vote_tile(P)
     hashed = label == 1 and not pairwise
-    long = is_long(C, itemsize, longest)
-    if long:
-        (B, warps), R = tile_of_long, 1
+    held = longest_row(itemsize, soft) >= C
+    if held:
+        B, R, warps = row_tile(N, C, P2)
+        if soft:  # 2 warps spilled at C = 16 on sm_90, 4 at C = 2048 beside masses on sm_80
+            warps = 8 if label == 2 and B == 2048 else 4 if warps == 2 else warps
+    else:
+        (B, warps), R = long_tile(C, itemsize, label, soft), 1
         if P2 > 2048:  # votes live in registers too
             warps = max(warps, 16)
-    else:
-        B, R, warps = row_tile(N, C, P2)
     groups = -(-N // R)
     steps = max(1, -(-groups // (HASHING_PROGRAMS if hashed else PROGRAMS)))
+    programs = max(1, -(-groups // steps))
     V, stride = 16 // itemsize, logits.stride(0)
     # Rows of logits and of the gradient are not aligned alike, or hardly longer than their edges.
     if ((stride - C) % V and N > 1) or (C < 4 * V and C % V):
@@ -137,9 +143,7 @@ def cut_rows(logits: Tensor, P: int, label: int, longest: int, tile_of_long: tup
     edges = C % V != 0 or (stride % V != 0 and N > 1)
     if not edges:
         stride = stride // V * V  # of a single row it may be anything
-    return Rows(
-        long, B, R, warps, P2, pairwise, hashed, steps, max(1, -(-groups // steps)), V, edges, stride
-    )  # fmt: skip
+    return Rows(held, B, R, warps, P2, pairwise, hashed, steps, programs, V, edges, stride)
 
 
 # Launchers -----------------------------------------------------------------------------------------
@@ -174,21 +178,24 @@ class Plan(NamedTuple):
         )
 
 
-def plan_of(
-    launch: Launch,
-    rows: Rows,
-    constants: tuple,
-    logits: Tensor,
-    dtype: torch.dtype,
-    reduction: str,
-    gradient: int,
-) -> Plan:
-    """With templates of the results, which hold no memory."""
+def _plan(
+    logits: Tensor, soft: bool, votes: Tensor | None, log_mass: Tensor, weighted: bool, ce_weight: float,
+    zipf_weight: float, label_smoothing: float, only_correct: bool, reduction: str, gradient: int,
+) -> Plan:  # fmt: skip
     N, C = logits.shape
-    device = logits.device
-    scaled = reduction == "mean" and gradient != NO_GRADIENT and logits.dtype == torch.float16
+    dtype, device = log_mass.dtype, logits.device
+    label = log_mass.dim() if zipf_weight != 0 else 0
+    rows = cut_rows(logits, 0 if votes is None else votes.shape[1], label, soft)
+    with_grad = gradient != NO_GRADIENT
+    scaled = reduction == "mean" and with_grad and logits.dtype == torch.float16
+    totals = 0 if reduction != "mean" else 3 if soft else 1 if N <= loss_reduce.SCAN_ROWS else 2
+    constants = (
+        soft, ce_weight != 0, label, votes is not None, weighted, label_smoothing > 0, only_correct,
+        REDUCTIONS[reduction], totals, scaled, with_grad,
+        rows.P2, rows.pairwise, PAIRWISE_BLOCK, rows.V, rows.edges, rows.held, rows.R, rows.B,
+    )  # fmt: skip
     return Plan(
-        launch,
+        Launch(loss_fwd_kernel, (rows.programs, 1, 1), rows.warps),
         rows,
         constants,
         template((N,) if reduction == "none" else (), dtype, device),
@@ -198,55 +205,22 @@ def plan_of(
     )
 
 
-def _plan(
-    logits: Tensor,
-    votes: Tensor | None,
-    log_mass: Tensor,
-    weighted: bool,
-    ce_weight: float,
-    zipf_weight: float,
-    label_smoothing: float,
-    only_correct: bool,
-    reduction: str,
-    gradient: int,
-) -> Plan:
-    N = logits.shape[0]
-    label = log_mass.dim() if zipf_weight != 0 else 0
-    P = 0 if votes is None else votes.shape[1]
-    tile = long_tile(logits.shape[1], logits.element_size(), label)
-    rows = cut_rows(logits, P, label, LONGEST_ROW, tile)
-    scaled = reduction == "mean" and gradient != NO_GRADIENT and logits.dtype == torch.float16
-    totals = 0 if reduction != "mean" else 1 if N <= loss_mean.SCAN_ROWS else 2
-    constants = (
-        ce_weight != 0, label, votes is not None, weighted, label_smoothing > 0,
-        only_correct, REDUCTIONS[reduction], totals, scaled, gradient != NO_GRADIENT,
-        rows.P2, rows.pairwise, PAIRWISE_BLOCK, rows.V, rows.edges,
-        *((rows.B // rows.V,) if rows.long else (rows.R, rows.B)),
-    )  # fmt: skip
-    kernel = loss_fwd_long_kernel if rows.long else loss_fwd_kernel
-    launch = Launch(kernel, (rows.programs, 1, 1), rows.warps)
-    return plan_of(launch, rows, constants, logits, log_mass.dtype, reduction, gradient)
-
-
 def _loss(
-    gradient: int,
-    logits: Tensor,
-    target: Tensor,
-    votes: Tensor | None,
-    log_mass: Tensor,
-    weight: Tensor | None,
-    ce_weight: float,
-    zipf_weight: float,
-    label_smoothing: float,
-    only_correct: bool,
-    ignore_index: int,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logits = neighbours(logits)
+    gradient: int, logits: Tensor, target: Tensor, votes: Tensor | None, log_mass: Tensor,
+    weight: Tensor | None, ce_weight: float, zipf_weight: float, label_smoothing: float, only_correct: bool,
+    ignore_index: int, reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits = with_unit_stride(logits)
+    soft = target.dim() == 2
+    if soft:
+        if target.stride(1) != 1 or (target.stride(0) - logits.stride(0)) % (16 // logits.element_size()):
+            target = target.contiguous()  # whose rows are aligned as the gradient's
+        only_correct = only_correct and zipf_weight != 0
+        ignore_index = 0
     if log_mass.dim() == 1:
-        log_mass = neighbours(log_mass)
+        log_mass = with_unit_stride(log_mass)
     if weight is not None:
-        weight = neighbours(weight)
+        weight = with_unit_stride(weight)
     if votes is None:
         votes_or_target, P, votes_stride_n, votes_stride_p = target, 0, 0, 0
         if zipf_weight != 0 and log_mass.dim() == 1:
@@ -257,13 +231,13 @@ def _loss(
     weight_or_mass = log_mass if weight is None else weight
     key = (
         "loss", gradient, ce_weight != 0, zipf_weight != 0, label_smoothing > 0, only_correct, ignore_index,
-        reduction, votes is None, weight is None, logits.device, described(logits), described(target),
-        described(votes_or_target), described(log_mass), described(weight_or_mass),
+        reduction, votes is None, weight is None, logits.device, signature(logits), signature(target),
+        signature(votes_or_target), signature(log_mass), signature(weight_or_mass),
     )  # fmt: skip
-    plan = plans.get(key) or remembered(
+    plan = plan_cache.get(key) or store_plan(
         key,
         _plan(
-            logits, votes, log_mass, weight is not None,
+            logits, soft, votes, log_mass, weight is not None,
             ce_weight, zipf_weight, label_smoothing, only_correct, reduction, gradient,
         ),
     )  # fmt: skip
@@ -273,23 +247,24 @@ def _loss(
     N, C = logits.shape
     rows = plan.rows
     correct = totals = log_mass  # never read unless set below
-    partials = 0
+    partials, target_stride = 0, target.stride(0)
     with device_of(logits):
         sums = counter = scratch = loss
-        if reduction == "mean":
-            if only_correct:
-                correct = loss_mean.correct_samples(logits, target, ignore_index)
-            if N > loss_mean.SCAN_ROWS:
-                totals = loss_mean.partial_totals(
-                    target, correct, weight, C, ignore_index, only_correct, log_mass.dtype
-                )
-                partials = totals.shape[1]
+        if only_correct and (soft or reduction == "mean"):
+            correct, totals = loss_reduce.correct_samples(logits, target, ignore_index)
+        if soft and not rows.edges:
+            target_stride = target_stride // rows.V * rows.V  # of a single row it may be anything
+        if not soft and reduction == "mean" and N > loss_reduce.SCAN_ROWS:
+            totals = loss_reduce.partial_totals(
+                target, correct, weight, C, ignore_index, only_correct, log_mass.dtype
+            )
+            partials = totals.shape[1]
         if reduction != "none":
-            sums, counter = loss_mean.workspace(logits, log_mass.dtype)
+            sums, counter = loss_reduce.workspace(logits, log_mass.dtype)
         if rows.hashed:
             scratch = vote_scratch(rows.programs, rows.P2, logits)
         plan.launch(
-            logits, rows.stride, target, target.stride(0), votes_or_target, votes_stride_n, votes_stride_p,
+            logits, rows.stride, target, target_stride, votes_or_target, votes_stride_n, votes_stride_p,
             log_mass, log_mass.shape[0], log_mass.stride(0), log_mass.stride(-1),
             weight_or_mass, correct, totals, partials,
             loss, ce, zipf, grad, grad_scale, sums, counter, scratch,
@@ -299,19 +274,10 @@ def _loss(
 
 
 def loss_fwd(
-    logits: Tensor,
-    target: Tensor,
-    votes: Tensor | None,
-    log_mass: Tensor,
-    weight: Tensor | None,
-    ce_weight: float,
-    zipf_weight: float,
-    label_smoothing: float,
-    only_correct: bool,
-    ignore_index: int,
-    reduction: str,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor, target: Tensor, votes: Tensor | None, log_mass: Tensor, weight: Tensor | None,
+    ce_weight: float, zipf_weight: float, label_smoothing: float, only_correct: bool, ignore_index: int,
+    reduction: str, with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See reference.loss_fwd; a row with a target or vote out of range becomes NaN."""
     return _loss(
         GRADIENT if with_grad else NO_GRADIENT, logits, target, votes, log_mass, weight,

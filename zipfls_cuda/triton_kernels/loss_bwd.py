@@ -1,8 +1,4 @@
-"""The upstream gradient: multiplied in on the device, at once where it is one.
-
-Never run on a GPU so far: compiled ahead of time for sm_80, sm_90 and sm_100, and run in Triton's
-interpreter.
-"""
+"""The upstream gradient: multiplied in on the device, at once where it is one."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import Launch, described, device_of, plans, remembered
+from .launch_cache import Launch, device_of, plan_cache, signature, store_plan
 from .loss_math import narrow
 
 BWD_BLOCK, BWD_PROGRAMS = 4096, 1056  # eight programs per multiprocessor walk through all elements
@@ -32,7 +28,7 @@ def loss_bwd_kernel(
     """out = grad * grad_loss * grad_scale; in place it ends at once where the product is one.
 
     A grid of few programs that walk through all blocks: ending at once is then nearly free. 2 itemsize bytes
-    an element otherwise. Never run on a GPU so far: compiled ahead of time and interpreted.
+    an element otherwise.
     """
     D: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
     scale = tl.load(grad_loss).to(D)
@@ -68,8 +64,6 @@ def loss_bwd_rows_kernel(
 ):
     """out = grad * grad_loss[:, None] * grad_scale, R rows a program; groups of rows scaled by one are left
     alone in place.
-
-    Never run on a GPU so far: compiled ahead of time and interpreted.
     """
     D: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -104,8 +98,8 @@ def _plan(grad: Tensor, grad_loss: Tensor, inplace: bool, scaled: bool) -> tuple
 def _scale(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor, out: Tensor) -> None:
     """out = grad * grad_loss * grad_scale; both (N, C) and contiguous, or the same tensor."""
     inplace, scaled = out is grad, grad_scale.numel() > 0
-    key = (inplace, scaled, grad.device, described(grad), described(grad_loss), described(grad_scale))
-    plan = plans.get(key) or remembered(key, _plan(grad, grad_loss, inplace, scaled))
+    key = (inplace, scaled, grad.device, signature(grad), signature(grad_loss), signature(grad_scale))
+    plan = plan_cache.get(key) or store_plan(key, _plan(grad, grad_loss, inplace, scaled))
     launch, constants = plan
     if launch.grid[0] == 0:
         return

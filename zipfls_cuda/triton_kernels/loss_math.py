@@ -1,10 +1,17 @@
-"""The formulas of the loss that both of its kernels share: device functions over R rows at a time.
+"""The arithmetic of the loss: statistics of tiles and how they are merged, losses and gradients of rows.
 
-Never run on a GPU so far: compiled ahead of time for sm_80, sm_90 and sm_100, and run in Triton's
-interpreter.
+A row's label is over S: for a class index y all classes but y, for probabilities t the classes whose t is the
+row's least. Statistics of any part of a row (``Stats``) form a monoid: ``tile_stats`` of a tile, and
+``merge``, which is ``rebase`` to a common base and ``add``. A held row is one tile; a streamed row merges its
+tiles.
+
+A tile is (G, W), its statistics (G,). Of held rows a tile has R, G = R. Of a streamed row it has the 16-byte
+vectors, G, each with statistics of its own, which ``sum_lanes`` adds up at the end.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,6 +21,69 @@ from .label import INTERPRET
 NONE, SUM, MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # reduction
 NO_LABEL, VOTES_LABEL, DENSE_LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 INTERPRETED = tl.constexpr(INTERPRET)
+
+
+class Options(NamedTuple):
+    """Compile-time options, as the device functions use them."""
+
+    HELD: bool  # a row is one tile
+    SOFT: bool  # the target is a row of probabilities
+    CE: bool  # there is a cross-entropy
+    ZIPF: bool  # there is a Zipf term
+    DENSE: bool  # its label is made from a mass for each class
+    SMOOTH: bool  # label smoothing of the cross-entropy
+    HAS_WEIGHT: bool  # class weights in it
+    FIND_CORRECT: bool  # which rows are classified correctly must be found here
+
+
+class Base(NamedTuple):
+    """What statistics are relative to: their own exponentials are at most 1."""
+
+    m: tl.tensor  # largest logit of S
+    mass_top: tl.tensor  # largest log mass of S; DENSE
+    top: tl.tensor  # largest logit; SOFT and CE
+    least: tl.tensor  # smallest probability, by which S is chosen; SOFT and ZIPF
+
+
+class Stats(NamedTuple):
+    """Statistics of a part of a row."""
+
+    base: Base
+    s: tl.tensor  # sum over S of exp(x - m)
+    t: tl.tensor  # sum over S of x - m, where x is not -inf
+    finite: tl.tensor  # number of those x
+    members: tl.tensor  # int32, number of classes in S; SOFT
+    total: tl.tensor  # sum over S of e^a, a = log mass - mass_top; DENSE, as the next two
+    entropy: tl.tensor  # sum over S of e^a a
+    cross: tl.tensor  # sum over S of e^a (x - m)
+    u: tl.tensor  # SOFT: sum of the target's weighted probabilities u; else, if smoothed, of S's weights u
+    ux: tl.tensor  # sum of u (x - top); else of u (x - m)
+    z: tl.tensor  # sum of exp(x - top); SOFT and CE
+    flag: tl.tensor  # int32; SOFT: a probability is NaN; else, FIND_CORRECT: a class beats the target
+
+
+class Tile(NamedTuple):
+    """A tile of rows as it was loaded, (G, W) each."""
+
+    x: tl.tensor  # logits, -inf outside the row
+    t: tl.tensor  # probabilities, NaN outside the row; SOFT
+    column: tl.tensor
+    inside: tl.tensor  # bool
+
+
+class Factors(NamedTuple):
+    """What the gradient of R rows is made of, (R,) each, with the weights of both parts in it."""
+
+    in_s: tl.tensor  # of exp(x - m), in S
+    elsewhere: tl.tensor  # of exp(x - top), outside S; SOFT
+    label: tl.tensor  # of the label
+    mass: tl.tensor  # of e^a, in S; DENSE
+    constant: tl.tensor  # gradient by the label's constant, in S
+    target: tl.tensor  # of the cross-entropy's target: of u if SOFT, else of the smoothed weights
+    at_target: tl.tensor  # gradient at the target class; not SOFT
+    infinite: tl.tensor  # bool, sum u is infinite; SOFT
+    invalid: tl.tensor  # bool, the gradient is not computed but set
+    value: tl.tensor  # what to
 
 
 @triton.jit
@@ -52,27 +122,348 @@ def row_vectors(row, stride, C, V: tl.constexpr, EDGES: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy_of(m, s, zy, wy, tw, w_sum, C, smoothing, SMOOTH: tl.constexpr):
-    """Cross-entropy of rows from their non-target statistics, all (R,).
+def load_masses(tile, masses, mass_stride_c):
+    """Log masses of a tile, -inf outside the row."""
+    at = tile.column.to(tl.int64) * mass_stride_c
+    return tl.load(masses + at, mask=tile.inside, other=-float("inf"))
+
+
+@triton.jit
+def load_weights(weight, column, inside, HAS_WEIGHT: tl.constexpr):
+    """Class weights of columns, or 1; ``weight`` points to the type of the arithmetic, read or not."""
+    if HAS_WEIGHT:
+        return tl.load(weight + column, mask=inside, other=0)
+    else:
+        return tl.full(column.shape, 1, weight.dtype.element_ty)
+
+
+# Probabilities as targets ----------------------------------------------------------------------------
+
+
+@triton.jit
+def weighted_target(t, column, inside, weight, smoothing, C, o: tl.constexpr):
+    """u_c = w_c t'_c of columns, where inside, and 0 elsewhere; t' = (1 - smoothing) t + smoothing / C."""
+    if o.SMOOTH:
+        t = tl.fma(t, 1 - smoothing, smoothing / C)
+    t *= load_weights(weight, column, inside, o.HAS_WEIGHT)
+    return tl.where(inside, t, tl.zeros_like(t))
+
+
+@triton.jit
+def share_times(u, d):
+    """u d, and 0 where d is 0, for an infinite u too."""
+    return tl.where(d == 0, tl.zeros_like(d), u * d)
+
+
+@triton.jit
+def not_zero(e, x, infinite):
+    """Exponentials e of x, or 1 beside an infinite u, where one that rounds to 0 must not be 0."""
+    return tl.where(infinite & (x > -float("inf")), tl.zeros_like(e) + 1, e)
+
+
+# Statistics ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def no_base(G: tl.constexpr, DTYPE: tl.constexpr):
+    """The base (G,) of nothing."""
+    lowest = tl.full([G], -float("inf"), DTYPE)
+    return Base(m=lowest, mass_top=lowest, top=lowest, least=-lowest)
+
+
+@triton.jit
+def no_stats(G: tl.constexpr, DTYPE: tl.constexpr):
+    """The statistics (G,) of nothing: the monoid's neutral element."""
+    zero = tl.zeros([G], DTYPE)
+    none = tl.zeros([G], tl.int32)
+    return Stats(
+        base=no_base(G, DTYPE), s=zero, t=zero, finite=zero, members=none, total=zero, entropy=zero,
+        cross=zero, u=zero, ux=zero, z=zero, flag=none,
+    )  # fmt: skip
+
+
+@triton.jit
+def of_least(base, least, maximum, o: tl.constexpr):
+    """A maximum over S, or -inf if a smaller probability has begun S anew."""
+    if o.SOFT and o.ZIPF:
+        maximum = tl.where(base.least == least, maximum, -float("inf"))
+    return maximum
+
+
+@triton.jit
+def of_rows(x, o: tl.constexpr):
+    """x (R,) beside a tile (G, W).
+
+    Beside votes (R, P2) it is x[:, None]. With the same shape here, Triton 3.6 distributes votes over threads
+    like the tile of a streamed row: each vote in every warp.
+    """
+    return x[:, None] if o.HELD else x[None, :]
+
+
+@triton.jit
+def of_groups(x, VECTORS: tl.constexpr, o: tl.constexpr):
+    """x (G,) of vectors, or (R,) of rows, beside a tile."""
+    return x[:, None] if VECTORS else of_rows(x, o)
+
+
+@triton.jit
+def elements_of_s(tile, y, least, o: tl.constexpr):
+    """Which elements of a tile are in S, for the least probability, (G, 1) or (1, 1)."""
+    if o.SOFT:
+        return (tile.t == least) & o.ZIPF
+    else:
+        return tile.inside & (tile.column != of_rows(y, o))
+
+
+@triton.jit
+def logits_of_s(tile, in_s):
+    """The logits of a tile's S, -inf elsewhere."""
+    return tl.where(in_s, tile.x, -float("inf"))
+
+
+@triton.jit
+def tile_base(tile, floor, y, masses, mass_stride_c, VECTORS: tl.constexpr, o: tl.constexpr):
+    """The base of a tile and of what came before it, ``floor``: of rows (R,), or of VECTORS (G,)."""
+    m, mass_top, top, least = floor.m, floor.mass_top, floor.top, floor.least
+    if o.SOFT and o.CE:
+        top = tl.maximum(top, tl.max(tile.x, 1))
+    if o.SOFT and o.ZIPF:
+        least = tl.minimum(least, tl.min(tile.t, 1))
+        m = of_least(floor, least, m, o)
+        mass_top = of_least(floor, least, mass_top, o)
+    if o.ZIPF or not o.SOFT:
+        in_s = elements_of_s(tile, y, of_groups(least, VECTORS, o), o)
+        m = tl.maximum(m, tl.max(logits_of_s(tile, in_s), 1))
+        if o.DENSE:
+            a = tl.where(in_s, load_masses(tile, masses, mass_stride_c), -float("inf"))
+            mass_top = tl.maximum(mass_top, tl.max(a, 1))
+    return Base(m=m, mass_top=mass_top, top=top, least=least)
+
+
+@triton.jit
+def tile_stats(
+    tile, base, y, zy, masses, mass_stride_c, weight, smoothing, C, VECTORS: tl.constexpr, o: tl.constexpr
+):
+    """The statistics of a tile, (G,) or (R,) as its ``base``, which is not below its own.
+
+    Returns also e = exp(x - m), or exp(x - top) outside S, and e^a (G, W), for the gradient of a held row.
+    """
+    zero = tl.zeros_like(tile.x)
+    nothing = tl.sum(zero, 1)
+    m, top = of_groups(base.m, VECTORS, o), of_groups(base.top, VECTORS, o)
+    in_s = elements_of_s(tile, y, of_groups(base.least, VECTORS, o), o)
+    s, t, finite, total, entropy, cross = nothing, nothing, nothing, nothing, nothing, nothing
+    u_sum, ux, z = nothing, nothing, nothing
+    members, flag = nothing.to(tl.int32), nothing.to(tl.int32)
+    if o.SOFT:
+        flag = tl.max(((tile.t != tile.t) & tile.inside).to(tl.int32), 1)
+        members = tl.sum(in_s.to(tl.int32), 1)
+        if o.CE:
+            to_top = tile.x - infinity_to_zero(top)
+            if not o.HELD:
+                z = tl.sum(tl.exp(to_top), 1)
+            u = weighted_target(tile.t, tile.column, tile.inside, weight, smoothing, C, o)
+            u_sum = tl.sum(u, 1)
+            ux = tl.sum(tl.where(tile.inside, share_times(u, to_top), zero), 1)
+    if o.HELD and o.SOFT and o.CE:
+        d = tile.x - tl.where(in_s, infinity_to_zero(m), infinity_to_zero(top))
+    else:
+        d = logits_of_s(tile, in_s) - infinity_to_zero(m)
+    e = tl.exp(d)
+    p = e
+    if o.ZIPF or not o.SOFT:
+        present = logits_of_s(tile, in_s) > -float("inf")
+        s = tl.sum(tl.where(in_s, e, zero) if o.HELD and o.SOFT and o.CE else e, 1)
+        t = tl.sum(tl.where(present, d, zero), 1)
+        finite = tl.sum(present.to(zero.dtype), 1)
+    if o.HELD and o.SOFT and o.CE:  # one exponential an element for both sums
+        z = tl.sum(tl.where(in_s, zero, e), 1) + s * tl.exp(base.m - infinity_to_zero(base.top))
+    if o.DENSE:
+        a = tl.where(in_s, load_masses(tile, masses, mass_stride_c), -float("inf"))
+        a -= infinity_to_zero(of_groups(base.mass_top, VECTORS, o))
+        p = tl.exp(a)
+        total = tl.sum(p, 1)
+        entropy = tl.sum(tl.where(p > 0, p * a, zero), 1)
+        cross = tl.sum(tl.where(p > 0, p * d, zero), 1)
+    if not o.SOFT:
+        if o.FIND_CORRECT:
+            earlier = in_s & (tile.column < of_rows(y, o))
+            x = logits_of_s(tile, in_s)
+            beats = (x > of_rows(zy, o)) | (earlier & (x == of_rows(zy, o)))
+            flag = tl.max(beats.to(tl.int32), 1)
+        if o.CE and o.SMOOTH and o.HAS_WEIGHT:
+            w = tl.load(weight + tile.column, mask=tile.inside, other=0)
+            u_sum = tl.sum(tl.where(in_s, w, zero), 1)  # a load summed at once breaks Triton 3.6's optimiser
+            ux = tl.sum(tl.where(in_s, w * d, zero), 1)
+    stats = Stats(
+        base=base, s=s, t=t, finite=finite, members=members, total=total, entropy=entropy, cross=cross,
+        u=u_sum, ux=ux, z=z, flag=flag,
+    )  # fmt: skip
+    return stats, e, p
+
+
+@triton.jit
+def shift_to(maximum, larger):
+    """maximum - larger, and 0 where the maximum is -inf: of nothing there is nothing to rescale."""
+    return tl.where(maximum == -float("inf"), tl.zeros_like(maximum), maximum - larger)
+
+
+@triton.jit
+def scaled(x, factor):
+    """x * factor, and 0 where the factor is: what has no mass left drops out, infinite or not."""
+    return tl.where(factor > 0, x * factor, tl.zeros_like(x))
+
+
+@triton.jit
+def rebase(a, base, o: tl.constexpr):
+    """Statistics relative to larger maxima.
+
+    As a larger maximum rescales sums of exponentials, a smaller least probability empties those over S.
+    """
+    m, mass_top = a.base.m, a.base.mass_top
+    s, t, finite, members, ux, z = a.s, a.t, a.finite, a.members, a.ux, a.z
+    total, entropy, cross = a.total, a.entropy, a.cross
+    nothing = tl.zeros_like(s)
+    if o.SOFT and o.CE:
+        top_shift = shift_to(a.base.top, base.top)
+        z *= tl.exp(top_shift)
+        ux += share_times(a.u, top_shift)
+    if o.SOFT and o.ZIPF:
+        kept = a.base.least == base.least
+        m = tl.where(kept, m, -float("inf"))
+        s = tl.where(kept, s, nothing)
+        t = tl.where(kept, t, nothing)
+        finite = tl.where(kept, finite, nothing)
+        members = tl.where(kept, members, 0)
+        if o.DENSE:
+            mass_top = tl.where(kept, mass_top, -float("inf"))
+            total = tl.where(kept, total, nothing)
+            entropy = tl.where(kept, entropy, nothing)
+            cross = tl.where(kept, cross, nothing)
+    if o.ZIPF or not o.SOFT:
+        shift = shift_to(m, base.m)
+        s *= tl.exp(shift)
+        t = tl.fma(finite, shift, t)
+        if o.DENSE:
+            mass_shift = shift_to(mass_top, base.mass_top)
+            factor = tl.exp(mass_shift)
+            entropy = scaled(entropy + total * mass_shift, factor)
+            cross = scaled(cross + total * shift, factor)
+            total *= factor
+        if o.CE and o.SMOOTH and o.HAS_WEIGHT and not o.SOFT:
+            ux += a.u * shift
+    return Stats(
+        base=base, s=s, t=t, finite=finite, members=members, total=total, entropy=entropy, cross=cross,
+        u=a.u, ux=ux, z=z, flag=a.flag,
+    )  # fmt: skip
+
+
+@triton.jit
+def add(a, b):
+    """Statistics of two parts with the same base."""
+    return Stats(
+        base=b.base, s=a.s + b.s, t=a.t + b.t, finite=a.finite + b.finite, members=a.members + b.members,
+        total=a.total + b.total, entropy=a.entropy + b.entropy, cross=a.cross + b.cross,
+        u=a.u + b.u, ux=a.ux + b.ux, z=a.z + b.z, flag=a.flag | b.flag,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge(a, b, o: tl.constexpr):
+    """Statistics of two parts, the base of the second not below that of the first: see tile_base."""
+    return add(rebase(a, b.base, o), b)
+
+
+@triton.jit
+def join(a, b, o: tl.constexpr):
+    """The base of two parts."""
+    least = tl.minimum(a.least, b.least)
+    m = tl.maximum(of_least(a, least, a.m, o), of_least(b, least, b.m, o))
+    mass_top = tl.maximum(of_least(a, least, a.mass_top, o), of_least(b, least, b.mass_top, o))
+    return Base(m=m, mass_top=mass_top, top=tl.maximum(a.top, b.top), least=least)
+
+
+@triton.jit
+def join_lanes(base, o: tl.constexpr):
+    """The base (1,) of a streamed row from those of its vectors."""
+    one = tl.zeros([1], base.m.dtype)
+    least = tl.min(base.least, 0) + one
+    m = tl.max(of_least(base, least, base.m, o), 0) + one
+    mass_top = tl.max(of_least(base, least, base.mass_top, o), 0) + one
+    return Base(m=m, mass_top=mass_top, top=tl.max(base.top, 0) + one, least=least)
+
+
+@triton.jit
+def sum_lanes(a):
+    """Statistics (1,) of a streamed row from those of its vectors, which have the same base, (1,)."""
+    one = tl.zeros([1], a.s.dtype)
+    none = tl.zeros([1], tl.int32)
+    return Stats(
+        base=a.base, s=tl.sum(a.s, 0) + one, t=tl.sum(a.t, 0) + one, finite=tl.sum(a.finite, 0) + one,
+        members=tl.sum(a.members, 0) + none, total=tl.sum(a.total, 0) + one,
+        entropy=tl.sum(a.entropy, 0) + one, cross=tl.sum(a.cross, 0) + one, u=tl.sum(a.u, 0) + one,
+        ux=tl.sum(a.ux, 0) + one, z=tl.sum(a.z, 0) + one, flag=tl.max(a.flag, 0) + none,
+    )  # fmt: skip
+
+
+# Losses of rows --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def class_cross_entropy(stats, zy, wy, C, smoothing, o: tl.constexpr):
+    """Cross-entropy of rows with a class as target, from the statistics of the others, logit and weight (R,).
 
     Returns the loss, the factor k with p_c a = exp(z_c - m) k, and the gradient p_y a - b_y at the target;
     a and b are 1 and [c = y] without weights and label smoothing.
     """
+    m = stats.base.m
     top = tl.maximum(m, zy)
     c = tl.exp(m - top)
     ey = tl.exp(zy - top)
-    total = s * c + ey
+    total = stats.s * c + ey
     log_total = tl.log(total)
     nll = log_total + (top - zy)
     loss = wy * nll
     a = wy
     by = wy
-    if SMOOTH:
+    if o.SMOOTH:
+        tw, w_sum = stats.ux, stats.u
+        if not o.HAS_WEIGHT:
+            tw = tl.where(stats.finite < C - 1, -float("inf"), stats.t)
+            w_sum = tl.zeros_like(wy) + (C - 1)
         share = smoothing / C
         loss = (1 - smoothing) * loss - share * (tw + w_sum * (m - top - log_total) - wy * nll)
         a = (1 - smoothing) * wy + share * (w_sum + wy)
         by = (1 - smoothing) * wy + share * wy
     return loss, a * c / total, ey / total * a - by
+
+
+@triton.jit
+def soft_cross_entropy(stats, o: tl.constexpr):
+    """Cross-entropy of rows with probabilities as target.
+
+    Returns the loss; factors of exp(z_c - m) in S and of exp(z_c - top) elsewhere; whether the sum of u is
+    infinite. Beside an infinite u a p that rounds to 0 or 1 stands for one between: no infinity times 0.
+    """
+    infinite = tl.abs(stats.u) == float("inf")
+    log_z = tl.log(stats.z)
+    loss = stats.u * tl.where(infinite & (log_z == 0), 1.0, log_z) - stats.ux
+    k = stats.u / stats.z
+    k_s = k
+    if o.ZIPF:
+        k_s *= not_zero(tl.exp(stats.base.m - stats.base.top), stats.base.m, infinite)
+    return loss, k_s, k, infinite
+
+
+@triton.jit
+def cross_entropy_of(stats, zy, wy, C, smoothing, o: tl.constexpr):
+    """The loss; factors of the exponentials in S and elsewhere; gradient at the target; infinite."""
+    if o.SOFT:
+        loss, k_s, k, infinite = soft_cross_entropy(stats, o)
+        return loss, k_s, k, k, infinite
+    else:
+        loss, k_s, at_target = class_cross_entropy(stats, zy, wy, C, smoothing, o)
+        return loss, k_s, k_s, at_target, loss != loss  # the third and the last are not used
 
 
 @triton.jit
@@ -110,17 +501,63 @@ def zipf_of_masses(s, t, finite, top, total, entropy, cross, others):
     return tl.where(massless, uniform, (entropy - cross) / total - tl.log(total)) + tl.log(s)
 
 
-@triton.jit
-def load_masses(masses, column, counted, mass_stride_c):
-    """Log masses of columns, -inf where not counted."""
-    at = column.to(tl.int64) * mass_stride_c
-    return tl.load(masses + at, mask=counted, other=-float("inf"))
+# Gradients -------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def load_weights(weight, column, inside, HAS_WEIGHT: tl.constexpr):
-    """Class weights of columns, or 1; ``weight`` points to the type of the arithmetic, read or not."""
-    if HAS_WEIGHT:
-        return tl.load(weight + column, mask=inside, other=0)
-    else:
-        return tl.full(column.shape, 1, weight.dtype.element_ty)
+def exponentials_again(tile, base, y, masses, mass_stride_c, o: tl.constexpr):
+    """e and e^a of tile_stats, (G, W), relative to the base (R,) of the rows; of no use where S has none."""
+    origin = infinity_to_zero(of_rows(base.m, o))
+    if o.SOFT and o.CE:
+        in_s = elements_of_s(tile, y, of_rows(base.least, o), o)
+        origin = tl.where(in_s, origin, infinity_to_zero(of_rows(base.top, o)))
+    e = tl.exp(tile.x - origin)
+    p = e
+    if o.DENSE:
+        a = load_masses(tile, masses, mass_stride_c)
+        p = tl.exp(a - infinity_to_zero(of_rows(base.mass_top, o)))
+    return e, p
+
+
+@triton.jit
+def without_target(g, t, column, inside, factor, weight, smoothing, C, o: tl.constexpr):
+    """g less what the cross-entropy's target has at columns, whose probabilities are t; ``factor`` as g."""
+    if o.CE and o.SOFT:
+        g = tl.fma(-factor, weighted_target(t, column, inside, weight, smoothing, C, o), g)
+    elif o.CE and o.SMOOTH:
+        g = tl.fma(-factor, load_weights(weight, column, inside, o.HAS_WEIGHT), g)
+    return g
+
+
+@triton.jit
+def tile_gradient(tile, e, p, f, y, least, weight, smoothing, C, o: tl.constexpr):
+    """Gradient of a tile (G, W), before the voted classes, from e and e^a of tile_stats."""
+    k = of_rows(f.in_s, o)
+    g = e
+    if o.CE and o.SOFT:
+        e = not_zero(e, tile.x, of_rows(f.infinite, o))
+    if o.ZIPF or not o.SOFT:
+        g = tl.fma(e, k, -of_rows(f.constant, o))
+    if o.DENSE:
+        g = tl.fma(-of_rows(f.mass, o), p, g)
+    if o.SOFT:
+        rest = tl.zeros_like(e)
+        if o.CE:
+            rest = e * of_rows(f.elsewhere, o)
+        g = tl.where(elements_of_s(tile, y, of_rows(least, o), o), g, rest)
+    target = of_rows(f.target, o)
+    g = without_target(g, tile.t, tile.column, tile.inside, target, weight, smoothing, C, o)
+    if not o.SOFT:
+        g = tl.where(tile.column == of_rows(y, o), of_rows(f.at_target, o), g)
+    return tl.where(of_rows(f.invalid, o), of_rows(f.value, o), g)
+
+
+@triton.jit
+def voted_gradient(zv, v, voted, log_p, base, f, weight, smoothing, C, o: tl.constexpr):
+    """Gradient (R, P2) at the votes' classes, all of S, from their logits."""
+    e = tl.exp(zv - infinity_to_zero(base.m)[:, None])
+    if o.CE and o.SOFT:
+        e = not_zero(e, zv, f.infinite[:, None])
+    g = e * f.in_s[:, None] - f.label[:, None] * tl.exp(log_p)
+    t = base.least[:, None] + tl.zeros_like(g)
+    return without_target(g, t, v, voted, f.target[:, None], weight, smoothing, C, o)

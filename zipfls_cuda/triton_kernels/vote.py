@@ -1,8 +1,8 @@
 """Stage 1 on a GPU: votes of dense positions, the product with the classifier and its argmax in one kernel.
 
 scores (M, C) = F (M, D) W^T, M = N P positions, are computed tile by tile and never stored: each tile leaves
-the (largest score, lowest class) of its rows, 8 bytes a row, and ``vote_fold_kernel`` folds the class tiles
-in ascending order. With a single class tile the product writes the votes itself. No atomics: the result does
+the (largest score, lowest class) of its rows, 8 bytes a row; ``vote_combine_kernel`` joins the class tiles in
+ascending order. With a single class tile the product writes the votes itself. No atomics: the result does
 not depend on scheduling.
 
 * ``vote_fwd_kernel``: persistent, one program per multiprocessor slot, class tiles fastest, so that programs
@@ -15,9 +15,6 @@ Positions are rows of one matrix with a fixed distance between rows. A channels_
 and so are tokens; tokens without their class token are (``x[:, 1:]``) if the gaps are computed along and
 dropped. An NCHW map is transposed first: at 49 positions its rows lie 98 bytes apart, which neither TMA nor
 16-byte loads take, and 2-byte loads would occupy the load units for longer than the product takes.
-
-Never run on a GPU so far: compiled ahead of time for sm_80, sm_90 and sm_100, and run in Triton's
-interpreter.
 """
 
 from __future__ import annotations
@@ -36,7 +33,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .label import INTERPRET
-from .launching import Launch, described, device_of, launch, neighbours, plans, remembered, template
+from .launch_cache import (
+    Launch,
+    device_of,
+    launch,
+    plan_cache,
+    signature,
+    store_plan,
+    template,
+    with_unit_stride,
+)
 
 # Tuning ----------------------------------------------------------------------------------------------
 
@@ -62,19 +68,15 @@ LARGE_100 = (
     else Config(128, 128, 64, 8, 3, tma=True, per_sm=2)
 )
 
-# On sm_90 no configuration has them. Tried ahead of time (compiled code read, nothing run), on this loop and
-# on that over channels alike. At 8 warps Triton 3.6 and 3.9 ignore the request. At 4 warps and BM = 128 they
-# split the tile over two groups of warps, but not the host's descriptors with it: 3.9 says so and fails
-# ("descriptor block and tensor must have the same number of elements"), 3.6 copies boxes of 128 rows into
-# buffers of 64. At BM = 64 one group of warps loads and two multiply, both the whole tile. make kernel-report
-# says when a Triton does better.
+# On sm_90 no configuration has them. At 8 warps Triton 3.6 and 3.9 ignore the request. At 4 warps, BM = 128,
+# they split the tile over two groups of warps, but not the host's descriptors: 3.9 fails to compile, 3.6
+# copies boxes of 128 rows into buffers of 64. At BM = 64 two groups of warps both multiply the whole tile.
 
 # (architecture, bytes per element) -> regime -> (relative rate, Config). choose() takes the regime with the
 # least waves * tile size / rate. "large": most reuse, but nothing to do while it refills its pipeline and
 # takes its argmax; "paired": two programs a multiprocessor, one in its epilogue while the other multiplies,
-# which pays where products are short (D <= SHALLOW); "small": tiles for few positions. Chosen from the
-# compiled code and the model of time (make kernel-report); the rates are guesses, and nothing was measured on
-# a GPU. What main() measures, on request, goes to TUNED and comes first.
+# which pays where products are short (D <= SHALLOW); "small": tiles for few positions. Chosen from compiled
+# code (make kernel-report); the rates are estimates. What main() measures goes to TUNED and comes first.
 TUNING: dict[tuple[int, int], dict[str, tuple[float, Config]]] = {
     (80, 2): {
         "large": (1.0, Config(128, 128, 32, 8, 4, per_sm=2)),
@@ -109,7 +111,7 @@ EXACT = Config(64, 64, 16, 8, 2)  # float32 without TF32, and float64: no tensor
 FLOAT64 = Config(32, 32, 16, 4, 2)
 UPSAMPLE = {2: Config(64, 64, 64, 4, 3, per_sm=2), 4: Config(64, 64, 32, 4, 3, per_sm=2), 8: FLOAT64}
 INTERPRETED = Config(32, 32, 32, 4, 1)  # small tiles: more edges in less time
-FOLD_BLOCK = 256  # positions per program of vote_fold_kernel
+COMBINE_BLOCK = 256  # positions per program of vote_combine_kernel
 WIDEST_GAP = 1.25  # rows computed along, over rows wanted, up to which gaps beat a copy
 
 
@@ -170,7 +172,7 @@ def choose(
 
 # Device functions ----------------------------------------------------------------------------------
 
-NOBODY = tl.constexpr(2147483647)  # the class of a position whose scores are all NaN
+NO_CLASS = tl.constexpr(2147483647)  # the class of a position whose scores are all NaN
 
 
 @triton.jit
@@ -187,14 +189,14 @@ def bias_of(bias, c, C, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, SCORES: tl
 
 @triton.jit
 def argmax_rows(scores, c, INTERPRETED: tl.constexpr):
-    """Largest score of each row (-inf if all are NaN) and the lowest class that has it (NOBODY if all are
+    """Largest score of each row (-inf if all are NaN) and the lowest class that has it (NO_CLASS if all are
     NaN).
 
     NaN equals nothing, and max returns the other operand where one is NaN.
     """
     # NumPy would warn of rows that are all NaN.
     best = tl.max(tl.where(scores == scores, scores, -float("inf")) if INTERPRETED else scores, 1)
-    winner = tl.min(tl.where(scores == best[:, None], c[None, :], NOBODY), 1)
+    winner = tl.min(tl.where(scores == best[:, None], c[None, :], NO_CLASS), 1)
     return tl.where(best == best, best, -float("inf")), winner
 
 
@@ -207,7 +209,7 @@ def store_votes(votes, row, winner, M, ROWS, T, GAPS: tl.constexpr):
         position = row % ROWS
         inside &= position < T
         at = row // ROWS * T + position
-    tl.store(votes + at, tl.where(winner == NOBODY, -1, winner), mask=inside)
+    tl.store(votes + at, tl.where(winner == NO_CLASS, -1, winner), mask=inside)
 
 
 @triton.jit
@@ -267,7 +269,6 @@ def vote_fwd_kernel(
     Bytes from L2 a tile: (BM + BN) D itemsize; written: 8 BM. A thread holds BM BN / threads scores, float32.
     Per score the epilogue takes a max, a compare with select and a min.
     No two programs write the same address, and nothing is read that another wrote.
-    Never run on a GPU so far: compiled ahead of time and interpreted.
     """
     units = (M + BM - 1) // BM * tiles
     for unit in tl.range(tl.program_id(0), units, tl.num_programs(0), warp_specialize=SPECIALIZE):
@@ -302,7 +303,7 @@ def vote_fwd_kernel(
 
 
 @triton.jit
-def vote_fold_kernel(
+def vote_combine_kernel(
     best,  # (tiles, M) float32 or float64
     winners,  # (tiles, M) int32
     votes,  # (N, T) int32
@@ -313,19 +314,16 @@ def vote_fold_kernel(
     GAPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The best class tile of each position, the first among equals; reads 8 bytes a position and tile.
-
-    Never run on a GPU so far: compiled ahead of time and interpreted.
-    """
+    """The best class tile of each position, the first among equals; reads 8 bytes a position and tile."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     top = tl.full([BLOCK], -float("inf"), best.dtype.element_ty)
-    winner = tl.full([BLOCK], NOBODY, tl.int32)
+    winner = tl.full([BLOCK], NO_CLASS, tl.int32)
     for tile in range(0, tiles):
         at = tl.full([BLOCK], tile, tl.int64) * M + row
         score = tl.load(best + at, mask=row < M, other=-float("inf"))
-        candidate = tl.load(winners + at, mask=row < M, other=NOBODY)
-        # -inf may win, over nobody; a tile of NaN has nobody to send.
-        wins = (candidate != NOBODY) & ((score > top) | (winner == NOBODY))
+        candidate = tl.load(winners + at, mask=row < M, other=NO_CLASS)
+        # -inf may win, over no class; a tile of NaN has no class to send.
+        wins = (candidate != NO_CLASS) & ((score > top) | (winner == NO_CLASS))
         top = tl.where(wins, score, top)
         winner = tl.where(wins, candidate, winner)
     store_votes(votes, row, winner, M, ROWS, T, GAPS)
@@ -374,7 +372,6 @@ def vote_upsample_kernel(
     read from L2 a position, so the product's D 2 (BM + BN) / BM dominates from D of a few hundred.
 
     Hazards: a barrier between writing and reading the scratch, and one before the next unit writes it.
-    Never run on a GPU so far: compiled ahead of time and interpreted.
     """
     area = H * W
     rows = images * area
@@ -444,10 +441,7 @@ def transpose_kernel(
     BD: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """Channels last. 2 itemsize bytes an element, read along positions and written along channels.
-
-    Never run on a GPU so far: compiled ahead of time and interpreted.
-    """
+    """Channels last. 2 itemsize bytes an element, read along positions and written along channels."""
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     for first in range(0, T, BT):
@@ -519,11 +513,11 @@ class Plan(NamedTuple):
     """What all calls with the same shapes, strides, types and alignment have in common."""
 
     launch: Launch
-    fold: Launch | None  # None: a single class tile, no partial results
+    combine: Launch | None  # None: a single class tile, no partial results
     copied: bool  # positions are no rows of a matrix as they stand
     blocks: tuple | None  # shape, strides and block of both tensor descriptors; None: plain pointers
     constants: tuple  # what follows the tensors in the kernel's arguments
-    fold_constants: tuple
+    combine_constants: tuple
     votes: Tensor  # like the results
     best: Tensor
     winners: Tensor
@@ -534,20 +528,20 @@ def vote_fwd(features: Tensor, weight: Tensor, bias: Tensor | None, upsample: in
     """See reference.vote_fwd."""
     if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:  # rows that overlap: no tensor descriptor
         weight = weight.contiguous()
-    bias_or_weight = weight if bias is None else neighbours(bias)
+    bias_or_weight = weight if bias is None else with_unit_stride(bias)
     precision = precision_of(features.dtype)
     key = (
         "vote", upsample, bias is None, precision, features.device,
-        described(features), described(weight), described(bias_or_weight),
+        signature(features), signature(weight), signature(bias_or_weight),
     )  # fmt: skip
-    plan = plans.get(key)
+    plan = plan_cache.get(key)
     if plan is None:
         positions = features.shape[1] if features.dim() == 3 else features.shape[2] * features.shape[3]
         shape = features.shape[0], upsample * upsample * positions
         if 0 in shape:
             return torch.empty(shape, dtype=torch.int32, device=features.device)
         with device_of(features):
-            plan = remembered(key, _plan(features, weight, bias is not None, upsample, precision))
+            plan = store_plan(key, _plan(features, weight, bias is not None, upsample, precision))
     votes = torch.empty_like(plan.votes, memory_format=torch.contiguous_format)
     with device_of(features):
         x = channels_last(features) if plan.copied else features
@@ -557,7 +551,7 @@ def vote_fwd(features: Tensor, weight: Tensor, bias: Tensor | None, upsample: in
 
 def _run(plan: Plan, x: Tensor, weight: Tensor, bias: Tensor, votes: Tensor) -> None:
     best = winners = votes  # never touched with a single class tile
-    if plan.fold is not None:
+    if plan.combine is not None:
         best = torch.empty_like(plan.best, memory_format=torch.contiguous_format)
         winners = torch.empty_like(plan.winners, memory_format=torch.contiguous_format)
     if plan.scratch is not None:
@@ -569,8 +563,8 @@ def _run(plan: Plan, x: Tensor, weight: Tensor, bias: Tensor, votes: Tensor) -> 
         plan.launch(a, w, bias, votes, best, winners, *plan.constants)
     else:
         plan.launch(x, weight, bias, votes, best, winners, *plan.constants)
-    if plan.fold is not None:
-        plan.fold(best, winners, votes, *plan.fold_constants)
+    if plan.combine is not None:
+        plan.combine(best, winners, votes, *plan.combine_constants)
 
 
 def _plan(features: Tensor, weight: Tensor, has_bias: bool, upsample: int, precision: str) -> Plan:
@@ -607,19 +601,10 @@ def _device(x: Tensor) -> tuple[int, int]:
 
 
 def _product(
-    x: Tensor,
-    stride: int,
-    M: int,
-    rows: int,
-    T: int,
-    weight: Tensor,
-    has_bias: bool,
-    config: Config,
-    programs: int,
-    V: int,
-    precision: str,
-) -> Plan:
-    """A product in a given configuration, and its fold."""
+    x: Tensor, stride: int, M: int, rows: int, T: int, weight: Tensor, has_bias: bool, config: Config,
+    programs: int, V: int, precision: str,
+) -> Plan:  # fmt: skip
+    """A product in a given configuration, and the launch that combines its class tiles."""
     C, D = weight.shape
     BM, BN, BK = config.BM, config.BN, config.BK
     scores, tl_scores = _SCORES.get(x.dtype, (torch.float32, tl.float32))
@@ -633,37 +618,22 @@ def _product(
     if config.tma:
         blocks = (([M, D], [stride, 1], [BM, BK]), ([C, D], [weight.stride(0), 1], [BN, BK]))
     launch = Launch(vote_fwd_kernel, (programs, 1, 1), config.warps, config.stages)
-    return _folded(x, scores, launch, blocks, constants, M, rows, T, tiles, None)
+    return _combined(x, scores, launch, blocks, constants, M, rows, T, tiles, None)
 
 
-def _folded(
-    x: Tensor,
-    scores: torch.dtype,
-    launch: Launch,
-    blocks: tuple | None,
-    constants: tuple,
-    M: int,
-    rows: int,
-    T: int,
-    tiles: int,
-    scratch: Tensor | None,
-) -> Plan:
+def _combined(
+    x: Tensor, scores: torch.dtype, launch: Launch, blocks: tuple | None, constants: tuple, M: int,
+    rows: int, T: int, tiles: int, scratch: Tensor | None,
+) -> Plan:  # fmt: skip
     """The plan with templates of what it allocates, which hold no memory, but for ``votes``."""
-    winners = template((tiles, M), torch.int32, x.device)
+    winners, best = template((tiles, M), torch.int32, x.device), template((tiles, M), scores, x.device)
+    combine = None
+    if tiles > 1 or scratch is not None:
+        combine = Launch(vote_combine_kernel, (triton.cdiv(M, COMBINE_BLOCK), 1, 1), 4)
+    combine_constants = (M, rows, T, tiles, rows != T, COMBINE_BLOCK)
     return Plan(
-        launch,
-        Launch(vote_fold_kernel, (triton.cdiv(M, FOLD_BLOCK), 1, 1), 4)
-        if tiles > 1 or scratch is not None
-        else None,
-        False,
-        blocks,
-        constants,
-        (M, rows, T, tiles, rows != T, FOLD_BLOCK),
-        winners,
-        template((tiles, M), scores, x.device),
-        winners,
-        scratch,
-    )
+        launch, combine, False, blocks, constants, combine_constants, winners, best, winners, scratch
+    )  # fmt: skip
 
 
 def _upsampled(
@@ -686,7 +656,7 @@ def _upsampled(
     )  # fmt: skip
     launch = Launch(vote_upsample_kernel, (programs, 1, 1), config.warps, config.stages)
     scratch = template((programs, images * area, config.BN), scores, x.device)
-    return _folded(x, scores, launch, None, constants, N * area * 4, area * 4, area * 4, tiles, scratch)
+    return _combined(x, scores, launch, None, constants, N * area * 4, area * 4, area * 4, tiles, scratch)
 
 
 # Tuning on a GPU: python -m zipfls_cuda.triton_kernels.vote 12544x2048x1000 ... ------------------------

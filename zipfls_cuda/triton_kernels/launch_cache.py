@@ -1,4 +1,4 @@
-"""From Python to the device in little host time: what was decided and compiled for a call is remembered."""
+"""The launch cache: plans and compiled kernels of earlier calls, so that a launch takes little host time."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from triton.runtime import driver
 
 T = TypeVar("T")
 
-plans: dict[Hashable, object] = {}  # by all that decides them: see described
+plan_cache: dict[Hashable, object] = {}  # by all that a plan depends on: see signature
 
 
-def remembered(key: Hashable, plan: T) -> T:
-    """``plan``, to be found in ``plans`` from now on."""
-    if len(plans) > 4096:  # shapes that never return
-        plans.clear()
-    plans[key] = plan
+def store_plan(key: Hashable, plan: T) -> T:
+    """Put ``plan`` into the cache and return it."""
+    if len(plan_cache) > 4096:  # shapes that never return
+        plan_cache.clear()
+    plan_cache[key] = plan
     return plan
 
 
-def described(x: Tensor) -> tuple:
-    """All of a tensor that decides how a kernel is cut up and compiled."""
+def signature(x: Tensor) -> tuple:
+    """What a plan depends on in a tensor: type, shape, strides and alignment."""
     return x.dtype, x.shape, x.stride(), x.data_ptr() & 15
 
 
-def neighbours(x: Tensor) -> Tensor:
-    """``x`` with stride 1 along its last axis, as kernels take vectors: a view of other strides is copied."""
+def with_unit_stride(x: Tensor) -> Tensor:
+    """``x``, or a copy of it if its stride along the last axis is not 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -62,7 +62,7 @@ class Launch:
         self, kernel: triton.JITFunction, grid: tuple[int, int, int], warps: int, stages: int = 3
     ) -> None:
         self.kernel, self.grid, self.warps, self.stages = kernel, grid, warps, stages
-        self.compiled = None  # and None it stays where kernels are interpreted
+        self.compiled = None  # stays None where kernels are interpreted
 
     def __call__(self, *args) -> None:
         compiled = self.compiled
@@ -82,28 +82,17 @@ class Launch:
 
 
 def launch(
-    kernel: triton.JITFunction,
-    grid: tuple[int, int, int],
-    args: tuple,
-    inputs: tuple[Tensor, ...],
-    warps: int,
-    stages: int = 3,
-) -> None:
-    """kernel[grid](*args), remembered by the ``inputs``, the tensors whose type and alignment may differ.
+    kernel: triton.JITFunction, grid: tuple[int, int, int], args: tuple, inputs: tuple[Tensor, ...],
+    warps: int, stages: int = 3,
+) -> None:  # fmt: skip
+    """kernel[grid](*args), cached by the ``inputs``, the tensors whose type and alignment may differ.
 
     Results and scratch come from torch.empty, always aligned, their types decided by those of the inputs.
     """
     plain = [x for x in args if x.__class__ in (int, bool, str)]
-    key = (
-        kernel,
-        grid,
-        warps,
-        stages,
-        inputs[0].device,
-        *[(x.dtype, x.data_ptr() & 15) for x in inputs],
-        *plain,
-    )
-    run = plans.get(key) or remembered(key, Launch(kernel, grid, warps, stages))
+    tensors = [(x.dtype, x.data_ptr() & 15) for x in inputs]
+    key = (kernel, grid, warps, stages, inputs[0].device, *tensors, *plain)
+    run = plan_cache.get(key) or store_plan(key, Launch(kernel, grid, warps, stages))
     run(*args)
 
 

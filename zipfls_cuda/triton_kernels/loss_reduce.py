@@ -2,12 +2,9 @@
 
 A mean's denominators need all targets before any gradient is written. Up to SCAN_ROWS rows every program of
 the loss adds them up itself (8 bytes a row, from L2); above that ``totals_kernel`` leaves partial sums. With
-``only_correct`` they need all logits: ``correct_kernel`` goes first. The losses are folded by the program
+``only_correct`` they need all logits: ``correct_kernel`` goes first. The losses are combined by the program
 that finishes last, over per-program partial sums and in a fixed order, so results are bitwise repeatable
-although which program folds is not.
-
-Never run on a GPU so far: compiled ahead of time for sm_80, sm_90 and sm_100, and run in Triton's
-interpreter.
+although which program combines them is not.
 """
 
 from __future__ import annotations
@@ -19,15 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import launch
+from .launch_cache import launch
 from .loss_math import MEAN
 
 SCAN_ROWS = 1024  # rows whose targets every program adds up itself: 8 KB from L2 each
 TOTALS_PROGRAMS = 64  # partial sums of the denominators: 64 * 3 numbers, read by every program of the loss
-MOST_PROGRAMS = 8192  # of a loss, whose partial sums fold_losses adds up: 64 KB
+MOST_PROGRAMS = 8192  # of a loss, whose partial sums combine_losses adds up: 64 KB
 CORRECT_PROGRAMS = 528  # of correct_kernel: four per multiprocessor
 
-SCAN_TOTALS, PARTIAL_TOTALS = tl.constexpr(1), tl.constexpr(2)  # where the denominators come from; 0: no mean
+# Where the denominators come from; 0: no mean. COUNTED: of probabilities, the samples and those correct.
+SCAN_TOTALS, PARTIAL_TOTALS, COUNTED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 # Device functions ----------------------------------------------------------------------------------
 
@@ -62,7 +60,7 @@ def mean_scales(
     target_stride,
     correct,  # (N,) int32, ONLY_CORRECT: the sample counts
     weight,  # (C,) float32 or float64, HAS_WEIGHT
-    totals,  # (3, partials) float32 or float64, PARTIAL_TOTALS
+    totals,  # (3, partials) float32 or float64, PARTIAL_TOTALS; (1,) int32, COUNTED and ONLY_CORRECT
     partials,
     N,
     C,
@@ -72,22 +70,17 @@ def mean_scales(
     TOTALS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """What the means multiply by: 1 / sum of the targets' weights, and 1 / number of samples that count."""
+    """What the means multiply by: 1 / sum of the targets' weights (COUNTED: 1 / N); 1 / number that count."""
     if TOTALS == SCAN_TOTALS:
         ce, kept, counted = totals_of(
-            0,
-            N,
-            target,
-            target_stride,
-            correct,
-            weight,
-            C,
-            ignore_index,
-            HAS_WEIGHT,
-            ONLY_CORRECT,
-            DTYPE,
-            256,
-        )
+            0, N, target, target_stride, correct, weight, C, ignore_index,
+            HAS_WEIGHT, ONLY_CORRECT, DTYPE, 256,
+        )  # fmt: skip
+    elif TOTALS == COUNTED:
+        ce = tl.full([1], N, DTYPE)
+        kept, counted = ce, ce
+        if ONLY_CORRECT:
+            counted = tl.load(totals + tl.arange(0, 1)).to(DTYPE)
     else:
         ce_lanes = tl.zeros([64], DTYPE)
         kept_lanes = tl.zeros([64], DTYPE)
@@ -100,7 +93,7 @@ def mean_scales(
         ce, kept, counted = tl.sum(ce_lanes, 0), tl.sum(kept_lanes, 0), tl.sum(counted_lanes, 0)
     one = tl.full([1], 1, DTYPE)
     ce_scale = one / (one * ce)
-    if HAS_WEIGHT:  # targets without any: NaN, not infinite
+    if HAS_WEIGHT and TOTALS != COUNTED:  # targets without any: NaN, not infinite
         ce_scale = tl.where(ce == 0, float("nan"), ce_scale)
     zipf_scale = one / (one * counted)
     # No sample is correct: the Zipf term is 0. No sample at all: NaN, by 0 * inf.
@@ -131,7 +124,7 @@ def gradient_scales(
 
 
 @triton.jit
-def fold_losses(
+def combine_losses(
     ce_rows,  # (R,) this program's sums
     zipf_rows,  # (R,)
     ce_scale,  # (1,)
@@ -186,93 +179,68 @@ def fold_losses(
 
 
 @triton.jit
+def argmax_of_rows(x, row, stride, C, row_ok, V: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
+    """(R,) int32: the lowest class of the largest x, in which NaN is skipped; 0 where all are NaN."""
+    start = (row * (stride // V * V))[:, None]
+    best = tl.full([R, B], -float("inf"), x.dtype.element_ty)
+    winner = tl.full([R, B], 2147483647, tl.int32)
+    for first in range(0, C, B):
+        c = first + tl.arange(0, B)[None, :]
+        t = tl.load(x + start + c, mask=(c < C // V * V) & row_ok[:, None], other=float("nan"))
+        wins = (t > best) | ((t == best) & (c < winner))  # -inf may win; NaN never does
+        best = tl.where(wins, t, best)
+        winner = tl.where(wins, c, winner)
+    winner = tl.where(best == tl.max(best, 1)[:, None], winner, 2147483647)
+    y = tl.min(winner, 1)
+    return tl.where(y < C, y, 0)
+
+
+@triton.jit
 def correct_kernel(
     logits,  # (N, C) any float type, rows `stride` apart
     stride,
-    target,  # (N,) int64, any stride
+    target,  # (N,) int64, any stride; SOFT: (N, C) float32 or float64, rows `target_stride` apart
     target_stride,
-    correct,  # (N,) int32: not ignored, and no class beats the target
+    correct,  # (N,) int32: not ignored, and no class beats the target, or its largest class
+    number,  # (1,) int32, 0 before: how many are correct; SOFT
     N,
     C,
     steps,  # groups of R rows per program
     ignore_index,
-    V: tl.constexpr,  # elements per 16 bytes where V | stride and V | C, else 1
+    SOFT: tl.constexpr,
+    V: tl.constexpr,  # elements per 16 bytes where V divides C and the strides of rows, else 1
     R: tl.constexpr,
     B: tl.constexpr,
 ):
-    """argmax z = y, ties to the lowest class; reads the logits once, R rows by B columns at a time.
+    """argmax z = y, or argmax t, ties to the lowest class; reads each once, R rows by B columns at a time.
 
-    Never run on a GPU so far: compiled ahead of time and interpreted.
+    The number is a sum of integers by atomics, the same in any order.
     """
-    for step in range(0, steps):
-        row = (tl.program_id(0).to(tl.int64) * steps + step) * R + tl.arange(0, R)
-        row_ok = row < N
-        y = tl.load(target + row * target_stride, mask=row_ok, other=0)
-        ignored = y == ignore_index
-        y = tl.minimum(tl.maximum(y, 0), C - 1)[:, None]
-        start = (row * (stride // V * V))[:, None]
-        zy = tl.load(logits + start + y, mask=row_ok[:, None], other=0).to(tl.float64)
-        beaten = tl.zeros([R, B], tl.int32)
-        for first in range(0, C, B):
-            c = first + tl.arange(0, B)[None, :]
-            x = tl.load(logits + start + c, mask=(c < C // V * V) & row_ok[:, None], other=-float("inf"))
-            x = x.to(tl.float64) if logits.dtype.element_ty == tl.float64 else x.to(tl.float32)
-            z = zy.to(x.dtype)
-            beaten |= ((x > z) | ((c < y) & (x == z))).to(tl.int32)
-        beaten = tl.max(beaten, 1) > 0
-        tl.store(correct + row, (~beaten & ~ignored).to(tl.int32), mask=row_ok)
-
-
-@triton.jit
-def soft_correct_kernel(
-    logits,  # (N, C) any float type, rows `stride` apart
-    stride,
-    target,  # (N, C) float32 or float64, rows `target_stride` apart
-    target_stride,
-    correct,  # (N,) int32: no class beats the target's largest
-    number,  # (1,) int32, 0 before: how many
-    N,
-    C,
-    steps,  # groups of R rows per program
-    V: tl.constexpr,  # elements per 16 bytes where V divides both strides and C, else 1
-    R: tl.constexpr,
-    B: tl.constexpr,
-):
-    """argmax z = argmax t, ties to the lowest class in both; reads each once, R rows by B columns at a time.
-
-    The number is a sum of integers by atomics, the same in any order. Never run on a GPU so far: compiled
-    ahead of time and interpreted.
-    """
+    D: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     found = tl.zeros([R], tl.int32)
     for step in range(0, steps):
         row = (tl.program_id(0).to(tl.int64) * steps + step) * R + tl.arange(0, R)
         row_ok = row < N
-        target_start = (row * (target_stride // V * V))[:, None]
-        best = tl.full([R, B], -float("inf"), target.dtype.element_ty)
-        winner = tl.full([R, B], 2147483647, tl.int32)
-        for first in range(0, C, B):
-            c = first + tl.arange(0, B)[None, :]
-            inside = (c < C // V * V) & row_ok[:, None]
-            t = tl.load(target + target_start + c, mask=inside, other=float("nan"))
-            wins = (t > best) | ((t == best) & (c < winner))  # -inf may win; NaN never does
-            best = tl.where(wins, t, best)
-            winner = tl.where(wins, c, winner)
-        winner = tl.where(best == tl.max(best, 1)[:, None], winner, 2147483647)
-        y = tl.min(winner, 1)
-        y = tl.where(y < C, y, 0)[:, None]
+        if SOFT:
+            y = argmax_of_rows(target, row, target_stride, C, row_ok, V, R, B)
+            counts = row_ok
+        else:
+            y = tl.load(target + row * target_stride, mask=row_ok, other=0)
+            counts = y != ignore_index
+            y = tl.minimum(tl.maximum(y, 0), C - 1)
         start = (row * (stride // V * V))[:, None]
-        zy = tl.load(logits + start + y, mask=row_ok[:, None], other=0)
-        beaten = tl.zeros([R, B], tl.int32)
+        zy = tl.load(logits + start + y[:, None], mask=row_ok[:, None], other=0).to(D)
+        misclassified = tl.zeros([R, B], tl.int32)
         for first in range(0, C, B):
             c = first + tl.arange(0, B)[None, :]
             x = tl.load(logits + start + c, mask=(c < C // V * V) & row_ok[:, None], other=-float("inf"))
-            x = x.to(tl.float64) if logits.dtype.element_ty == tl.float64 else x.to(tl.float32)
-            z = zy.to(x.dtype)
-            beaten |= ((x > z) | ((c < y) & (x == z))).to(tl.int32)
-        right = (tl.max(beaten, 1) == 0) & row_ok
+            x = x.to(D)
+            misclassified |= ((x > zy) | ((c < y[:, None]) & (x == zy))).to(tl.int32)
+        right = (tl.max(misclassified, 1) == 0) & counts
         tl.store(correct + row, right.to(tl.int32), mask=row_ok)
         found += right.to(tl.int32)
-    tl.atomic_add(number, tl.sum(found, 0), sem="relaxed")
+    if SOFT:
+        tl.atomic_add(number, tl.sum(found, 0), sem="relaxed")
 
 
 @triton.jit
@@ -290,10 +258,7 @@ def totals_kernel(
     ONLY_CORRECT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Partial sums of the means' denominators, for more rows than loss_fwd adds up itself; 8 bytes a row.
-
-    Never run on a GPU so far: compiled ahead of time and interpreted.
-    """
+    """Partial sums of the means' denominators, for more rows than loss_fwd adds up itself; 8 bytes a row."""
     programs = tl.num_programs(0)
     pid = tl.program_id(0)
     first = pid * per_program
@@ -312,7 +277,7 @@ _workspaces: dict[tuple, tuple[Tensor, Tensor]] = {}
 
 
 def workspace(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """sums (2 MOST_PROGRAMS,) and counter (1,) int32 of fold_losses, which the launches of one stream share.
+    """sums (2 MOST_PROGRAMS,) and counter (1,) int32 of combine_losses, shared by the launches of one stream.
 
     Streams have one each, and a captured graph its own, zeroed in the graph: it may replay beside any stream.
     """
@@ -351,52 +316,35 @@ def _new_workspace(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return sums, torch.zeros(1, dtype=torch.int32, device=x.device)
 
 
-def correct_samples(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """(N,) int32: the sample is not ignored and classified correctly."""
+def correct_samples(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(N,) int32: the sample is not ignored, and the largest logit is of the target's class, or of its most
+    probable one; (1,) int32: how many such samples, for probabilities alone.
+    """
     N, C = logits.shape
+    soft = target.dim() == 2
     correct = torch.empty(N, dtype=torch.int32, device=logits.device)
-    if N == 0:
-        return correct
-    V = 16 // logits.element_size()
-    if logits.stride(0) % V or C % V:
-        V = 1
-    B = min(2048, max(16, triton.next_power_of_2(C)))
-    R = 2048 // B
-    groups = -(-N // R)
-    steps = -(-groups // CORRECT_PROGRAMS)
-    args = (logits, logits.stride(0), target, target.stride(0), correct, N, C, steps, ignore_index, V, R, B)
-    launch(correct_kernel, (-(-groups // steps), 1, 1), args, (logits, target), 4)
-    return correct
-
-
-def soft_correct_samples(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) int32: the largest logit and the largest probability are of one class; (1,) how often."""
-    N, C = logits.shape
-    correct = torch.empty(N, dtype=torch.int32, device=logits.device)
-    number = torch.zeros(1, dtype=torch.int32, device=logits.device)
+    number = torch.zeros(1, dtype=torch.int32, device=logits.device) if soft else correct
     if N == 0:
         return correct, number
     V = 16 // logits.element_size()
-    if logits.stride(0) % V or target.stride(0) % V or C % V:
+    if logits.stride(0) % V or C % V or (soft and target.stride(0) % V):
         V = 1
     B = min(2048, max(16, triton.next_power_of_2(C)))
     R = 2048 // B
     groups = -(-N // R)
     steps = -(-groups // CORRECT_PROGRAMS)
-    args = (logits, logits.stride(0), target, target.stride(0), correct, number, N, C, steps, V, R, B)
-    launch(soft_correct_kernel, (-(-groups // steps), 1, 1), args, (logits, target), 4)
+    args = (
+        logits, logits.stride(0), target, target.stride(0), correct, number,
+        N, C, steps, ignore_index, soft, V, R, B,
+    )  # fmt: skip
+    launch(correct_kernel, (-(-groups // steps), 1, 1), args, (logits, target), 4)
     return correct, number
 
 
 def partial_totals(
-    target: Tensor,
-    correct: Tensor,
-    weight: Tensor | None,
-    C: int,
-    ignore_index: int,
-    only_correct: bool,
+    target: Tensor, correct: Tensor, weight: Tensor | None, C: int, ignore_index: int, only_correct: bool,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """(3, programs) partial sums of the means' denominators."""
     N = target.shape[0]
     per_program = max(1024, -(-N // TOTALS_PROGRAMS))

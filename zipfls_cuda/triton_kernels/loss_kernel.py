@@ -1,0 +1,371 @@
+"""The kernel of the loss: logits, target and votes in, losses and gradient out."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .label import label_of_ranks, load_votes, rank_of_votes, votes_label
+from .loss_math import (
+    DENSE_LABEL,
+    MEAN,
+    NO_LABEL,
+    NONE,
+    VOTES_LABEL,
+    Factors,
+    Options,
+    Tile,
+    add,
+    cross_entropy_of,
+    exponentials_again,
+    join,
+    join_lanes,
+    merge,
+    narrow,
+    no_base,
+    no_stats,
+    of_rows,
+    rebase,
+    row_vectors,
+    sum_lanes,
+    tile_base,
+    tile_gradient,
+    tile_stats,
+    voted_gradient,
+    zipf_of_masses,
+    zipf_of_votes,
+)
+from .loss_reduce import combine_losses, gradient_scales, mean_scales
+
+
+@triton.jit
+def load_tile(
+    logits, target, start, target_start, j, head, body, row_ok, DTYPE: tl.constexpr, o: tl.constexpr
+):
+    """Elements j of the whole vectors of rows; start, target_start, body (R,)."""
+    inside = (j < of_rows(body, o)) & of_rows(row_ok, o)
+    x = tl.load(logits + of_rows(start, o) + j, mask=inside, other=-float("inf")).to(DTYPE)
+    t = x
+    if o.SOFT:
+        t = tl.load(target + of_rows(target_start, o) + j, mask=inside, other=float("nan"))
+    return Tile(x=x, t=t, column=of_rows(head, o) + j, inside=inside)
+
+
+@triton.jit
+def load_edges(
+    logits, target, row, stride, target_stride, head, body, row_ok, C, V: tl.constexpr, DTYPE: tl.constexpr,
+    o: tl.constexpr,
+):  # fmt: skip
+    """Elements before and after the whole vectors, a tile (R, 2V)."""
+    k = tl.arange(0, 2 * V)[None, :]
+    before = k < V
+    column = tl.where(before, k, of_rows(head + body, o) + k - V)
+    inside = tl.where(before, k < of_rows(head, o), column < C) & of_rows(row_ok, o)
+    x = tl.load(logits + of_rows(row * stride, o) + column, mask=inside, other=-float("inf")).to(DTYPE)
+    t = x
+    if o.SOFT:
+        t = tl.load(target + of_rows(row * target_stride, o) + column, mask=inside, other=float("nan"))
+    return Tile(x=x, t=t, column=column, inside=inside)
+
+
+@triton.jit
+def class_target(logits, stride, target, target_stride, weight, row, row_ok, C, ignore_index,
+                 DTYPE: tl.constexpr, o: tl.constexpr):  # fmt: skip
+    """The target's class, its logit and its weight; whether the row is ignored, and whether it is invalid."""
+    wy = tl.full(row.shape, 1, DTYPE)
+    if o.SOFT:
+        return row, wy, wy, ~row_ok, ~row_ok
+    else:
+        y = tl.load(target + row * target_stride, mask=row_ok, other=0)
+        ignored = (y == ignore_index) | ~row_ok
+        invalid = (y < 0) | (y >= C)
+        y = tl.minimum(tl.maximum(y, 0), C - 1).to(tl.int32)
+        zy = tl.load(logits + row * stride + y, mask=row_ok, other=0).to(DTYPE)
+        if o.HAS_WEIGHT:
+            wy = tl.load(weight + y)
+        return y, zy, wy, ignored, invalid
+
+
+@triton.jit
+def label_over_s(
+    votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row_ok, target, target_stride, y,
+    least, members, C, P, scratch, R: tl.constexpr, P2: tl.constexpr, PAIRWISE: tl.constexpr,
+    BLOCK: tl.constexpr, o: tl.constexpr,
+):  # fmt: skip
+    """votes_label over S: the classes but y, or the `members` classes (R,) whose probability is `least`."""
+    if o.SOFT:
+        v, live, count, rank, K, bad = rank_of_votes(
+            votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, scratch, R, P2, PAIRWISE, BLOCK
+        )
+        t = tl.load(target + (row * target_stride)[:, None] + v, mask=live, other=0)
+        in_s = live & (t == least[:, None])
+        dtype: tl.constexpr = log_mass.dtype.element_ty
+        share = tl.where(in_s, tl.full(count.shape, 1, dtype) / tl.maximum(count, 1).to(dtype), 0.0)
+        rest = members - (tl.sum(share, 1) + 0.5).to(tl.int32)  # each vote stands for 1/count of a class
+        share, log_p, log_q = label_of_ranks(log_mass, table_length, in_s, count, rank, K, rest)
+        return v, share, log_p, log_q, rest, bad
+    else:
+        return votes_label(
+            votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row_ok, y, C, P, scratch,
+            R, P2, PAIRWISE, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def loss_fwd_kernel(
+    logits,  # (N, C) float16, bfloat16, float32 or float64, rows `stride` apart
+    stride,
+    target,  # (N,) int64, any stride; SOFT: (N, C) type of log_mass, rows `target_stride` apart
+    target_stride,
+    votes,  # (N, P) int32 or int64, any strides; HAS_VOTES
+    votes_stride_n,
+    votes_stride_p,
+    log_mass,  # VOTES_LABEL: (table_length,) by rank; DENSE_LABEL: (N, C), any strides; float32 or float64
+    table_length,
+    mass_stride_n,
+    mass_stride_c,
+    weight,  # (C,) type of log_mass; HAS_WEIGHT
+    correct,  # (N,) int32: the sample counts in L_zipf; ONLY_CORRECT and MEAN, or ONLY_CORRECT and SOFT
+    totals,  # (3, partials) type of log_mass; PARTIAL_TOTALS. (1,) int32; COUNTED and ONLY_CORRECT
+    partials,
+    loss,  # (1,) or, for NONE, (N,), type of log_mass
+    ce,  # as loss
+    zipf,  # as loss
+    grad,  # (N, C) type of logits; WITH_GRAD
+    grad_scale,  # (1,) type of log_mass; SCALED
+    sums,  # (2, programs) scratch, type of log_mass; not NONE
+    counter,  # (1,) int32, 0 before and after; not NONE
+    scratch,  # (programs, 5 P2) int32; VOTES_LABEL and not PAIRWISE
+    N,
+    C,
+    P,
+    steps,  # groups of R rows per program
+    ignore_index,
+    ce_weight: tl.float64,
+    zipf_weight: tl.float64,
+    smoothing: tl.float64,
+    SOFT: tl.constexpr,  # the target is a row of probabilities
+    HAS_CE: tl.constexpr,
+    LABEL: tl.constexpr,
+    HAS_VOTES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    ONLY_CORRECT: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    TOTALS: tl.constexpr,
+    SCALED: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    P2: tl.constexpr,
+    PAIRWISE: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
+    V: tl.constexpr,  # elements per 16 bytes, or 1 where rows of logits and gradient are not aligned alike
+    EDGES: tl.constexpr,
+    HELD: tl.constexpr,  # a row is one tile, B >= C
+    R: tl.constexpr,  # rows at a time; 1 if not HELD
+    B: tl.constexpr,  # elements of a tile's row, a power of two
+):
+    """Loss and gradient of rows; a row is held in registers (HELD) or streamed twice, in tiles.
+
+    Bytes: HELD: 2 C itemsize a row; else 3 C itemsize, of which the second read, in descending order, comes
+    from L1 or L2; SOFT: the target, once or twice; 4 P of votes, and the logits of the voted classes again,
+    from L1. A program takes R rows at a time, `steps` times; a thread holds R B / (32 warps) elements as
+    float32 (float64 for float64). Accumulators: Stats, one for each row of a held tile, one for each 16-byte
+    vector of a streamed tile. Elements outside whole vectors, fewer than 2V a row, are a tile of their own.
+
+    Hazards: the gradient at the voted classes is stored over that of the label's constant, by other threads:
+    a barrier stands between. Equal votes store equal values. The gradient may lie over the logits
+    (loss_grad_): programs share no row, and a barrier stands between the reads of a group of rows, some of
+    them by several threads, and its first store; after it a logit is read only to be overwritten by the same
+    thread.
+    """
+    D: tl.constexpr = log_mass.dtype.element_ty
+    HAS_ZIPF: tl.constexpr = LABEL != NO_LABEL
+    o: tl.constexpr = Options(
+        HELD=HELD, SOFT=SOFT, CE=HAS_CE, ZIPF=HAS_ZIPF, DENSE=LABEL == DENSE_LABEL, SMOOTH=SMOOTH,
+        HAS_WEIGHT=HAS_WEIGHT, FIND_CORRECT=ONLY_CORRECT and REDUCTION != MEAN and not SOFT,
+    )  # fmt: skip
+    LABEL_FIRST: tl.constexpr = HELD and not SOFT
+    G: tl.constexpr = R if HELD else B // V
+    W: tl.constexpr = B if HELD else V
+    scratch += tl.program_id(0).to(tl.int64) * 5 * P2
+    ce_weight = tl.full([1], ce_weight, D)
+    zipf_weight = tl.full([1], zipf_weight, D)
+    smoothing = tl.full([1], smoothing, D)
+    ce_scale = tl.full([1], 1, D)
+    zipf_scale = tl.full([1], 1, D)
+    gc = ce_weight
+    gz = zipf_weight
+    if REDUCTION == MEAN:
+        ce_scale, zipf_scale = mean_scales(
+            target, target_stride, correct, weight, totals, partials, N, C, ignore_index,
+            HAS_WEIGHT, ONLY_CORRECT, TOTALS, D,
+        )  # fmt: skip
+        gc, gz = gradient_scales(
+            ce_scale, zipf_scale, ce_weight, zipf_weight, grad_scale, HAS_CE, SCALED and WITH_GRAD
+        )
+    ce_sum = tl.zeros([R], D)
+    zipf_sum = tl.zeros([R], D)
+    offset = tl.arange(0, B // W)[:, None] * W + tl.arange(0, W)[None, :]  # (1, B), or (G, V)
+    for step in range(0, steps):
+        group = tl.program_id(0).to(tl.int64) * steps + step
+        row = group * R + tl.arange(0, R)
+        row_ok = row < N
+        head, start, body = row_vectors(row, stride, C, V, EDGES)
+        target_start = start
+        if SOFT:
+            target_start = row_vectors(row, target_stride, C, V, EDGES)[1]
+        masses = log_mass + of_rows(row * mass_stride_n, o)
+        y, zy, wy, ignored, invalid = class_target(
+            logits, stride, target, target_stride, weight, row, row_ok, C, ignore_index, D, o
+        )
+
+        # The label of a held row comes first where it can: later, more would live through it.
+        if LABEL == VOTES_LABEL and LABEL_FIRST:
+            v, share, log_p, log_q, rest, bad_votes = votes_label(
+                votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row_ok, y, C, P, scratch,
+                R, P2, PAIRWISE, PAIR_BLOCK,
+            )  # fmt: skip
+
+        # Statistics. A held row's base is known before its sums; a streamed row's grows from tile to tile.
+        if HELD:
+            tile = load_tile(logits, target, start, target_start, offset, head, body, row_ok, D, o)
+            base = tile_base(tile, no_base(G, D), y, masses, mass_stride_c, False, o)
+        else:
+            vectors = no_stats(G, D)
+            for first in range(0, C // V * V, B):
+                part = load_tile(
+                    logits, target, start, target_start, first + offset, head, body, row_ok, D, o
+                )
+                part_base = tile_base(part, vectors.base, y, masses, mass_stride_c, True, o)
+                part_stats, _, _ = tile_stats(
+                    part, part_base, y, zy, masses, mass_stride_c, weight, smoothing, C, True, o
+                )
+                vectors = merge(vectors, part_stats, o)
+            base = join_lanes(vectors.base, o)
+        if EDGES:
+            edges = load_edges(logits, target, row, stride, target_stride, head, body, row_ok, C, V, D, o)
+            base = join(base, tile_base(edges, no_base(R, D), y, masses, mass_stride_c, False, o), o)
+        if HELD:
+            stats, e, p = tile_stats(tile, base, y, zy, masses, mass_stride_c, weight, smoothing, C, False, o)
+        else:
+            stats = sum_lanes(rebase(vectors, base, o))
+        if EDGES:
+            edge_stats, _, _ = tile_stats(
+                edges, base, y, zy, masses, mass_stride_c, weight, smoothing, C, False, o
+            )
+            stats = add(stats, edge_stats)
+
+        # The label.
+        members = stats.members
+        if SOFT:
+            invalid = stats.flag > 0
+        else:
+            members = tl.zeros([R], tl.int32) + (C - 1)
+        if LABEL == VOTES_LABEL:
+            if not LABEL_FIRST:
+                v, share, log_p, log_q, rest, bad_votes = label_over_s(
+                    votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row_ok, target,
+                    target_stride, y, base.least, members, C, P, scratch, R, P2, PAIRWISE, PAIR_BLOCK, o,
+                )  # fmt: skip
+            invalid |= bad_votes
+            voted = row_ok[:, None] & (share > 0)
+            zv = tl.load(logits + (row * stride)[:, None] + v, mask=voted, other=0).to(D)
+        elif HAS_VOTES:
+            _, _, bad_votes = load_votes(votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, P2)
+            invalid |= bad_votes
+        invalid &= ~ignored
+
+        # The losses, and what the gradient is made of.
+        counted = ~ignored
+        if SOFT:
+            counted &= members >= 2
+        if ONLY_CORRECT:
+            if o.FIND_CORRECT:
+                counted &= stats.flag == 0
+            else:
+                counted &= tl.load(correct + row, mask=row_ok, other=0) != 0
+        zero = tl.zeros([R], D)
+        ce_row, zipf_row, k_s, k, at_target, infinite = zero, zero, zero, zero, zero, row_ok
+        if HAS_CE:
+            ce_row, k_s, k, at_target, infinite = cross_entropy_of(stats, zy, wy, C, smoothing, o)
+            k *= gc
+            k_s *= gc
+            at_target *= gc
+        label_scale = zero
+        if HAS_ZIPF:
+            label_scale = tl.where(counted, gz + zero, 0.0)
+            if LABEL == VOTES_LABEL:
+                zipf_row = zipf_of_votes(
+                    base.m, stats.s, stats.t, stats.finite, zv, share, log_p, log_q, rest, members
+                )
+            else:
+                zipf_row = zipf_of_masses(
+                    stats.s, stats.t, stats.finite, base.mass_top, stats.total, stats.entropy, stats.cross,
+                    members,
+                )  # fmt: skip
+            k_s += tl.where(counted, (gz + zero) / stats.s, 0.0)
+            zipf_row = tl.where(counted, zipf_row, 0.0)
+        ce_row = tl.where(ignored, 0.0, tl.where(invalid, float("nan"), ce_row))
+        zipf_row = tl.where(invalid, float("nan"), zipf_row)
+        if REDUCTION == NONE:
+            tl.store(ce + row, ce_row, mask=row_ok)
+            tl.store(zipf + row, zipf_row, mask=row_ok)
+            tl.store(loss + row, ce_weight * ce_row + zipf_weight * zipf_row, mask=row_ok)
+        else:
+            ce_sum += ce_row
+            zipf_sum += zipf_row
+
+        # The gradient. It may lie over the logits: a barrier ends all reads by all threads, but for those of
+        # logits by the threads that overwrite them. The edges come first: what they need would live through
+        # the loop.
+        if WITH_GRAD:
+            tl.debug_barrier()
+            zero_grad = ignored
+            if not HAS_CE:
+                zero_grad |= ~counted if HAS_ZIPF else row_ok
+            zero_grad &= ~invalid
+            constant, mass = zero, zero
+            if LABEL == VOTES_LABEL:
+                constant = label_scale * tl.exp(log_q)
+            if LABEL == DENSE_LABEL:  # uniform where no class has mass
+                massless = base.mass_top == -float("inf")
+                mass = tl.where(massless, 0.0, label_scale / stats.total)
+                constant = tl.where(massless, label_scale / members.to(D), 0.0)
+            f = Factors(
+                in_s=k_s, elsewhere=k, label=label_scale, mass=mass, constant=constant,
+                target=gc + zero if SOFT else gc * smoothing / C + zero,
+                at_target=at_target, infinite=infinite, invalid=zero_grad | invalid,
+                value=tl.where(zero_grad, 0.0, float("nan")),
+            )  # fmt: skip
+            grad_start = of_rows(row_vectors(row, C, C, V, EDGES)[1], o)
+            T: tl.constexpr = grad.dtype.element_ty
+            if EDGES:
+                edge = load_edges(logits, target, row, stride, target_stride, head, body, row_ok, C, V, D, o)
+                edge_e, edge_p = exponentials_again(edge, base, y, masses, mass_stride_c, o)
+                edge_g = tile_gradient(edge, edge_e, edge_p, f, y, base.least, weight, smoothing, C, o)
+                at = of_rows(row * C, o) + edge.column
+                tl.store(grad + at, narrow(edge_g, T), mask=edge.inside)
+            if LABEL == VOTES_LABEL:
+                gv = voted_gradient(zv, v, voted, log_p, base, f, weight, smoothing, C, o)
+            if HELD:
+                g = tile_gradient(tile, e, p, f, y, base.least, weight, smoothing, C, o)
+                tl.store(grad + grad_start + offset, narrow(g, T), mask=tile.inside)
+            else:
+                blocks = (C // V * V + B - 1) // B
+                for i in range(0, blocks):
+                    j = (blocks - 1 - i) * B + offset
+                    again = load_tile(logits, target, start, target_start, j, head, body, row_ok, D, o)
+                    again_e, again_p = exponentials_again(again, base, y, masses, mass_stride_c, o)
+                    again_g = tile_gradient(
+                        again, again_e, again_p, f, y, base.least, weight, smoothing, C, o
+                    )
+                    tl.store(grad + grad_start + j, narrow(again_g, T), mask=again.inside)
+            if LABEL == VOTES_LABEL:
+                tl.debug_barrier()
+                at_votes = (row * C)[:, None] + v
+                tl.store(grad + at_votes, narrow(gv, T), mask=voted & ~f.invalid[:, None])
+    if REDUCTION != NONE:
+        combine_losses(
+            ce_sum, zipf_sum, ce_scale, zipf_scale, ce_weight, zipf_weight, loss, ce, zipf, sums, counter,
+            HAS_CE, HAS_ZIPF, REDUCTION, D,
+        )  # fmt: skip
