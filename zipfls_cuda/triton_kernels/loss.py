@@ -127,12 +127,12 @@ def cut_rows(logits: Tensor, P: int, label: int, soft: bool) -> Rows:
     held = longest_row(itemsize, soft) >= C
     if held:
         B, R, warps = row_tile(N, C, P2)
-        if soft:  # 2 warps spilled at C = 16 on sm_90, 4 at C = 2048 beside masses on sm_80
-            warps = 8 if label == 2 and B == 2048 else 4 if warps == 2 else warps
+        if soft:  # 2 warps spilled at C = 16 on sm_90, 4 at C = 2048 beside masses and at 256 votes
+            warps = 8 if (label == 2 and B == 2048) or P2 == 256 else 4 if warps == 2 else warps
     else:
         (B, warps), R = long_tile(C, itemsize, label, soft), 1
-        if P2 > 2048:  # votes live in registers too
-            warps = max(warps, 16)
+        if P2 > 512:  # votes live in registers too
+            warps = max(warps, 16 if P2 > 2048 else 8)
     groups = -(-N // R)
     steps = max(1, -(-groups // (HASHING_PROGRAMS if hashed else PROGRAMS)))
     programs = max(1, -(-groups // steps))
