@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
+
+import pytest
+import torch
 
 import zipfls_cuda as zls
 
@@ -127,3 +131,43 @@ def test_ci_runs_the_readme_command():
     assert ci.index("make test") < ci.index("make test-rest")
     assert "make test" in (ROOT / "README.md").read_text()
     assert "make demo" in (ROOT / "README.md").read_text()
+
+
+def hops(call, ends) -> int:
+    """Calls between Python functions of the package, from ``call`` down to a function in ``ends``."""
+    package, deepest = str(ROOT / "zipfls_cuda"), []
+
+    def profile(frame, event, arg):
+        if (
+            event == "call"
+            and frame.f_code.co_qualname in ends
+            and str(frame.f_code.co_filename).startswith(package)
+        ):
+            chain = 0
+            while frame is not None:
+                chain += frame.f_code.co_filename.startswith(package)
+                frame = frame.f_back
+            deepest.append(chain - 1)
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    assert deepest, f"none of {ends} was called"
+    return max(deepest)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("soft", [True, False])
+def test_the_way_of_a_call_is_short(backend, device, grad, soft):
+    """From the public function: 4 hops to the reference, 6 to a launch of Triton's, 1 to where C++ is called."""
+    logits = torch.randn(4, 7, device=device, requires_grad=grad)
+    target = torch.rand(4, 7, device=device) if soft else torch.zeros(4, dtype=torch.long, device=device)
+    votes = torch.zeros(4, 3, dtype=torch.int32, device=device)
+    ends, most = {
+        "reference": ({"loss_fwd"}, 4),
+        "triton": ({"Launch.__call__"}, 6),
+    }.get(backend, ({"loss"}, 1))  # autograd.loss calls C++
+    zls.zipf_cross_entropy(logits, target, votes, backend=backend)  # tables and plans are there
+    assert hops(lambda: zls.zipf_cross_entropy(logits, target, votes, backend=backend), ends) <= most

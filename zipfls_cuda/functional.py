@@ -206,7 +206,7 @@ def zipf_loss(
 ) -> Tensor:
     """Zipf's Label Smoothing term alone: L_zipf = sum_{c != y} p~_c log(p~_c / p^_c).
 
-    Arguments, result and errors as :func:`zipf_cross_entropy`, a target of probabilities included; the mean
+    Arguments, result and errors as ``zipf_cross_entropy``, a target of probabilities included; the mean
     divides by the number of samples that are not ignored (with ``only_correct``: that are classified
     correctly; 0 if none is).
 
@@ -224,7 +224,7 @@ def zipf_loss(
 
 
 class LossOptions(TypedDict, total=False):
-    """Options of :func:`zipf_cross_entropy` and :func:`zipf_head_loss` alike."""
+    """Options of ``zipf_cross_entropy`` and ``zipf_head_loss`` alike."""
 
     zipf_weight: float
     alpha: float
@@ -297,7 +297,7 @@ def zipf_cross_entropy(
             CutMix, soft labels. The Zipf term is then over the classes whose probability is the row's
             minimum, 0 where they are fewer than two; all means divide by N; ``only_correct`` compares with
             its argmax. Our extension (docs/MATH.md, "Soft targets").
-        votes: (N, P) int32 or int64 from :func:`dense_vote`, below C; negative means no vote; P = 0 is
+        votes: (N, P) int32 or int64 from ``dense_vote``, below C; negative means no vote; P = 0 is
             allowed. None ranks by the logits instead.
         zipf_weight: lambda, finite; 0 skips the Zipf term. The paper uses 0.1 (CIFAR-100, ImageNet) and 1.0
             (TinyImageNet, iNat21).
@@ -404,10 +404,10 @@ def zipf_head_loss(
         weight: (C, D) of the classifier, which gives logits and votes both.
         bias: (C,) of the classifier, or None.
         target: (N,) int64 or uint8 in [0, C), or ``ignore_index``; or probabilities (N, C).
-        upsample: as in :func:`dense_vote`.
-        class_weight: the ``weight`` of :func:`zipf_cross_entropy`; the other options go by its names.
+        upsample: as in ``dense_vote``.
+        class_weight: the ``weight`` of ``zipf_cross_entropy``; the other options go by its names.
 
-    Result and errors are those of :func:`zipf_cross_entropy`.
+    Result and errors are those of ``zipf_cross_entropy``.
 
     Example:
         >>> features = torch.randn(8, 16, 7, 7, requires_grad=True)

@@ -4,7 +4,7 @@ A law is one small class. A deterministic law gives the log mass of each rank, a
 every kernel gathers from such a table (R,), or reads log masses (N, C) by sample and class, and knows no
 law. A random law draws the masses (N, C) instead.
 
-To add a law, subclass :class:`Distribution` as a frozen dataclass and write ``log_mass``::
+To add a law, subclass ``Distribution`` as a frozen dataclass and write ``log_mass``::
 
     @dataclass(frozen=True)
     class Geometric(zls.Distribution):
@@ -91,7 +91,7 @@ class Zipf(Distribution):
     """mass(r) = r^-alpha, the law of the paper (Eq. 4).
 
     Args:
-        alpha: the decay, finite and >= 0; 1.0 in the paper, 0 makes it :class:`Constant`.
+        alpha: the decay, finite and >= 0; 1.0 in the paper, 0 makes it ``Constant``.
 
     Example:
         >>> votes, target = torch.tensor([[0, 0, 1]]), torch.tensor([3])

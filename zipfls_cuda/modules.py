@@ -41,7 +41,7 @@ class ZipfLoss(nn.Module):
         ignore_index: as in F.cross_entropy.
         reduction: as in F.cross_entropy.
         deep_weight: beta, the weight of the cross-entropy of every deep head (``deep_logits``).
-        inplace: write the gradient over the logits, in backward, as :func:`zls.zipf_cross_entropy` tells.
+        inplace: write the gradient over the logits, in backward, as ``zls.zipf_cross_entropy`` tells.
         process_group: logits, deep_logits and weight are this rank's class shards (docs/DISTRIBUTED.md).
 
     Raises:
@@ -115,7 +115,7 @@ class ZipfLoss(nn.Module):
             target: (N,) classes, or probabilities (N, C).
             votes: (N, P) int32 or int64, in place of the handle's.
             num_items_in_batch: what means divide by, those of deep heads too: ``num_items`` of
-                :func:`zls.zipf_cross_entropy`, by the name that Hugging Face's Trainer gives it
+                ``zls.zipf_cross_entropy``, by the name that Hugging Face's Trainer gives it
                 (``compute_loss_func=criterion``).
 
         Returns:

@@ -187,7 +187,7 @@ def dense_vote(
     backend: str | None,
     process_group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Votes over all classes, (N, P) int32, the same on every rank; as :func:`functional.dense_vote`.
+    """Votes over all classes, (N, P) int32, the same on every rank; as ``functional.dense_vote``.
 
     The local winner comes from the best backend; its score is taken again by a dot product in the
     accumulation type, whose order depends on D alone. So equal rows in different shards have equal scores,

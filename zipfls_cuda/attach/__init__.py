@@ -58,7 +58,7 @@ def attach(
 
     A forward in training mode with gradient enabled leaves its votes in the handle, in place of those of the
     one before; other forwards (validation, update_bn, a teacher's) neither leave nor disturb any. Votes are
-    given out for the output of that forward alone: see :meth:`Handle.votes_of`.
+    given out for the output of that forward alone: see ``Handle.votes_of``.
 
     Map and classifier are found for timm models (``forward_features`` and ``get_classifier``) and for the
     classes of torchvision and transformers that ``attach.models.KNOWN`` lists. The classifier that votes is
