@@ -1,6 +1,6 @@
-// What must hold before a kernel may touch memory: every launcher calls these, whoever called it.
+// What must hold before a kernel may touch memory: every launcher calls these.
 //
-// Messages for people are zipfls_cuda/checks.py's. Here only what pointers depend on is looked at:
+// User-facing messages are in zipfls_cuda/checks.py. Here only what pointers depend on is looked at:
 // shapes, types, devices; and, on the CPU, where looking costs no synchronisation, the range of
 // class indices.
 #pragma once

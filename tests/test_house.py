@@ -161,7 +161,7 @@ def hops(call, ends) -> int:
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("soft", [True, False])
 def test_the_way_of_a_call_is_short(backend, device, grad, soft):
-    """From the public function: 4 hops to the reference, 6 to a launch of Triton's, 1 to where C++ is called."""
+    """From the public function: 4 hops to the reference, 6 to a launch of Triton's, 1 to the call of C++."""
     logits = torch.randn(4, 7, device=device, requires_grad=grad)
     target = torch.rand(4, 7, device=device) if soft else torch.zeros(4, dtype=torch.long, device=device)
     votes = torch.zeros(4, 3, dtype=torch.int32, device=device)

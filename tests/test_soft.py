@@ -402,7 +402,7 @@ def infinite_rows(device="cpu"):
     ids=["plain", "cross-entropy", "a weight of 0"],
 )
 def test_infinite_probabilities(backend, device, options):
-    """What the reference gives, row by row, in every type; nobody reads the target's values beforehand."""
+    """What the reference gives, row by row, in every type; nothing reads the target's values beforehand."""
     z, t, votes = infinite_rows(device)
     options = {k: v.to(device) if torch.is_tensor(v) else v for k, v in options.items()}
     narrow = {torch.float32: 2e-5, torch.float16: 2e-3}

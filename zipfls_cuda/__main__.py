@@ -109,7 +109,7 @@ def report() -> None:
         print(f"  {backend:9} {'not usable: ' + reason if reason else 'usable'}")
 
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    print("who serves each operator (float32; the first is the default)")
+    print("backends of each operator (float32; the first is the default)")
     for stage in ops.STAGES:
         for device in devices:
             print(f"  {stage:15} {device:6} {_serving(stage, device)}")

@@ -1,4 +1,4 @@
-"""Messages for people: what is wrong with an argument, what was given, what is expected.
+"""User-facing messages: what is wrong with an argument, what was given, what is expected.
 
 Nothing here looks at a tensor's values, so nothing synchronises; ``check_inputs`` alone does, on request.
 Options come back as plain Python numbers, and the target in the type that the operators take.

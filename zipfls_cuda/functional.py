@@ -312,7 +312,7 @@ def zipf_cross_entropy(
         return_parts: return (loss, ce, zipf) with the two parts detached and unweighted.
         num_items: what a mean divides by instead of its own count: the sum over the samples / num_items. For
             gradient accumulation, the samples of all micro-batches: a number, or a scalar tensor.
-        inplace: keep no gradient beside the logits: backward computes it over them. Whoever looks at the
+        inplace: keep no gradient beside the logits: backward computes it over them. A reader of the
             logits afterwards finds the gradient there; a graph that still needs them raises, and so does a
             second backward (but where saved_tensors_hooks keep autograd from noticing). They must be
             contiguous, no leaf nor a view of one, and of all classes (no process_group). For a third pass

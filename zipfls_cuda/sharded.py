@@ -140,15 +140,15 @@ def _best_of_all(score: Tensor, class_: Tensor, group: dist.ProcessGroup) -> tup
     A key has the float32 score in its high word and the class's complement in the low one: the larger key is
     the larger score or the lower class. A float64 score fills the key, so the class takes a second reduction.
     """
-    score, nobody = score + 0.0, class_ < 0  # -0.0 becomes 0.0
+    score, no_vote = score + 0.0, class_ < 0  # -0.0 becomes 0.0
     if score.dtype == torch.float64:
-        mine = _ordered(score.view(torch.int64)).masked_fill(nobody, _NONE)
+        mine = _ordered(score.view(torch.int64)).masked_fill(no_vote, _NONE)
         key = _all_reduce(mine.clone(), dist.ReduceOp.MAX, group)
-        low = _all_reduce((_LOW - class_).masked_fill(nobody | (mine != key), -1), dist.ReduceOp.MAX, group)
+        low = _all_reduce((_LOW - class_).masked_fill(no_vote | (mine != key), -1), dist.ReduceOp.MAX, group)
         class_, best = (_LOW - low).masked_fill(low < 0, -1), _ordered(key).view(torch.float64)
     else:
         key = (_ordered(score.view(torch.int32)).long() << 32) | (_LOW - class_)
-        key = _all_reduce(key.masked_fill(nobody, _NONE), dist.ReduceOp.MAX, group)
+        key = _all_reduce(key.masked_fill(no_vote, _NONE), dist.ReduceOp.MAX, group)
         class_ = (_LOW - (key & _LOW)).masked_fill(key == _NONE, -1)
         best = _ordered((key >> 32).int()).view(torch.float32)
     return best.masked_fill(class_ < 0, -torch.inf), class_
