@@ -1,7 +1,7 @@
 // What must hold before a kernel may touch memory: every launcher calls these.
 //
-// User-facing messages are in zipfls_cuda/checks.py. Here only what pointers depend on is looked at:
-// shapes, types, devices; and, on the CPU, where looking costs no synchronisation, the range of
+// User-facing messages are in zipfls_cuda/checks.py. Here only what pointers depend on is looked
+// at: shapes, types, devices; and, on the CPU, where looking costs no synchronisation, the range of
 // class indices.
 #pragma once
 
