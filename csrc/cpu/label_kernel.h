@@ -174,7 +174,8 @@ ZIPFLS_INLINE MassSums<double> label_counts(const Counted& row, int64_t C, MassT
                                             const Scratch& scratch) {
   A* const label = static_cast<A*>(scratch.label);  // (P + 1,) A, by number of votes
   // The groups of non-target classes with the same number of votes. Made without a branch, whose
-  // outcome would be as random as the votes: a group that no class is in is overwritten by the next.
+  // outcome would be as random as the votes: a group that no class is in is overwritten by the
+  // next.
   int32_t* const members = scratch.members;    // (groups,) int32, how many they are
   int32_t* const count = scratch.group_count;  // (groups,) int32, their number of votes
   int32_t* const rank = scratch.group_rank;    // (groups,) int32
