@@ -38,7 +38,7 @@ ZIPFLS_INLINE bool soft_loss_row(const LossFwd& a, const Scratch& scratch, int64
   using V = Vec<A>;
   constexpr int W = Lanes<A>::W;
   constexpr A kLowest = -static_cast<A>(INFINITY);
-  const int64_t C = a.C, no_class = C;  // the functions of row.h leave out a class: none here
+  const int64_t C = a.C, none = C;  // the functions of row.h leave out a class: none here
   A* const z = static_cast<A*>(scratch.row[0]);      // (C + W,) A, logits
   A* const label = static_cast<A*>(scratch.row[1]);  // (C + W,) A, p~, then the Zipf gradient
   A* const mass = static_cast<A*>(scratch.row[2]);   // (C + W,) A, log masses, then w t'
@@ -73,9 +73,9 @@ ZIPFLS_INLINE bool soft_loss_row(const LossFwd& a, const Scratch& scratch, int64
   bool zipf = a.zipf && (a.correct == nullptr || a.correct[i]);
   if (zipf) {
     double members[1];
-    sum_nontarget<A, 1>(C, no_class, members,
-                        [&](int64_t c, V(&x)[1])
-                            __attribute__((always_inline)) { x[0] = in_s(c) ? splat<A>(1) : V{}; });
+    sum_nontarget<A, 1>(C, none, members, [&](int64_t c, V(&x)[1]) __attribute__((always_inline)) {
+      x[0] = in_s(c) ? splat<A>(1) : V{};
+    });
     zipf = members[0] >= 2;
   }
   double zipf_loss = 0;
@@ -88,19 +88,19 @@ ZIPFLS_INLINE bool soft_loss_row(const LossFwd& a, const Scratch& scratch, int64
       store(mass + c, in_s(c) ? load(mass + c) : splat<A>(kLowest));
       store(rest + c, in_s(c) ? load(z + c) : splat<A>(kLowest));
     });
-    if (max_nontarget<A>(mass, C, no_class) == kLowest)  // no mass in S: uniform there
+    if (max_nontarget<A>(mass, C, none) == kLowest)  // no mass in S: uniform there
       for_blocks<A>(C, [&](int64_t c) __attribute__((always_inline)) {
         store(mass + c, in_s(c) ? V{} : splat<A>(kLowest));
       });
-    const DenseLabel<A> law = label_row_dense(mass, C, no_class, label);
-    const A most = max_nontarget<A>(rest, C, no_class), shift = most == kLowest ? A(0) : most;
+    const DenseLabel<A> law = label_row_dense(mass, C, none, label);
+    const A most = max_nontarget<A>(rest, C, none), shift = most == kLowest ? A(0) : most;
     double sum[1];  // of p~_c (log mass_c - (z_c - shift)); classes without mass are skipped
-    sum_nontarget<A, 1>(C, no_class, sum, [&](int64_t c, V(&x)[1]) __attribute__((always_inline)) {
+    sum_nontarget<A, 1>(C, none, sum, [&](int64_t c, V(&x)[1]) __attribute__((always_inline)) {
       const V p = load(label + c), relative = load(mass + c) - law.largest;
       x[0] = p > A(0) ? p * (relative - (load(rest + c) - shift)) : V{};
     });
     const double cross = sum[0];
-    sum_nontarget<A, 1>(C, no_class, sum, [&](int64_t c, V(&x)[1]) __attribute__((always_inline)) {
+    sum_nontarget<A, 1>(C, none, sum, [&](int64_t c, V(&x)[1]) __attribute__((always_inline)) {
       x[0] = exp_lanes(load(rest + c) - shift);
       store(mass + c, x[0]);
     });
@@ -121,7 +121,7 @@ ZIPFLS_INLINE bool soft_loss_row(const LossFwd& a, const Scratch& scratch, int64
         a.weight == nullptr ? nullptr
                             : padded_row<A>(static_cast<const A*>(a.weight), C, scratch.narrow[0]);
     double sum[3];
-    sum_nontarget<A, 3, 8>(C, no_class, sum, [&](int64_t c, V(&x)[3]) __attribute__((always_inline)) {
+    sum_nontarget<A, 3, 8>(C, none, sum, [&](int64_t c, V(&x)[3]) __attribute__((always_inline)) {
       const V distance = load(z + c) - largest;
       x[0] = exp_lanes(distance);
       x[1] = load(t + c);
