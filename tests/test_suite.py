@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import doctest
-import importlib
 import os
 import re
 import shutil
@@ -121,58 +119,6 @@ def test_slow_tests_run_when_asked_for(pytester, monkeypatch, chosen, runs):
     done = pytester.inline_run(*chosen, *settings, "-p", "no:cacheprovider", plugins=[conftest])
     assert done.ret == 0
     assert {report.nodeid.partition("::")[2] for report in done.listoutcomes()[0]} == runs
-
-
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "zipfls_cuda").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
-)
-def test_examples_in_docstrings(path):
-    """What doctest finds; modules without an example are not imported."""
-    if ">>>" in path.read_text():
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        assert doctest.testmod(importlib.import_module(name)).failed == 0
-
-
-USER = """
-import torch
-import zipfls_cuda as zls
-
-logits, target = torch.randn(4, 10, requires_grad=True), torch.randint(10, (4,))
-votes = zls.dense_vote(torch.randn(4, 8, 3, 3), torch.randn(10, 8), upsample=2)
-zls.zipf_cross_entropy(logits, target, votes, {option}=0.1)
-zls.zipf_loss(logits, target, votes, distribution=zls.Zipf(1.0))
-criterion = zls.ZipfLoss(zipf_weight=0.5)
-criterion((logits, votes), target)
-"""
-
-
-@pytest.mark.slow
-def test_types_of_a_users_script(tmp_path):
-    """mypy accepts what is right and names a misspelt option."""
-    pytest.importorskip("mypy")
-    for option in ("label_smoothing", "label_smoothin"):
-        script = tmp_path / f"{option}.py"
-        script.write_text(USER.format(option=option))
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "mypy",
-                "--follow-imports",
-                "silent",
-                "--cache-dir",
-                str(tmp_path),
-                script,
-            ],
-            env={**os.environ, "MYPYPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        if option == "label_smoothing":
-            assert done.returncode == 0, done.stdout
-        else:
-            assert done.returncode == 1, done.stdout
-            assert 'Unexpected keyword argument "label_smoothin"' in done.stdout
 
 
 def test_convolutions_are_wide_enough():
