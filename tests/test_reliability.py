@@ -55,6 +55,7 @@ def test_every_output_is_written(backend, device, poisoned, reduction):
         assert ((votes >= 0) & (votes < 37)).all()
 
 
+@pytest.mark.interpreted(0)  # the interpreter repeats itself; make kernel-report looks at the code
 def test_repeats_bitwise_whatever_the_threads(backend, device):
     case = make(33, 1003, 49, device=device)
     features, weight = torch.randn(8, 16, 5, 5, device=device), torch.randn(1003, 16, device=device)

@@ -221,6 +221,7 @@ def test_vote_under_autocast(backend, device, dtype):
     assert torch.equal(votes, zls.dense_vote(*cast, backend=backend))
 
 
+@pytest.mark.interpreted(0)  # as in test_reliability.py
 def test_vote_repeats_bitwise(backend, device):
     features, weight, bias = inputs(4, 48, 5, 5, 333, torch.float32, device)
     first = zls.dense_vote(features, weight, bias, backend=backend)
