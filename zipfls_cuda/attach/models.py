@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from .positions import BY_HAND, is_linear
 
-# Classifiers of libraries: class -> (module whose output is the map, module that holds the last nn.Linear).
-# "-1" is the last of a sequence.
+# Classifiers of libraries: class -> module whose output is the map, module that holds the last nn.Linear, and
+# the number of prefix tokens where the probe cannot tell it. "-1" is the last of a sequence.
 KNOWN = {
     "torchvision": {
         "AlexNet": ("features", "classifier"),
@@ -31,7 +31,7 @@ KNOWN = {
     "transformers": {
         "ConvNextForImageClassification": ("convnext.encoder.stages.-1", "classifier"),
         "ConvNextV2ForImageClassification": ("convnextv2.encoder.stages.-1", "classifier"),
-        "DeiTForImageClassification": ("deit.layernorm", "classifier"),
+        "DeiTForImageClassification": ("deit.layernorm", "classifier", 2),  # class and distillation token
         "MobileNetV2ForImageClassification": ("mobilenet_v2.conv_1x1", "classifier"),
         "RegNetForImageClassification": ("regnet.encoder.stages.-1", "classifier"),
         "ResNetForImageClassification": ("resnet.encoder.stages.-1", "classifier"),
@@ -68,19 +68,19 @@ def _is_timm(model: nn.Module) -> bool:
     return all(callable(getattr(model, name, None)) for name in ("forward_features", "get_classifier"))
 
 
-def _known_names(model: nn.Module) -> tuple[str, str] | None:
-    """Names of map and classifier of a model that KNOWN has."""
+def _known(model: nn.Module) -> tuple | None:
+    """What KNOWN has of a model."""
     for cls in type(model).__mro__:
-        names = KNOWN.get(cls.__module__.partition(".")[0], {}).get(cls.__name__)
-        if names:
-            return names
+        found = KNOWN.get(cls.__module__.partition(".")[0], {}).get(cls.__name__)
+        if found:
+            return found
     return None
 
 
 def prefix_tokens(model: nn.Module) -> int | None:
     """Tokens at the front that are no positions, where the model or its library tells."""
-    known = {"DeiTForImageClassification": 2}  # class token, distillation token
-    return getattr(model, "num_prefix_tokens", known.get(type(model).__name__))
+    known = _known(model)
+    return known[2] if known and len(known) > 2 else getattr(model, "num_prefix_tokens", None)
 
 
 def _resolved(model: nn.Module, name: str) -> str:
@@ -103,7 +103,7 @@ def find_classifier(model: nn.Module) -> str:
                 f"{type(container).__name__}: its logits come from several classifiers, and no "
                 f"single one can vote. {BY_HAND}"
             )
-    elif known := _known_names(model):
+    elif known := _known(model):
         container = model.get_submodule(known[1])
     else:
         raise ValueError(
@@ -113,7 +113,7 @@ def find_classifier(model: nn.Module) -> str:
     if not linears:
         raise RuntimeError(
             f"attach: the classifier of this {type(model).__name__} is a {type(container).__name__}; "
-            "an nn.Linear is needed: classifier=..."
+            "an nn.Linear, or an nn.Conv2d of kernel 1, is needed: classifier=..."
         )
     return names[linears[-1]]
 
@@ -122,7 +122,7 @@ def find_feature(model: nn.Module) -> str | None:
     """Name of the module whose output is the map; None where timm's forward_features tells."""
     if _is_timm(model):
         return None
-    if known := _known_names(model):
+    if known := _known(model):
         return _resolved(model, known[0])
     raise ValueError(
         f"feature must name the module whose output is the dense map of this {type(model).__name__}"
