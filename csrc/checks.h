@@ -6,7 +6,9 @@
 #pragma once
 
 #include <limits>
+#include <optional>
 #include <string>
+#include <string_view>
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
@@ -69,6 +71,41 @@ inline void check_log_mass(const at::Tensor& log_mass, int64_t N, int64_t C, int
 
 inline void check_type(const at::Tensor& x, const char* name, at::ScalarType type) {
   TORCH_CHECK_TYPE(x.scalar_type() == type, name, " must be ", type, ", got ", x.scalar_type());
+}
+
+/// logits (N, C); target (N,) int64 or (N, C); log_mass, weight and probabilities in the
+/// accumulation type.
+inline void check_loss(const at::Tensor& logits, const at::Tensor& target,
+                       const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
+                       const std::optional<at::Tensor>& weight, std::string_view reduction) {
+  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (N, C), got ", logits.sizes());
+  check_float(logits, "logits");
+  const int64_t N = logits.size(0), C = logits.size(1);
+  const auto type = accumulation_type(logits.scalar_type());
+  check_num_classes(C);
+  if (target.dim() == 2) {
+    TORCH_CHECK_VALUE(target.sizes() == logits.sizes(), "target must have shape (", N, ", ", C,
+                      "), got ", target.sizes());
+    check_type(target, "target", type);
+  } else {
+    check_target(target, N);
+  }
+  check_same_device(target, "target", logits);
+  check_type(log_mass, "log_mass", type);
+  check_same_device(log_mass, "log_mass", logits);
+  if (votes.has_value()) {
+    check_votes(*votes, N);
+    check_same_device(*votes, "votes", logits);
+  }
+  check_log_mass(log_mass, N, C, votes.has_value() ? votes->size(1) : -1);
+  if (weight.has_value()) {
+    TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == C, "weight must have shape (", C,
+                      ",), got ", weight->sizes());
+    check_type(*weight, "weight", type);
+    check_same_device(*weight, "weight", logits);
+  }
+  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "none" || reduction == "sum",
+                    "reduction must be mean, sum or none, got ", reduction);
 }
 
 /// For what is written in place.

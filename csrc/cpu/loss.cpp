@@ -33,41 +33,6 @@ void set_element(const at::Tensor& x, int64_t i, double value) {
     x.mutable_data_ptr<float>()[i] = static_cast<float>(value);
 }
 
-/// logits (N, C); target (N,) int64 or (N, C); log_mass, weight and probabilities in the
-/// accumulation type.
-void check_loss(const at::Tensor& logits, const at::Tensor& target,
-                const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
-                const std::optional<at::Tensor>& weight, std::string_view reduction) {
-  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (N, C), got ", logits.sizes());
-  check_float(logits, "logits");
-  const int64_t N = logits.size(0), C = logits.size(1);
-  const auto type = accumulation_type(logits.scalar_type());
-  check_num_classes(C);
-  if (target.dim() == 2) {
-    TORCH_CHECK_VALUE(target.sizes() == logits.sizes(), "target must have shape (", N, ", ", C,
-                      "), got ", target.sizes());
-    check_type(target, "target", type);
-  } else {
-    check_target(target, N);
-  }
-  check_same_device(target, "target", logits);
-  check_type(log_mass, "log_mass", type);
-  check_same_device(log_mass, "log_mass", logits);
-  if (votes.has_value()) {
-    check_votes(*votes, N);
-    check_same_device(*votes, "votes", logits);
-  }
-  check_log_mass(log_mass, N, C, votes.has_value() ? votes->size(1) : -1);
-  if (weight.has_value()) {
-    TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == C, "weight must have shape (", C,
-                      ",), got ", weight->sizes());
-    check_type(*weight, "weight", type);
-    check_same_device(*weight, "weight", logits);
-  }
-  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "none" || reduction == "sum",
-                    "reduction must be mean, sum or none, got ", reduction);
-}
-
 /// The denominators of a mean, without only_correct.
 struct Totals {
   double weight;       // sum of the class weights of the targets that count

@@ -45,11 +45,9 @@ Dtype dtype_of(at::ScalarType type) {
   }
 }
 
-Reduction reduction_of(std::string_view name) {
+Reduction reduction_of(std::string_view name) {  // one of three: check_loss
   if (name == "mean") return kMean;
-  if (name == "sum") return kSum;
-  TORCH_CHECK_VALUE(name == "none", "reduction must be mean, sum or none, got ", name);
-  return kNone;
+  return name == "sum" ? kSum : kNone;
 }
 
 const void* data_or_null(const OptionalTensor& x) {
@@ -151,34 +149,10 @@ Parts loss_parts(const Tensor& given_logits, const Tensor& given_target,
                  const OptionalTensor& given_weight, double ce_weight, double zipf_weight,
                  double label_smoothing, bool only_correct, int64_t ignore_index,
                  std::string_view reduction_name, Gradient gradient) {
-  TORCH_CHECK_VALUE(given_logits.dim() == 2, "logits must have shape (N, C), got ",
-                    given_logits.sizes());
-  check_float(given_logits, "logits");
+  check_loss(given_logits, given_target, given_votes, given_log_mass, given_weight, reduction_name);
   const int64_t N = given_logits.size(0), C = given_logits.size(1);
-  check_num_classes(C);
   const auto type = accumulation_type(given_logits.scalar_type());
   const bool soft = given_target.dim() == 2;  // probabilities
-  if (soft) {
-    TORCH_CHECK_VALUE(given_target.sizes() == given_logits.sizes(), "target must have shape ",
-                      given_logits.sizes(), ", got ", given_target.sizes());
-    check_type(given_target, "target", type);
-  } else {
-    check_target(given_target, N);
-  }
-  check_same_device(given_target, "target", given_logits);
-  check_type(given_log_mass, "log_mass", type);
-  check_same_device(given_log_mass, "log_mass", given_logits);
-  if (given_votes.has_value()) {
-    check_votes(*given_votes, N);
-    check_same_device(*given_votes, "votes", given_logits);
-  }
-  check_log_mass(given_log_mass, N, C, given_votes.has_value() ? given_votes->size(1) : -1);
-  if (given_weight.has_value()) {
-    TORCH_CHECK_VALUE(given_weight->dim() == 1 && given_weight->size(0) == C,
-                      "weight must have shape (", C, ",), got ", given_weight->sizes());
-    check_type(*given_weight, "weight", type);
-    check_same_device(*given_weight, "weight", given_logits);
-  }
   const Reduction reduction = reduction_of(reduction_name);
   const c10::cuda::CUDAGuard guard(given_logits.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
