@@ -8,6 +8,7 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: its kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("ZIPFLS_CPU_BFLOAT16", "1")  # the same paths on every processor
 
 import pytest
 from workers import (  # noqa: F401
