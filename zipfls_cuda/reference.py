@@ -194,7 +194,7 @@ def raise_outside(
 
 
 def _bad_rows(target: Tensor, votes: Tensor | None, num_classes: int, ignored: Tensor) -> Tensor:
-    """Rows to poison with NaN; on the CPU, where looking costs no synchronisation, an IndexError instead."""
+    """Rows whose results are NaN; an IndexError on the CPU, where looking costs no synchronisation."""
     if target.device.type == "cpu":
         raise_outside(target, votes, num_classes, ignored)
     return outside(target, votes, num_classes, ignored)

@@ -47,7 +47,7 @@ struct Scratch {
   void* patch;           // (min(P, C) + 1 + W,) A, gradient at the voted classes
   void* row[5];          // (C + W,) A each: exponentials; dense label; dense log mass; padded class
                  // weights; one more for soft targets, which use them all (soft_loss_kernel.h)
-  void* narrow[2];  // (W,) of the logits' type: a padded row where C < W, and its gradient;
+  void* padded[2];  // (W,) of the logits' type: a padded row where C < W, and its gradient;
                     // soft targets: class weights and target, in A
   void* sort[2];    // (C,) of 16 bytes each, for ranking by logits
 };

@@ -148,9 +148,9 @@ ZIPFLS_INLINE bool loss_row(const LossFwd& a, MassTable<A>& masses, const Scratc
   const T* z = static_cast<const T*>(a.logits) + i * a.logits_stride;  // (C,) T
   T* out = grad_row;                                                   // (C,) T
   if (C < W) {
-    __builtin_memcpy(scratch.narrow[0], z, C * sizeof(T));
-    z = static_cast<const T*>(scratch.narrow[0]);
-    if (out != nullptr) out = static_cast<T*>(scratch.narrow[1]);
+    __builtin_memcpy(scratch.padded[0], z, C * sizeof(T));
+    z = static_cast<const T*>(scratch.padded[0]);
+    if (out != nullptr) out = static_cast<T*>(scratch.padded[1]);
   }
   const A* const weight =
       static_cast<const A*>(C < W && a.weight != nullptr ? scratch.row[3] : a.weight);

@@ -48,20 +48,20 @@ ZIPFLS_INLINE bool soft_loss_row(const LossFwd& a, const Scratch& scratch, int64
   const A* const target = static_cast<const A*>(a.target) + i * a.target_stride;  // (C,) A
 
   // The rows, once from memory; the largest logit, the smallest probability.
-  const T* const from_z = padded_row<A>(logits, C, scratch.narrow[0]);
-  const A* const from_t = padded_row<A>(target, C, scratch.narrow[1]);
+  const T* const from_z = padded_row<A>(logits, C, scratch.padded[0]);
+  const A* const from_t = padded_row<A>(target, C, scratch.padded[1]);
   V top = splat<A>(kLowest), low = -top;
-  Mask<A> odd = {};
+  Mask<A> nan_target = {};
   for_blocks<A>(C, [&](int64_t c) __attribute__((always_inline)) {
     const V x = load(from_z + c), y = load(from_t + c);
     store(z + c, x);
     store(t + c, y);
     top = max_ignoring_nan(top, x);
     low = y < low ? y : low;
-    odd |= y != y;
+    nan_target |= y != y;
   });
   const A largest = reduce_max<A>(top), least = -reduce_max<A>(-low);
-  const bool poisoned = any<A>(odd);  // a NaN in the target
+  const bool invalid = any<A>(nan_target);  // a NaN in the target
 
   const bool by_votes = a.zipf && a.mass == Mass::kByVotes;
   const Counted votes = by_votes ? count_row(a.votes, i, C, 0, scratch) : Counted{0, 0, 0};
@@ -119,7 +119,7 @@ ZIPFLS_INLINE bool soft_loss_row(const LossFwd& a, const Scratch& scratch, int64
     const A spread = static_cast<A>(a.label_smoothing / static_cast<double>(C));
     const A* const weight =  // (C,) A
         a.weight == nullptr ? nullptr
-                            : padded_row<A>(static_cast<const A*>(a.weight), C, scratch.narrow[0]);
+                            : padded_row<A>(static_cast<const A*>(a.weight), C, scratch.padded[0]);
     double sum[3];
     sum_nontarget<A, 3, 8>(C, none, sum, [&](int64_t c, V(&x)[3]) __attribute__((always_inline)) {
       const V distance = load(z + c) - largest;
@@ -143,17 +143,17 @@ ZIPFLS_INLINE bool soft_loss_row(const LossFwd& a, const Scratch& scratch, int64
     ce = sum[1] * log_sum - sum[2];
     along_exp = a.ce_factor * sum[1] / sum[0];
   }
-  a.ce_rows[i] = poisoned ? NAN : ce;
-  a.zipf_rows[i] = poisoned ? NAN : zipf_loss;
+  a.ce_rows[i] = invalid ? NAN : ce;
+  a.zipf_rows[i] = invalid ? NAN : zipf_loss;
   if (a.grad == nullptr) return true;
 
   // The gradient, once to memory.
   T* const grad_row = static_cast<T*>(a.grad) + i * C;                   // (C,) T
-  T* const out = C < W ? static_cast<T*>(scratch.narrow[0]) : grad_row;  // (C,) T
-  const V poison = splat<A>(poisoned ? static_cast<A>(NAN) : A(0));
+  T* const out = C < W ? static_cast<T*>(scratch.padded[0]) : grad_row;  // (C,) T
+  const V nan_or_zero = splat<A>(invalid ? static_cast<A>(NAN) : A(0));
   const A scale = static_cast<A>(along_exp), factor = static_cast<A>(a.ce_factor);
   for_blocks<A>(C, [&](int64_t c) __attribute__((always_inline)) {
-    V g = poison;
+    V g = nan_or_zero;
     if (zipf) g += load(label + c);
     if (a.ce) g += load(rest + c) * scale - factor * load(mass + c);
     store(out + c, g);

@@ -161,7 +161,7 @@ class Plan(NamedTuple):
     losses: Tensor  # like loss, ce and zipf
     grad: Tensor
     grad_scale: Tensor
-    nothing: bool  # to do
+    empty: bool  # no rows, and no mean or sum of them
 
     def results(self, logits: Tensor, gradient: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """loss, ce, zipf, grad and grad_scale, not yet written; empty_like has less to parse than empty."""
@@ -242,7 +242,7 @@ def _loss(
         ),
     )  # fmt: skip
     loss, ce, zipf, grad, grad_scale = results = plan.results(logits, gradient)
-    if plan.nothing:
+    if plan.empty:
         return results
     N, C = logits.shape
     rows = plan.rows

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch_cache import Launch, device_of, plan_cache, signature, store_plan
-from .loss_math import narrow
+from .loss_math import from_float
 
 BWD_BLOCK, BWD_PROGRAMS = 4096, 1056  # eight programs per multiprocessor walk through all elements
 
@@ -40,11 +40,11 @@ def loss_bwd_kernel(
         for first in range(pid * BLOCK, whole, tl.num_programs(0).to(tl.int64) * BLOCK):
             i = first + tl.arange(0, BLOCK)
             g = tl.load(grad + i, mask=i < whole, other=0).to(D)
-            tl.store(out + i, narrow(g * scale, out.dtype.element_ty), mask=i < whole)
+            tl.store(out + i, from_float(g * scale, out.dtype.element_ty), mask=i < whole)
         if pid == 0:
             i = whole + tl.arange(0, V)
             g = tl.load(grad + i, mask=i < numel, other=0).to(D)
-            tl.store(out + i, narrow(g * scale, out.dtype.element_ty), mask=i < numel)
+            tl.store(out + i, from_float(g * scale, out.dtype.element_ty), mask=i < numel)
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def loss_bwd_rows_kernel(
             c = first + tl.arange(0, B)[None, :]
             inside = (c < C // V * V) & row_ok[:, None]
             g = tl.load(grad + start + c, mask=inside, other=0).to(D)
-            tl.store(out + start + c, narrow(g * scale[:, None], out.dtype.element_ty), mask=inside)
+            tl.store(out + start + c, from_float(g * scale[:, None], out.dtype.element_ty), mask=inside)
 
 
 def _plan(grad: Tensor, grad_loss: Tensor, inplace: bool, scaled: bool) -> tuple[Launch, tuple]:

@@ -18,10 +18,10 @@ from .loss_math import (
     add,
     cross_entropy_of,
     exponentials_again,
+    from_float,
     join,
     join_lanes,
     merge,
-    narrow,
     no_base,
     no_stats,
     of_rows,
@@ -344,12 +344,12 @@ def loss_fwd_kernel(
                 edge_e, edge_p = exponentials_again(edge, base, y, masses, mass_stride_c, o)
                 edge_g = tile_gradient(edge, edge_e, edge_p, f, y, base.least, weight, smoothing, C, o)
                 at = of_rows(row * C, o) + edge.column
-                tl.store(grad + at, narrow(edge_g, T), mask=edge.inside)
+                tl.store(grad + at, from_float(edge_g, T), mask=edge.inside)
             if LABEL == VOTES_LABEL:
                 gv = voted_gradient(zv, v, voted, log_p, base, f, weight, smoothing, C, o)
             if HELD:
                 g = tile_gradient(tile, e, p, f, y, base.least, weight, smoothing, C, o)
-                tl.store(grad + grad_start + offset, narrow(g, T), mask=tile.inside)
+                tl.store(grad + grad_start + offset, from_float(g, T), mask=tile.inside)
             else:
                 blocks = (C // V * V + B - 1) // B
                 for i in range(0, blocks):
@@ -359,11 +359,11 @@ def loss_fwd_kernel(
                     again_g = tile_gradient(
                         again, again_e, again_p, f, y, base.least, weight, smoothing, C, o
                     )
-                    tl.store(grad + grad_start + j, narrow(again_g, T), mask=again.inside)
+                    tl.store(grad + grad_start + j, from_float(again_g, T), mask=again.inside)
             if LABEL == VOTES_LABEL:
                 tl.debug_barrier()
                 at_votes = (row * C)[:, None] + v
-                tl.store(grad + at_votes, narrow(gv, T), mask=voted & ~f.invalid[:, None])
+                tl.store(grad + at_votes, from_float(gv, T), mask=voted & ~f.invalid[:, None])
     if REDUCTION != NONE:
         combine_losses(
             ce_sum, zipf_sum, ce_scale, zipf_scale, ce_weight, zipf_weight, loss, ce, zipf, sums, counter,

@@ -93,7 +93,7 @@ def infinity_to_zero(x):
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):
+def from_float(x, dtype: tl.constexpr):
     """x in the type of the gradient, to nearest even. The interpreter would cut float32 off to bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -249,12 +249,12 @@ def tile_stats(
     Returns also e = exp(x - m), or exp(x - top) outside S, and e^a (G, W), for the gradient of a held row.
     """
     zero = tl.zeros_like(tile.x)
-    nothing = tl.sum(zero, 1)
+    none = tl.sum(zero, 1)
     m, top = of_groups(base.m, VECTORS, o), of_groups(base.top, VECTORS, o)
     in_s = elements_of_s(tile, y, of_groups(base.least, VECTORS, o), o)
-    s, t, finite, total, entropy, cross = nothing, nothing, nothing, nothing, nothing, nothing
-    u_sum, ux, z = nothing, nothing, nothing
-    members, flag = nothing.to(tl.int32), nothing.to(tl.int32)
+    s, t, finite, total, entropy, cross = none, none, none, none, none, none
+    u_sum, ux, z = none, none, none
+    members, flag = none.to(tl.int32), none.to(tl.int32)
     if o.SOFT:
         flag = tl.max(((tile.t != tile.t) & tile.inside).to(tl.int32), 1)
         members = tl.sum(in_s.to(tl.int32), 1)
@@ -304,7 +304,7 @@ def tile_stats(
 
 @triton.jit
 def shift_to(maximum, larger):
-    """maximum - larger, and 0 where the maximum is -inf: of nothing there is nothing to rescale."""
+    """maximum - larger, and 0 where the maximum is -inf: sums of no elements need no rescaling."""
     return tl.where(maximum == -float("inf"), tl.zeros_like(maximum), maximum - larger)
 
 
@@ -323,7 +323,7 @@ def rebase(a, base, o: tl.constexpr):
     m, mass_top = a.base.m, a.base.mass_top
     s, t, finite, members, ux, z = a.s, a.t, a.finite, a.members, a.ux, a.z
     total, entropy, cross = a.total, a.entropy, a.cross
-    nothing = tl.zeros_like(s)
+    none = tl.zeros_like(s)
     if o.SOFT and o.CE:
         top_shift = shift_to(a.base.top, base.top)
         z *= tl.exp(top_shift)
@@ -331,15 +331,15 @@ def rebase(a, base, o: tl.constexpr):
     if o.SOFT and o.ZIPF:
         kept = a.base.least == base.least
         m = tl.where(kept, m, -float("inf"))
-        s = tl.where(kept, s, nothing)
-        t = tl.where(kept, t, nothing)
-        finite = tl.where(kept, finite, nothing)
+        s = tl.where(kept, s, none)
+        t = tl.where(kept, t, none)
+        finite = tl.where(kept, finite, none)
         members = tl.where(kept, members, 0)
         if o.DENSE:
             mass_top = tl.where(kept, mass_top, -float("inf"))
-            total = tl.where(kept, total, nothing)
-            entropy = tl.where(kept, entropy, nothing)
-            cross = tl.where(kept, cross, nothing)
+            total = tl.where(kept, total, none)
+            entropy = tl.where(kept, entropy, none)
+            cross = tl.where(kept, cross, none)
     if o.ZIPF or not o.SOFT:
         shift = shift_to(m, base.m)
         s *= tl.exp(shift)
