@@ -294,7 +294,13 @@ MUTANTS = [
                 "step",
                 ("tests/test_soft.py",),
             ),
-            ("a soft target's NaN", "cpu/soft_loss_kernel.h", "odd |= y != y;", "", ("tests/test_soft.py",)),
+            (
+                "a soft target's NaN",
+                "cpu/soft_loss_kernel.h",
+                "nan_target |= y != y;",
+                "",
+                ("tests/test_soft.py",),
+            ),
             (
                 "exponentials over the logits",
                 "cpu/loss_kernel.h",
