@@ -79,7 +79,7 @@ def class_target(logits, stride, target, target_stride, weight, row, row_ok, C, 
         y = tl.load(target + row * target_stride, mask=row_ok, other=0)
         ignored = (y == ignore_index) | ~row_ok
         invalid = (y < 0) | (y >= C)
-        y = tl.minimum(tl.maximum(y, 0), C - 1).to(tl.int32)
+        y = tl.minimum(tl.maximum(y, 0), C - 1)
         zy = tl.load(logits + row * stride + y, mask=row_ok, other=0).to(DTYPE)
         if o.HAS_WEIGHT:
             wy = tl.load(weight + y)
@@ -218,6 +218,9 @@ def loss_fwd_kernel(
         y, zy, wy, ignored, invalid = class_target(
             logits, stride, target, target_stride, weight, row, row_ok, C, ignore_index, D, o
         )
+        # Beside an int64 class ptxas keeps what all threads of a streamed row share in uniform registers.
+        if HELD and EDGES and not SOFT:
+            y = y.to(tl.int32)
 
         # The label of a held row comes first where it can: later, more would live through it.
         if LABEL == VOTES_LABEL and LABEL_FIRST:

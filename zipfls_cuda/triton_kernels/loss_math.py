@@ -386,23 +386,22 @@ def join(a, b, o: tl.constexpr):
 @triton.jit
 def join_lanes(base, o: tl.constexpr):
     """The base (1,) of a streamed row from those of its vectors."""
-    one = tl.zeros([1], base.m.dtype)
-    least = tl.min(base.least, 0) + one
-    m = tl.max(of_least(base, least, base.m, o), 0) + one
-    mass_top = tl.max(of_least(base, least, base.mass_top, o), 0) + one
-    return Base(m=m, mass_top=mass_top, top=tl.max(base.top, 0) + one, least=least)
+    least = tl.min(base.least, 0, keep_dims=True)
+    m = tl.max(of_least(base, least, base.m, o), 0, keep_dims=True)
+    mass_top = tl.max(of_least(base, least, base.mass_top, o), 0, keep_dims=True)
+    return Base(m=m, mass_top=mass_top, top=tl.max(base.top, 0, keep_dims=True), least=least)
 
 
 @triton.jit
 def sum_lanes(a):
     """Statistics (1,) of a streamed row from those of its vectors, which have the same base, (1,)."""
-    one = tl.zeros([1], a.s.dtype)
-    none = tl.zeros([1], tl.int32)
     return Stats(
-        base=a.base, s=tl.sum(a.s, 0) + one, t=tl.sum(a.t, 0) + one, finite=tl.sum(a.finite, 0) + one,
-        members=tl.sum(a.members, 0) + none, total=tl.sum(a.total, 0) + one,
-        entropy=tl.sum(a.entropy, 0) + one, cross=tl.sum(a.cross, 0) + one, u=tl.sum(a.u, 0) + one,
-        ux=tl.sum(a.ux, 0) + one, z=tl.sum(a.z, 0) + one, flag=tl.max(a.flag, 0) + none,
+        base=a.base, s=tl.sum(a.s, 0, keep_dims=True), t=tl.sum(a.t, 0, keep_dims=True),
+        finite=tl.sum(a.finite, 0, keep_dims=True), members=tl.sum(a.members, 0, keep_dims=True),
+        total=tl.sum(a.total, 0, keep_dims=True), entropy=tl.sum(a.entropy, 0, keep_dims=True),
+        cross=tl.sum(a.cross, 0, keep_dims=True), u=tl.sum(a.u, 0, keep_dims=True),
+        ux=tl.sum(a.ux, 0, keep_dims=True), z=tl.sum(a.z, 0, keep_dims=True),
+        flag=tl.max(a.flag, 0, keep_dims=True),
     )  # fmt: skip
 
 
