@@ -770,6 +770,7 @@ def compiled(model, fullgraph=True):
     return torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
 
 
+POOL_HEAD = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
 NORM_HEAD = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(16), nn.Dropout(0.0))
 
 
@@ -853,6 +854,41 @@ def test_attach_autocast(probed):
     model.load_state_dict(snapshot(model))
     full = model(X)[1][:, :12]
     assert (votes == full).float().mean() > 0.8  # near ties aside
+
+
+POOL_HEAD = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+CONV_HEAD = (nn.Conv2d(16, 16, 1), nn.Hardswish(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize("when", ["attach", "first batch", "compiled"])
+@pytest.mark.parametrize(
+    "head, options",
+    [(POOL_HEAD, {}), (NORM_HEAD, {}), (CONV_HEAD, {"upsample": 2}), (CONV_HEAD, {"deep": ("stage1",)})],
+)
+def test_attach_autocast_inside_the_forward(when, head, options):
+    """Autocast that ends before the hooks run, as accelerate sets it up, does what autocast around does."""
+    model, _ = tiny(*copy.deepcopy(head), **options)
+    plain = copy.deepcopy(model)
+    expected_handle = zls.attach(plain, **FOUND, **options, example=X)  # its deep heads stay
+    forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    model.forward = lambda x: forward(x).float()
+    example = None if when == "first batch" and not options.get("deep") else X
+    handle = zls.attach(model, **FOUND, **options, example=example)
+    logits = (compiled(model) if when == "compiled" else model)(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(X)
+    assert expected.dtype == torch.bfloat16
+    assert torch.equal(logits, expected.float())
+    assert handle.plan == expected_handle.plan
+    votes, deep_logits = handle.votes_of(logits)
+    expected_votes, expected_deep = expected_handle.votes_of(expected)
+    assert torch.equal(votes, expected_votes)
+    assert len(deep_logits) == len(options.get("deep", ()))
+    assert all(map(torch.equal, deep_logits, expected_deep))
+    zls.ZipfLoss(votes=handle)(logits, torch.arange(4)).backward()
+    zls.ZipfLoss()((expected.float(), expected_votes, expected_deep), torch.arange(4)).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 def check_training(model, plain, deep=False):

@@ -162,6 +162,24 @@ def test_snippet(name, given, steps, monkeypatch):
     assert last < 0.8 * first, (first, last)
 
 
+@pytest.mark.slow
+def test_hugging_face_in_bfloat16(given, steps, monkeypatch):
+    """The Trainer's autocast is inside model.forward and has ended when the votes are asked for."""
+    small_transformers(monkeypatch)
+    import transformers
+
+    initialise = transformers.TrainingArguments.__init__
+
+    def in_bfloat16(self, *args, **options):
+        initialise(self, *args, **options, bf16=True, use_cpu=True)
+
+    monkeypatch.setattr(transformers.TrainingArguments, "__init__", in_bfloat16)
+    exec(compile(SNIPPETS["Hugging Face"], "docs/RECIPES.md, Hugging Face", "exec"), given)
+    assert len(steps) == 10 * 4
+    assert all(step["votes"].shape == (8, 16 * 16) for step in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
 def train_hugging_face(rank: int, folder: Path, count: int, batch: int, accumulation: int, processes: int):
     """Run the snippet with its own data, plain SGD and no batch norm; rank 0 writes what came out of it.
 

@@ -14,6 +14,9 @@ from . import positions
 from .positions import MAP, Plan
 from .probe import Probe, logits_of
 
+# A map that a hook kept, and the autocast of its module.
+Kept = tuple[Tensor, tuple[str, torch.dtype] | None]
+
 
 class Voting:
     """The names that the hooks go by and the votes of the last forward; shared with the handle."""
@@ -34,7 +37,7 @@ class Voting:
     def forget(self) -> None:
         """Drop what belongs to a forward."""
         # The forward that runs: its thread (None where torch.compile traced its start) and its maps.
-        self.running: tuple[int | None, dict[tuple[str, str], Tensor]] | None = None
+        self.running: tuple[int | None, dict[tuple[str, str], Kept]] | None = None
         # Of the last forward: what is known to be its logits, votes, deep logits.
         self.latest: tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]] | None = None
         self.unasked = False  # no votes were asked for since that forward
@@ -89,7 +92,8 @@ class Voting:
                 f"attach: in training mode the model returns a {type(output).__name__}, not logits (N, C)"
                 f"{or_object}"
             )
-        votes, deep_logits = self.vote(model, kept)
+        with positions.autocast_again(_kept(kept, self.plan.seat, self.plan.side)[1]):
+            votes, deep_logits = self.vote(model, kept)
         if self.returns == "tuple":
             return (logits, votes, deep_logits) if deep_logits else (logits, votes)
         if deep_logits:
@@ -103,7 +107,12 @@ class Voting:
             self.several, self.unasked = self.unasked, True
         return output if deep_logits else None
 
-    def vote(self, model: nn.Module, kept: dict) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def keep(self, name: str, side: str, features: Tensor) -> None:
+        """Keep the map that ``name`` takes or gives, if a forward that votes runs."""
+        if self.is_running():
+            self.running[1][name, side] = features, positions.autocast_of(features)
+
+    def vote(self, model: nn.Module, kept: dict[tuple[str, str], Kept]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Votes (N, P) of all maps, and deep logits."""
         plan = self.plan
         linear = model.get_submodule(plan.classifier)
@@ -112,7 +121,7 @@ class Voting:
                 f"attach: the classifier {plan.classifier!r} has become a {type(linear).__name__}, whose "
                 "weight is not all that gives the logits (an adapter, a wrapper): attach again"
             )
-        features = _kept(kept, plan.seat, plan.side).detach()
+        features = _kept(kept, plan.seat, plan.side)[0].detach()
         with torch.no_grad():
             if plan.head:
                 votes = self.vote_through_head(model, features, linear)
@@ -122,7 +131,7 @@ class Voting:
                 )
         all_votes, deep_logits = [votes], []
         for (name, layout, _), head in zip(plan.deep, model.zipf_heads if plan.deep else (), strict=True):
-            features = positions.as_map(_kept(kept, name, "output"), layout, plan.prefix)
+            features = positions.as_map(_kept(kept, name, "output")[0], layout, plan.prefix)
             pooled = features.mean(1) if features.dim() == 3 else features.mean((2, 3))
             deep_logits.append(head(positions.cast(pooled, head.weight)))
             all_votes.append(positions.vote(features.detach(), head, self.upsample))
@@ -209,14 +218,12 @@ class After(_Hook):
 
 class _KeepInput(_Hook):
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        if self.voting.is_running():
-            self.voting.running[1][self.name, "input"] = args[0]
+        self.voting.keep(self.name, "input", args[0])
 
 
 class _KeepOutput(_Hook):
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if self.voting.is_running():
-            self.voting.running[1][self.name, "output"] = output
+        self.voting.keep(self.name, "output", output)
 
 
 @compiling.eager(
@@ -269,7 +276,7 @@ def _with_logits(output: object, logits: Tensor) -> object:
     return output
 
 
-def _kept(kept: dict[tuple[str, str], Tensor], name: str, side: str) -> Tensor:
+def _kept(kept: dict[tuple[str, str], Kept], name: str, side: str) -> Kept:
     if (name, side) not in kept:
         raise RuntimeError(
             f"attach: the module {name!r} has no map to vote: it did not run in this forward, or another "

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import autocast_enabled
@@ -130,6 +131,23 @@ def vote(features: Tensor, linear: nn.Linear | nn.Conv2d, upsample: int = 1) -> 
 def cast(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in the dtype of ``like``, unless autocast takes care of that."""
     return x if autocast_enabled(x) else x.to(like.dtype)
+
+
+def autocast_of(x: Tensor) -> tuple[str, torch.dtype] | None:
+    """Device type and dtype of the autocast that is on for the device of ``x``; None if none is."""
+    kind = x.device.type
+    return (kind, torch.get_autocast_dtype(kind)) if autocast_enabled(x) else None
+
+
+def autocast_again(state: tuple[str, torch.dtype] | None) -> contextlib.AbstractContextManager:
+    """Autocast as ``autocast_of`` found it, if it has ended since.
+
+    accelerate, and with it Hugging Face's Trainer, puts autocast inside ``model.forward``: its modules run
+    under autocast, the model's own hooks do not.
+    """
+    if state is None or torch.is_autocast_enabled(state[0]):
+        return contextlib.nullcontext()
+    return torch.autocast(*state)
 
 
 def whole(weight: Tensor) -> Tensor:

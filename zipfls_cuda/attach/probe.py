@@ -48,6 +48,7 @@ class _Call:
     input: Tensor | None  # the first positional argument, if a tensor
     output: Tensor | None
     overwrote: bool  # its input
+    autocast: tuple[str, torch.dtype] | None  # that it ran under
 
 
 class Probe:
@@ -83,7 +84,8 @@ class Probe:
                 raise self.refusal(f"feature {feature!r} does not run before the classifier {voter.name!r}")
             seat, side = self.seat(calls, origin)
             between = self.between(calls, origin, voter, seat.began if side == "input" else seat.ended)
-            decision = self.decide(origin.output, between, voter, seat.name, side)
+            with positions.autocast_again(seat.autocast):
+                decision = self.decide(origin.output, between, voter, seat.name, side)
             if self.voting.upsample == 2 and decision["layout"] == TOKENS:
                 raise self.refusal("upsample=2 needs a map, and this model has tokens (N, T, D)")
             return Plan(
@@ -121,7 +123,9 @@ class Probe:
             def hook(module, args, output):
                 start, given, version = open_calls.pop()
                 output = output if isinstance(output, Tensor) else None
-                calls.append(_Call(name, start, next(clock), given, output, _overwritten(given, version)))
+                overwrote, seen = _overwritten(given, version), given if output is None else output
+                autocast = None if seen is None else positions.autocast_of(seen)
+                calls.append(_Call(name, start, next(clock), given, output, overwrote, autocast))
 
             return hook
 
@@ -204,8 +208,10 @@ class Probe:
                 )
             )
         voter = dataclasses.replace(voter, input=pooled.flatten(1), output=voter.output.flatten(1))
-        affine = F.linear(voter.input, *positions.matrix(linear))
-        if self.gap(affine, voter.output) > self.tolerance(affine):
+        with positions.autocast_again(voter.autocast):
+            affine = F.linear(voter.input, *positions.matrix(linear))
+            tolerance = self.tolerance(affine)
+        if self.gap(affine, voter.output) > tolerance:
             raise self.refusal(f"the classifier {name!r} does more than weight @ features + bias")
         if self.gap(voter.output, logits) > self.tolerance(logits):
             raise self.refusal(
