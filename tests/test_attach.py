@@ -862,22 +862,27 @@ CONV_HEAD = (nn.Conv2d(16, 16, 1), nn.Hardswish(), nn.AdaptiveAvgPool2d(1), nn.F
 
 @pytest.mark.parametrize("when", ["attach", "first batch", "compiled"])
 @pytest.mark.parametrize(
-    "head, options",
-    [(POOL_HEAD, {}), (NORM_HEAD, {}), (CONV_HEAD, {"upsample": 2}), (CONV_HEAD, {"deep": ("stage1",)})],
+    "head, options, dtype",
+    [
+        (POOL_HEAD, {}, torch.bfloat16),
+        (NORM_HEAD, {}, torch.float16),
+        (CONV_HEAD, {"upsample": 2}, torch.float16),
+        (CONV_HEAD, {"deep": ("stage1",)}, torch.bfloat16),
+    ],
 )
-def test_attach_autocast_inside_the_forward(when, head, options):
+def test_attach_autocast_inside_the_forward(when, head, options, dtype):
     """Autocast that ends before the hooks run, as accelerate sets it up, does what autocast around does."""
     model, _ = tiny(*copy.deepcopy(head), **options)
     plain = copy.deepcopy(model)
     expected_handle = zls.attach(plain, **FOUND, **options, example=X)  # its deep heads stay
-    forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    forward = torch.autocast("cpu", dtype)(model.forward)
     model.forward = lambda x: forward(x).float()
     example = None if when == "first batch" and not options.get("deep") else X
     handle = zls.attach(model, **FOUND, **options, example=example)
     logits = (compiled(model) if when == "compiled" else model)(X)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         expected = plain(X)
-    assert expected.dtype == torch.bfloat16
+    assert expected.dtype == dtype
     assert torch.equal(logits, expected.float())
     assert handle.plan == expected_handle.plan
     votes, deep_logits = handle.votes_of(logits)
