@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -77,6 +78,66 @@ def make(
 
 
 KINDS = ("peaked", "uniform", "one", "target", "distinct", "none", "some", "ties")
+TARGETS = ("one-hot", "smoothed", "mixup", "mixup of smoothed", "uniform", "distinct", "half", "any sum")
+
+
+def probabilities(case, kind: str) -> torch.Tensor:
+    """(N, C) float32 targets whose largest class is, where there is one, the case's target."""
+    N, C = case.logits.shape
+    g = torch.Generator().manual_seed(7)
+    first = F.one_hot(case.target.cpu(), C).float()
+    other = F.one_hot(torch.randint(C, (N,), generator=g), C).float()
+    lam = 0.55 + 0.4 * torch.rand(N, 1, generator=g)
+    t = {
+        "one-hot": first,
+        "smoothed": 0.9 * first + 0.1 / C,
+        "mixup": lam * first + (1 - lam) * other,
+        "mixup of smoothed": lam * (0.9 * first + 0.1 / C) + (1 - lam) * (0.9 * other + 0.1 / C),
+        "uniform": torch.full((N, C), 1 / C),
+        "distinct": torch.rand(N, C, generator=g).softmax(1),  # one class has the least: no Zipf term
+        "half": torch.randint(2, (N, C), generator=g) / C + first,  # as many classes in as out
+        "any sum": torch.randint(-2, 5, (N, C), generator=g) / 3.0,  # F.cross_entropy asks for no sum
+    }[kind]
+    return t.to(case.logits.device)
+
+
+def with_target(case: Case, kind: str) -> Case:
+    """The case with a target of probabilities."""
+    return case._replace(target=probabilities(case, kind))
+
+
+INF = torch.inf
+# Row of a target with infinite probabilities -> (logits by class, probabilities by class).
+INFINITE = {
+    "at the largest logit": ({4: 5.0}, {4: INF}),
+    "elsewhere": ({}, {3: INF}),
+    "negative": ({}, {3: -INF}),
+    "several": ({}, {2: INF, 5: INF}),
+    "several negative": ({}, {2: -INF, 5: -INF}),
+    "of both signs": ({}, {2: -INF, 5: INF}),
+    "all": ({}, dict.fromkeys(range(11), INF)),
+    "all negative": ({}, dict.fromkeys(range(11), -INF)),
+    "where masked": ({3: -INF}, {3: INF}),
+    "beside a mask": ({3: -INF}, {6: INF}),
+    "beside a mask of 0": ({3: -INF}, {3: 0.0, 6: INF}),
+    "where it dominates": ({4: 60.0}, {4: INF}),
+    "where another dominates": ({4: 1e4}, {6: INF, 7: INF}),
+    "negative where it dominates": ({4: 1e4}, {4: -INF}),
+    "far below": ({0: 80.0, 1: 40.0, 2: -30.0, 3: -60.0}, {5: INF}),
+    "beside NaN": ({}, {3: INF, 4: torch.nan}),
+    "none": ({}, {}),
+}
+
+
+def infinite_rows(device="cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, target, votes), a row for each of INFINITE."""
+    case = make(len(INFINITE), 11, 7, seed=4, scale=1.0)
+    z, t = case.logits, probabilities(case, "mixup of smoothed")
+    for i, (logits, shares) in enumerate(INFINITE.values()):
+        for x, changes in ((z, logits), (t, shares)):
+            for c, value in changes.items():
+                x[i, c] = value
+    return z.to(device), t.to(device), case.votes.to(device)
 
 
 def error(actual: Tensor, exact: Tensor) -> float:

@@ -70,63 +70,6 @@ def sample(z, y, votes, mass, *, class_weight=None, smoothing=0.0):
     return ce, math.fsum(terms), dce, dzipf, correct
 
 
-def batch(
-    logits,
-    target,
-    votes,
-    mass,
-    *,
-    zipf_weight=1.0,
-    ce_weight=1.0,
-    only_correct=False,
-    class_weight=None,
-    smoothing=0.0,
-    ignore_index=-100,
-    reduction="mean",
-):
-    """(loss, ce, zipf, d loss/d logits) of a batch; gradient of the sum for "none"."""
-    N, C = np.shape(logits)
-    w = np.ones(C) if class_weight is None else np.asarray(class_weight, dtype=np.float64)
-    ce, zipf = np.zeros(N), np.zeros(N)
-    dce, dzipf = np.zeros((N, C)), np.zeros((N, C))
-    ce_total = zipf_total = kept = 0.0
-    for i in range(N):
-        y = int(target[i])
-        if y == ignore_index:
-            continue
-        m = mass if callable(mass) else mass[i]
-        v = None if votes is None else list(map(int, votes[i]))
-        a, b, da, db, correct = sample(logits[i], y, v, m, class_weight=class_weight, smoothing=smoothing)
-        ce[i], dce[i] = a, da
-        ce_total += w[y]
-        kept += 1
-        if correct or not only_correct:
-            zipf[i], dzipf[i] = b, db
-            zipf_total += 1
-    if reduction == "none":
-        return ce_weight * ce + zipf_weight * zipf, ce, zipf, ce_weight * dce + zipf_weight * dzipf
-    ce_scale = zipf_scale = 1.0
-    if reduction == "mean":
-        ce_scale = 1 / ce_total if ce_total else math.nan
-        zipf_scale = 1 / zipf_total if zipf_total else (0.0 if kept else math.nan)
-    ce_sum, zipf_sum = ce.sum() * ce_scale, zipf.sum() * zipf_scale
-    grad = np.zeros((N, C))
-    if kept:
-        grad = ce_weight * ce_scale * dce + zipf_weight * zipf_scale * dzipf
-    return ce_weight * ce_sum + zipf_weight * zipf_sum, ce_sum, zipf_sum, grad
-
-
-MASSES = {
-    "Zipf": lambda alpha: lambda r, C: r**-alpha,
-    "Constant": lambda: lambda r, C: 1.0,
-    "LinearDecay": lambda s: lambda r, C: max(0.0, (C - r) * 2 * (1 - C * s) / ((C - 1) * C) + s),
-    "ExponentialDecay": lambda rate: lambda r, C: math.exp(-rate * (r - 1)),
-}
-
-
-# Targets that are probabilities -------------------------------------------------------------------------
-
-
 def soft_sample(z, t, votes, mass, *, class_weight=None, smoothing=0.0):
     """As ``sample``, of a target t (C,) of probabilities."""
     z, t = np.asarray(z, dtype=np.float64), np.asarray(t, dtype=np.float64)
@@ -153,7 +96,7 @@ def soft_sample(z, t, votes, mass, *, class_weight=None, smoothing=0.0):
     return ce, zipf, dce, dzipf, int(np.argmax(z)) == int(np.argmax(t))
 
 
-def soft_batch(
+def batch(
     logits,
     target,
     votes,
@@ -162,23 +105,51 @@ def soft_batch(
     zipf_weight=1.0,
     ce_weight=1.0,
     only_correct=False,
+    class_weight=None,
+    smoothing=0.0,
+    ignore_index=-100,
     reduction="mean",
-    **options,
 ):
-    """As ``batch``, of a target (N, C) of probabilities."""
-    N = len(logits)
-    rows = []
+    """(loss, ce, zipf, d loss/d logits) of a batch; gradient of the sum for "none".
+
+    ``target`` holds N classes, or N rows of C probabilities, of which none is ignored or weighs another.
+    """
+    N, C = np.shape(logits)
+    soft = np.ndim(target) == 2
+    w = np.ones(C) if class_weight is None else np.asarray(class_weight, dtype=np.float64)
+    ce, zipf = np.zeros(N), np.zeros(N)
+    dce, dzipf = np.zeros((N, C)), np.zeros((N, C))
+    ce_total = zipf_total = kept = 0.0
     for i in range(N):
+        y = target[i] if soft else int(target[i])
+        if not soft and y == ignore_index:
+            continue
+        m = mass if callable(mass) else mass[i]
         v = None if votes is None else list(map(int, votes[i]))
-        rows.append(soft_sample(logits[i], target[i], v, mass if callable(mass) else mass[i], **options))
-    ce, zipf, dce, dzipf = (np.array([row[k] for row in rows]) for k in range(4))
-    counts = np.array([row[4] or not only_correct for row in rows])
-    zipf, dzipf = np.where(counts, zipf, 0.0), np.where(counts[:, None], dzipf, 0.0)
+        of_one = soft_sample if soft else sample
+        a, b, da, db, correct = of_one(logits[i], y, v, m, class_weight=class_weight, smoothing=smoothing)
+        ce[i], dce[i] = a, da
+        ce_total += 1 if soft else w[y]
+        kept += 1
+        if correct or not only_correct:
+            zipf[i], dzipf[i] = b, db
+            zipf_total += 1
     if reduction == "none":
         return ce_weight * ce + zipf_weight * zipf, ce, zipf, ce_weight * dce + zipf_weight * dzipf
     ce_scale = zipf_scale = 1.0
     if reduction == "mean":
-        ce_scale, zipf_scale = 1 / N, 1 / max(1, counts.sum())
-    ce, zipf = ce.sum() * ce_scale, zipf.sum() * zipf_scale
-    grad = ce_weight * ce_scale * dce + zipf_weight * zipf_scale * dzipf
-    return ce_weight * ce + zipf_weight * zipf, ce, zipf, grad
+        ce_scale = 1 / ce_total if ce_total else math.nan
+        zipf_scale = 1 / zipf_total if zipf_total else (0.0 if kept else math.nan)
+    ce_sum, zipf_sum = ce.sum() * ce_scale, zipf.sum() * zipf_scale
+    grad = np.zeros((N, C))
+    if kept:
+        grad = ce_weight * ce_scale * dce + zipf_weight * zipf_scale * dzipf
+    return ce_weight * ce_sum + zipf_weight * zipf_sum, ce_sum, zipf_sum, grad
+
+
+MASSES = {
+    "Zipf": lambda alpha: lambda r, C: r**-alpha,
+    "Constant": lambda: lambda r, C: 1.0,
+    "LinearDecay": lambda s: lambda r, C: max(0.0, (C - r) * 2 * (1 - C * s) / ((C - 1) * C) + s),
+    "ExponentialDecay": lambda rate: lambda r, C: math.exp(-rate * (r - 1)),
+}

@@ -18,10 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import KINDS, error, make
+from cases import KINDS, TARGETS, error, infinite_rows, make, with_target
 from simulator import BUILDS, GXX, KERNELS, compiled, copy_sources, plant
-from test_soft import KINDS as TARGETS
-from test_soft import infinite_rows, probabilities
 
 import zipfls_cuda as zls
 from zipfls_cuda import labels, reference
@@ -479,20 +477,18 @@ def test_out_of_range(drivers, tmp_path, argument, row, bad):
 # Targets of probabilities -------------------------------------------------------------------------
 
 
-def soft(case, kind: str):
-    return case._replace(target=probabilities(case, kind))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_soft_targets(drivers, tmp_path, dtype):
     """Every kind of target and of votes; rows held, of several parts (here by few threads) and ragged."""
     calls = []
     for kind in TARGETS:
-        calls += [(soft(make(*size, dtype=dtype), kind), {"zipf_weight": 0.5}) for size in SIZES]
-        calls += [(soft(make(5, 12, 9, kind=k, dtype=dtype), kind), {"reduction": "none"}) for k in KINDS]
+        calls += [(with_target(make(*size, dtype=dtype), kind), {"zipf_weight": 0.5}) for size in SIZES]
+        calls += [
+            (with_target(make(5, 12, 9, kind=k, dtype=dtype), kind), {"reduction": "none"}) for k in KINDS
+        ]
     vector = 16 // dtype.itemsize
     for C in [*range(2, 2 * vector + 3), 61, 64, 65, 700]:
-        case = soft(make(3, C, 10, seed=C, dtype=dtype), TARGETS[C % len(TARGETS)])
+        case = with_target(make(3, C, 10, seed=C, dtype=dtype), TARGETS[C % len(TARGETS)])
         calls.append((case, {"phase": len(calls) % vector * dtype.itemsize, "label_smoothing": 0.1}))
     calls += [(case, options | {"row_gap": 2 * vector}) for case, options in calls[::3]]
     for C, P, kind in [
@@ -502,7 +498,7 @@ def test_soft_targets(drivers, tmp_path, dtype):
         (900, 9, "target"),
     ]:
         for target in ("one-hot", "mixup", "half"):
-            calls.append((soft(make(2, C, P, kind=kind, dtype=dtype), target), {"blocks": 1}))
+            calls.append((with_target(make(2, C, P, kind=kind, dtype=dtype), target), {"blocks": 1}))
     for i, (_, options) in enumerate(calls):
         options |= {"shape": (-1, 32 * (i % 3), 1), "order": i % 4}  # 0: as planned
     check_loss(drivers["plain"], tmp_path, calls)
@@ -513,7 +509,7 @@ def test_soft_options(drivers, tmp_path, kind):
     case = make(9, 41, 6, seed=3)
     case.logits[torch.arange(4), case.target[:4]] += 8  # half of them classified correctly
     case.logits[5, 7] = case.logits[5, case.target[5]]  # a tie
-    case = soft(case, kind)
+    case = with_target(case, kind)
     weight = torch.rand(41, generator=torch.Generator().manual_seed(1))
     calls = []
     values = (("mean", "sum", "none"), (0.0, 0.1), (None, weight), (False, True), (0.0, 1.0), (0.0, 0.3))
@@ -535,7 +531,7 @@ def test_soft_corners(drivers, tmp_path, dtype):
         ("one-hot", "mixup", "half", "distinct", "uniform"), corner_cases(dtype)
     ):
         case.target[case.target == -100] = 0  # nothing is ignored
-        case = soft(case, kind)
+        case = with_target(case, kind)
         dense = torch.rand(6, 30, generator=torch.Generator().manual_seed(2)).log()
         dense[1, 6:12], dense[2] = -torch.inf, -torch.inf
         for options in (
@@ -551,7 +547,7 @@ def test_soft_corners(drivers, tmp_path, dtype):
     for value, (part, only_correct) in itertools.product(
         (torch.nan, -1.0), itertools.product((1.0, 0.0), (False, True))
     ):
-        case = soft(make(6, 30, 20, dtype=dtype), "mixup")
+        case = with_target(make(6, 30, 20, dtype=dtype), "mixup")
         case.target[1, 3] = case.target[4] = value
         options = {"reduction": "none", "only_correct": only_correct, "zipf_weight": part}
         calls.append((case, options | SCHEDULES[len(calls) % 4]))
@@ -568,7 +564,7 @@ def test_soft_corners(drivers, tmp_path, dtype):
 
 def test_soft_empty_batch(drivers, tmp_path):
     for reduction in ("mean", "sum", "none"):
-        case = loss_case(soft(make(0, 12, 9), "mixup"), reduction=reduction, blocks=1)
+        case = loss_case(with_target(make(0, 12, 9), "mixup"), reduction=reduction, blocks=1)
         ((faults, got),) = execute(drivers["plain"], [case], tmp_path)
         assert not faults
         if reduction != "none":
@@ -578,7 +574,7 @@ def test_soft_empty_batch(drivers, tmp_path):
 @pytest.mark.parametrize("dense", [False, True])
 def test_soft_vote_out_of_range(drivers, tmp_path, dense):
     """That sample is NaN, the others are unchanged, and AddressSanitizer reports nothing."""
-    case = soft(make(5, 9, 4), "mixup")
+    case = with_target(make(5, 9, 4), "mixup")
     votes = case.votes.long()
     votes[:, 0], votes[3, 2] = -(2**32) + 3, 2**40  # no vote: it must not wrap to class 3; a wrong one
     masses = torch.zeros(5, 9) if dense else None
@@ -702,8 +698,8 @@ def hard_cases(dtypes=(torch.float32, torch.bfloat16), **header) -> list[Case]:
         schedule = SCHEDULES[len(cases) % 4] | header
         cases.append(loss_case(make(5, 41, 20, dtype=dtype), dense=dense, **schedule))
     for dtype, kind, threads in itertools.product(dtypes, ("one-hot", "mixup", "half"), (0, 32)):
-        case = soft(make(5, 41, 20, dtype=dtype, kind=KINDS[len(cases) % len(KINDS)]), kind)
-        wide = soft(make(3, 2200, 40, dtype=dtype), kind)
+        case = with_target(make(5, 41, 20, dtype=dtype, kind=KINDS[len(cases) % len(KINDS)]), kind)
+        wide = with_target(make(3, 2200, 40, dtype=dtype), kind)
         for options in (
             {},
             {"label_smoothing": 0.1, "weight": weight, "only_correct": True},
@@ -822,7 +818,7 @@ def test_missing_barrier_in_a_loss_kernel_is_caught(tmp_path, barriers, number):
     (root / "csrc" / "cuda" / file).write_text(mutant)
     program = compiled("loss", "races", root, ("-DZIPFLS_DTYPES=1",))
     case = make(3, 41, 20)
-    case = loss_case(soft(case, "mixup") if "general" in file else case, blocks=1, **options)
+    case = loss_case(with_target(case, "mixup") if "general" in file else case, blocks=1, **options)
     ((faults, _),) = execute(program, [case], tmp_path)
     assert "without a barrier between" in faults or "uninitialised" in faults, barrier.group()
 

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, KINDS, error, make
-from test_soft import KINDS as TARGETS
-from test_soft import probabilities
+from cases import DTYPES, KINDS, TARGETS, error, make, probabilities
 
 import zipfls_cuda as zls
 from zipfls_cuda import ops

@@ -10,53 +10,13 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, KINDS, error, make, rms
+from cases import DTYPES, KINDS, make, rms
+from exact import check_against_oracle, run, zipf_of
 
 import zipfls_cuda as zls
 from zipfls_cuda import ops
 
 REDUCTIONS = ("mean", "sum", "none")
-
-
-def run(x, target, votes, *, backend, upstream=None, **options):
-    """(loss, ce, zipf, gradient) through the public function."""
-    x = x.detach().clone().requires_grad_()
-    options = {"zipf_weight": 1.0, "return_parts": True, **options}
-    loss, ce, zipf = zls.zipf_cross_entropy(x, target, votes, backend=backend, **options)
-    loss.backward(torch.ones_like(loss) if upstream is None else upstream)
-    return loss.detach(), ce, zipf, x.grad
-
-
-def check_against_oracle(backend, device, case, *, dtype=torch.float32, mass=None, votes=True, **options):
-    """The whole loss in one dtype against the oracle on the same (rounded) logits.
-
-    A few roundings of the largest intermediate are allowed; test_error_budget has the statistics.
-    """
-    case = case.to(device, dtype)
-    v = case.votes if votes else None
-    alpha = options.pop("alpha", 1.0)
-    law = options.pop("distribution", None)
-    mass = mass or oracle.MASSES["Zipf"](alpha)
-    kind = {"distribution": law} if law is not None else {"alpha": alpha}
-    got = run(case.logits, case.target, v, backend=backend, **kind, **options)
-    renamed = {"weight": "class_weight", "label_smoothing": "smoothing"}
-    exact = oracle.batch(
-        case.logits.double().cpu().numpy(),
-        case.target.cpu().numpy(),
-        None if v is None else v.cpu().numpy(),
-        mass,
-        **{
-            renamed.get(k, k): t.double().cpu().numpy() if torch.is_tensor(t) else t
-            for k, t in options.items()
-        },
-    )
-    out = torch.float64 if dtype == torch.float64 else torch.float32
-    for name, a, b in zip(("loss", "ce", "zipf", "gradient"), got, exact, strict=True):
-        assert a.dtype == (dtype if name == "gradient" else out), name
-        b = torch.as_tensor(np.asarray(b))
-        size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
-        allowed = torch.finfo(a.dtype).eps * size + 24 * torch.finfo(out).eps * max(size, 1.0)
-        assert error(a, b) <= allowed, f"{name} is far from exact"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,14 +90,14 @@ def test_loss_of_every_law(backend, device, law, by_votes):
     mass = oracle.MASSES[type(law).__name__](*vars(law).values())
     for kind in ("peaked", "distinct"):
         case = make(5, 13, 20, kind=kind)
-        check_against_oracle(backend, device, case, distribution=law, mass=mass, votes=by_votes)
+        check_against_oracle(backend, device, case, distribution=law, mass=mass, by_votes=by_votes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_loss_ranked_by_logits_with_ties(backend, device, dtype):
     case = make(4, 40, 3)
     case.logits.mul_(2).round_().div_(2)
-    check_against_oracle(backend, device, case, dtype=dtype, votes=False)
+    check_against_oracle(backend, device, case, dtype=dtype, by_votes=False)
 
 
 @pytest.mark.parametrize("law", [zls.RandomUniform(), zls.RandomPareto(1.0)], ids=str)
@@ -194,13 +154,6 @@ def test_without_zipf_it_is_cross_entropy(backend, device, reduction, smoothing,
 
 
 # Numerics that bite (MATH.md) ---------------------------------------------------------------------------
-
-
-def zipf_of(x, target, votes, backend, **options):
-    x = x.detach().clone().requires_grad_()
-    loss = zls.zipf_loss(x, target, votes, backend=backend, reduction="none", **options)
-    loss.sum().backward()
-    return loss.detach(), x.grad
 
 
 @pytest.mark.parametrize("boost", [30.0, 1e4, torch.inf, -torch.inf, -1e4])

@@ -10,80 +10,24 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from cases import DTYPES, error, make, rms
+from cases import DTYPES, INFINITE, TARGETS, infinite_rows, make, probabilities, rms, with_target
+from exact import check_against_oracle, run, zipf_of
 
 import zipfls_cuda as zls
 from zipfls_cuda import checks
 
 REDUCTIONS = ("mean", "sum", "none")
-KINDS = ("one-hot", "smoothed", "mixup", "mixup of smoothed", "uniform", "distinct", "half", "any sum")
-
-
-def probabilities(case, kind: str) -> torch.Tensor:
-    """(N, C) float32 targets whose largest class is, where there is one, the case's target."""
-    N, C = case.logits.shape
-    g = torch.Generator().manual_seed(7)
-    first = F.one_hot(case.target.cpu(), C).float()
-    other = F.one_hot(torch.randint(C, (N,), generator=g), C).float()
-    lam = 0.55 + 0.4 * torch.rand(N, 1, generator=g)
-    t = {
-        "one-hot": first,
-        "smoothed": 0.9 * first + 0.1 / C,
-        "mixup": lam * first + (1 - lam) * other,
-        "mixup of smoothed": lam * (0.9 * first + 0.1 / C) + (1 - lam) * (0.9 * other + 0.1 / C),
-        "uniform": torch.full((N, C), 1 / C),
-        "distinct": torch.rand(N, C, generator=g).softmax(1),  # one class has the least: no Zipf term
-        "half": torch.randint(2, (N, C), generator=g) / C + first,  # as many classes in as out
-        "any sum": torch.randint(-2, 5, (N, C), generator=g) / 3.0,  # F.cross_entropy asks for no sum
-    }[kind]
-    return t.to(case.logits.device)
-
-
-def run(x, target, votes, *, backend, **options):
-    """(loss, ce, zipf, gradient) through the public function."""
-    x = x.detach().clone().requires_grad_()
-    options = {"zipf_weight": 1.0, "return_parts": True, **options}
-    loss, ce, zipf = zls.zipf_cross_entropy(x, target, votes, backend=backend, **options)
-    loss.sum().backward()
-    return loss.detach(), ce, zipf, x.grad
-
-
-def check_against_oracle(backend, device, case, target, *, dtype=torch.float32, mass=None, **options):
-    """The whole loss against the oracle on the same (rounded) logits and target."""
-    case = case.to(device, dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    target = target.to(device, wide)
-    by_votes = options.pop("by_votes", True)
-    votes = case.votes if by_votes else None
-    got = run(case.logits, target, votes, backend=backend, **options)
-    options.pop("distribution", None)
-    names = {"weight": "class_weight", "label_smoothing": "smoothing"}
-    exact = oracle.soft_batch(
-        case.logits.double().cpu().numpy(),
-        target.double().cpu().numpy(),
-        votes.cpu().numpy() if by_votes else None,
-        oracle.MASSES["Zipf"](1.0) if mass is None else mass,
-        **{
-            names.get(k, k): v.double().cpu().numpy() if torch.is_tensor(v) else v for k, v in options.items()
-        },
-    )
-    for name, a, b in zip(("loss", "ce", "zipf", "gradient"), got, exact, strict=True):
-        assert a.dtype == (dtype if name == "gradient" else wide), name
-        b = torch.as_tensor(np.asarray(b))
-        size = max(b.abs().max().item(), 1.0)
-        allowed = torch.finfo(a.dtype).eps * b.abs().max().item() + 24 * torch.finfo(wide).eps * size
-        assert error(a, b) <= allowed, f"{name} is far from exact"
 
 
 # Against the oracle ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_soft_loss_exact(backend, device, dtype, kind):
     for shape in [(5, 12, 9), (3, 2, 5), (4, 3, 1), (3, 7, 0), (2, 97, 160), (2, 301, 16)]:
         case = make(*shape)
-        check_against_oracle(backend, device, case, probabilities(case, kind), dtype=dtype, zipf_weight=0.5)
+        check_against_oracle(backend, device, with_target(case, kind), dtype=dtype, zipf_weight=0.5)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -98,8 +42,7 @@ def test_soft_loss_options(backend, device, reduction, smoothing, weighted, only
         check_against_oracle(
             backend,
             device,
-            case,
-            probabilities(case, kind),
+            with_target(case, kind),
             zipf_weight=0.3,
             reduction=reduction,
             label_smoothing=smoothing,
@@ -118,7 +61,7 @@ def test_soft_loss_of_every_law(backend, device, law, by_votes):
     for kind in ("mixup", "half"):
         case = make(5, 13, 20, kind="distinct")
         options = {"distribution": law, "mass": mass, "by_votes": by_votes}
-        check_against_oracle(backend, device, case, probabilities(case, kind), **options)
+        check_against_oracle(backend, device, with_target(case, kind), **options)
 
 
 def test_soft_loss_of_a_random_law(backend, device):
@@ -130,7 +73,7 @@ def test_soft_loss_of_a_random_law(backend, device):
         torch.manual_seed(5)
         t = probabilities(case, "half")
         got = run(case.logits.to(device), t.to(device), None, backend=backend, distribution=law)
-        exact = oracle.soft_batch(case.logits.numpy(), t.numpy(), None, mass)
+        exact = oracle.batch(case.logits.numpy(), t.numpy(), None, mass)
         np.testing.assert_allclose(got[0].cpu().numpy(), exact[0], rtol=2e-6)
         np.testing.assert_allclose(got[3].cpu().numpy(), exact[3], rtol=1e-4, atol=2e-7)
 
@@ -149,7 +92,7 @@ def test_no_mass_is_uniform(backend, device):
 
     x = torch.randn(1, 6, device=device)
     got = run(x, target, votes, backend=backend, distribution=Cut())
-    exact = oracle.soft_batch(x.cpu().numpy(), target.cpu().numpy(), votes.cpu().numpy(), masses)
+    exact = oracle.batch(x.cpu().numpy(), target.cpu().numpy(), votes.cpu().numpy(), masses)
     np.testing.assert_allclose(got[2].item(), exact[2], rtol=2e-6)
     np.testing.assert_allclose(got[3].cpu().numpy(), exact[3], rtol=1e-5, atol=1e-7)
 
@@ -195,7 +138,7 @@ def test_soft_without_zipf_is_cross_entropy(backend, device, reduction, smoothin
     corners = ("empty", "masked", "masked where 0", "+inf", "nan", "all masked", "nan target", "dominant")
     for corner in ("mixup", "any sum", *corners):
         case = make(0 if corner == "empty" else 6, 9, 4, device=device)
-        t = probabilities(case, corner if corner in KINDS else "mixup of smoothed")
+        t = probabilities(case, corner if corner in TARGETS else "mixup of smoothed")
         if corner == "masked":
             case.logits[:, 2] = -torch.inf
         elif corner == "masked where 0":  # 0 times -inf: F.cross_entropy's loss is NaN, its gradient is not
@@ -239,13 +182,6 @@ def test_one_hot_equals_the_class(backend, device, reduction):
 
 
 # What the Zipf term is over ----------------------------------------------------------------------------
-
-
-def zipf_of(x, target, votes, backend, **options):
-    x = x.detach().clone().requires_grad_()
-    loss = zls.zipf_loss(x, target, votes, backend=backend, **{"reduction": "none", **options})
-    loss.sum().backward()
-    return loss.detach(), x.grad
 
 
 def test_mixup_leaves_both_labels_out(backend, device):
@@ -360,36 +296,6 @@ def test_soft_only_correct(backend, device):
 # Infinite probabilities ----------------------------------------------------------------------------------
 
 INF = torch.inf
-INFINITE = {  # logits by class, probabilities by class
-    "at the largest logit": ({4: 5.0}, {4: INF}),
-    "elsewhere": ({}, {3: INF}),
-    "negative": ({}, {3: -INF}),
-    "several": ({}, {2: INF, 5: INF}),
-    "several negative": ({}, {2: -INF, 5: -INF}),
-    "of both signs": ({}, {2: -INF, 5: INF}),
-    "all": ({}, dict.fromkeys(range(11), INF)),
-    "all negative": ({}, dict.fromkeys(range(11), -INF)),
-    "where masked": ({3: -INF}, {3: INF}),
-    "beside a mask": ({3: -INF}, {6: INF}),
-    "beside a mask of 0": ({3: -INF}, {3: 0.0, 6: INF}),
-    "where it dominates": ({4: 60.0}, {4: INF}),
-    "where another dominates": ({4: 1e4}, {6: INF, 7: INF}),
-    "negative where it dominates": ({4: 1e4}, {4: -INF}),
-    "far below": ({0: 80.0, 1: 40.0, 2: -30.0, 3: -60.0}, {5: INF}),
-    "beside NaN": ({}, {3: INF, 4: torch.nan}),
-    "none": ({}, {}),
-}
-
-
-def infinite_rows(device="cpu"):
-    """(logits, target, votes), a row for each kind."""
-    case = make(len(INFINITE), 11, 7, seed=4, scale=1.0)
-    z, t = case.logits, probabilities(case, "mixup of smoothed")
-    for i, (logits, shares) in enumerate(INFINITE.values()):
-        for x, changes in ((z, logits), (t, shares)):
-            for c, value in changes.items():
-                x[i, c] = value
-    return z.to(device), t.to(device), case.votes.to(device)
 
 
 @pytest.mark.parametrize(
