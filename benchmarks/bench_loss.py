@@ -21,7 +21,6 @@ ON_GPU = clock.device().type == "cuda"
 LOSSES = baselines.losses(clock.device().type, TINY)
 OURS = [name for name in LOSSES if name.startswith("zipfls_cuda")]
 KERNELS = baselines.kernels(LOSSES)
-BRIEF = [*OURS[:2], baselines.CROSS_ENTROPY]  # for sweeps
 EAGER = [name for name in LOSSES if "compile" not in name]
 COMPILED = [baselines.COMPILED_CROSS_ENTROPY, baselines.COMPILED_REFERENCE]
 SCIPY_AT_MOST = 3_000_000  # logits; ranking more than that takes SciPy seconds
@@ -29,27 +28,25 @@ SCIPY_AT_MOST = 3_000_000  # logits; ranking more than that takes SciPy seconds
 
 @dataclass(frozen=True)
 class Case:
-    """Shape and mode. Modes: both (forward + backward), forward, backward, infer (no gradient wanted)."""
+    """Shape and mode. Modes: both (forward + backward), forward, infer (no gradient wanted)."""
 
     N: int
     C: int
     P: int = 49
     dtype: str = "float32"
     mode: str = "both"
-    sweep: str = ""  # the name of the sweep it belongs to
+    sweep: str = ""  # "compiled": the peers that take long to compile; "host": next to no arithmetic
     clock: str = ""  # "host" for host time on a GPU
 
     @property
     def names(self) -> list[str]:
         """What is compared: all at the main shapes, few elsewhere."""
-        if self.sweep in ("C", "N", "P"):
-            return BRIEF
         if self.sweep == "compiled":
             return [*KERNELS, *COMPILED]
         if self.mode == "infer":
             return [*KERNELS, baselines.CROSS_ENTROPY]
         if self.mode != "both" or self.sweep:
-            return BRIEF
+            return [*OURS[:2], baselines.CROSS_ENTROPY]
         if self.clock:
             return [name for name in EAGER if name != baselines.PUBLISHED]
         names = list(LOSSES) if self.dtype == "float32" and not ON_GPU else EAGER
@@ -68,7 +65,7 @@ class Case:
     def run(self, records: Records) -> clock.Comparison:
         torch.compiler.reset()  # past a few shapes torch.compile would silently stop compiling
         main = self.mode == "both" and not self.sweep and not self.clock
-        passes = 2 if self.mode in ("both", "forward") else 1
+        passes = 1 if self.mode == "infer" else 2
         return records.compare(
             self.where,
             entries(self),
@@ -84,18 +81,14 @@ def cpu_cases() -> list[Case]:
     main = [(256, 10000), (64, 131072), (256, 1000), (128, 100)]
     cases = [Case(N, C) for N, C in main]
     cases += [Case(N, C, dtype="bfloat16") for N, C in main]
-    cases += [Case(N, C, mode=mode) for N, C in main for mode in ("forward", "backward", "infer")]
-    cases += [Case(128, C, sweep="C") for C in (30, 100, 300, 1000, 3000, 10007, 30000, 100000)]
-    cases += [Case(N, 1000, sweep="N") for N in (8, 32, 128, 512, 2048, 8192)]
-    cases += [Case(256, 1000, P, sweep="P") for P in (1, 4, 16, 49, 196, 784, 3136)]
+    cases += [Case(N, C, mode=mode) for N, C in main for mode in ("forward", "infer")]
     # Next to no arithmetic: what the way through Python, the operator and autograd costs.
-    cases += [Case(4, 8, 4, mode=mode, sweep="host") for mode in ("both", "forward", "infer")]
-    return cases
+    return cases + [Case(4, 8, 4, mode=mode, sweep="host") for mode in ("both", "forward", "infer")]
 
 
 def gpu_cases() -> list[Case]:
     """What matters most first, as time may run out: a shape of every regime, small ones and host time, then
-    the other main shapes, modes, sweeps, and last the peers that take seconds to compile."""
+    the other main shapes and modes, and last the peers that take seconds to compile."""
     bf16 = functools.partial(Case, dtype="bfloat16")
     first = [(8192, 10000), (32768, 1000), (4096, 21841)]  # long rows, many short ones, odd ones
     small = [(256, 1000), (512, 1000), (1024, 1000), (128, 100)]
@@ -105,19 +98,15 @@ def gpu_cases() -> list[Case]:
     cases += [bf16(N, C) for N, C in [*others, (8192, 10007)]]
     cases += [Case(N, C) for N, C in [(8192, 10000), (32768, 1000), (256, 1000), (128, 100)]]
     timed = [(8192, 10000), (32768, 1000), (256, 1000)]
-    cases += [bf16(N, C, mode=mode) for N, C in timed for mode in ("forward", "backward", "infer")]
-    classes = (100, 256, 1024, 4096, 16384, 65536, 262144)
-    cases += [bf16(max(256, (1 << 26) // C), C, sweep="C") for C in classes]
-    cases += [bf16(N, 1000, sweep="N") for N in (64, 256, 1024, 4096, 16384, 65536)]
-    cases += [bf16(1024, 1000, P, sweep="P") for P in (1, 16, 49, 196, 784, 3136)]
-    cases += [bf16(N, C, sweep="compiled") for N, C in [*first, (2048, 131072), (256, 1000), (128, 100)]]
-    return cases
+    cases += [bf16(N, C, mode=mode) for N, C in timed for mode in ("forward", "infer")]
+    return cases + [
+        bf16(N, C, sweep="compiled") for N, C in [*first, (2048, 131072), (256, 1000), (128, 100)]
+    ]
 
 
 def tiny_cases() -> list[Case]:
-    varied = ({}, {"dtype": "bfloat16"}, {"mode": "backward"}, {"mode": "infer"}, {"sweep": "compiled"})
-    cases = [Case(4, 10, **options) for options in varied]
-    return [*cases, Case(4, 20, sweep="C"), Case(4, 8, 4, sweep="host"), Case(4, 10, clock="host")]
+    varied = ({}, {"dtype": "bfloat16"}, {"mode": "infer"}, {"sweep": "compiled"}, {"clock": "host"})
+    return [*(Case(4, 10, **options) for options in varied), Case(4, 8, 4, sweep="host")]
 
 
 CASES = tiny_cases() if TINY else gpu_cases() if ON_GPU else cpu_cases()
@@ -144,64 +133,53 @@ def entries(case: Case) -> list[Entry]:
 def entry(name: str, loss: baselines.Loss, mode: str, inputs: list[tuple]) -> Entry:
     """One implementation in one mode."""
 
-    def forward(x: tuple) -> torch.Tensor:
+    def call(x: tuple) -> None:
         x[0].grad = None
-        return loss.call(*x)
-
-    def both(x: tuple) -> None:
-        out = forward(x)
-        if loss.backward:
-            out.backward()
-
-    def backward(x: tuple, out: torch.Tensor) -> None:
-        x[0].grad = None  # of another call on the same logits that was prepared together with this one
-        out.backward()
+        value = loss.call(*x)
+        if mode == "both" and loss.backward:
+            value.backward()
 
     def clear() -> None:
         for x in inputs:
             x[0].grad = None
 
-    def of_each(function: Callable) -> list[Callable]:
-        return [functools.partial(function, x) for x in inputs]
-
-    modes = {"both": both, "forward": forward, "backward": backward, "infer": torch.no_grad()(forward)}
-    prepare = of_each(forward) if mode == "backward" else None
-    return Entry(name, of_each(modes[mode]), prepare, waits=loss.sync, clear=clear)
+    run = torch.no_grad()(call) if mode == "infer" else call
+    return Entry(name, [functools.partial(run, x) for x in inputs], waits=loss.sync, clear=clear)
 
 
 def count(loss: baselines.Loss, inputs: tuple) -> dict[str, int]:
     """Kernels that forward and backward launch, and calls in both that made the host wait."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
     one = torch.ones((), device=inputs[0].device)  # else autograd launches a kernel to make it
 
-    def launched(call: functools.partial) -> tuple[int, torch.Tensor | None]:
-        clock.synchronize()
-        with profile(activities=activities) as seen:
-            result = call()
-            clock.synchronize()
-        return sum(e.device_type == DeviceType.CUDA for e in seen.events()), result
+    def forward() -> torch.Tensor:
+        inputs[0].grad = None
+        return loss.call(*inputs)
 
     for _ in range(3):  # whatever is made once is made here
-        inputs[0].grad = None
-        loss.call(*inputs).backward(one)
-    inputs[0].grad = None
-    forward, value = launched(functools.partial(loss.call, *inputs))
-    backward, _ = launched(functools.partial(value.backward, one))
-    waits = 0
+        forward().backward(one)
+    launches, value = launched(forward)
+    found = {"forward": launches, "backward": launched(lambda: value.backward(one))[0], "synchronisations": 0}
     if ON_GPU:
-        inputs[0].grad = None
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                loss.call(*inputs).backward(one)
-            waits = sum("synchroniz" in str(w.message) for w in caught)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return {"forward": forward, "backward": backward, "synchronisations": waits}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                forward().backward(one)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        found["synchronisations"] = sum("synchroniz" in str(w.message) for w in caught)
+    return found
+
+
+def launched(call: Callable[[], torch.Tensor | None]) -> tuple[int, torch.Tensor | None]:
+    """How many kernels a call launches, and what it returns."""
+    from torch.profiler import ProfilerActivity, profile
+
+    clock.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * ON_GPU]) as seen:
+        result = call()
+        clock.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events()), result
 
 
 COUNTED = [(4, 10)] if TINY else [(256, 1000), (1024, 1000), (128, 100)] if ON_GPU else []

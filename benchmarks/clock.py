@@ -38,9 +38,6 @@ import torch
 # Tiny sizes, two rounds: everything runs, nothing is measured. Its records are never reported.
 TINY = os.environ.get("ZIPFLS_BENCH") == "tiny"
 
-# After so many seconds on a CPU comparisons take fewer rounds, so that a busy machine ends too.
-START, PATIENCE = time.monotonic(), 210
-
 SURE = ("calls", "queued")  # how samples are taken that hold nothing but what they say
 MOST_COPIES = 256  # of the inputs; the smallest logits would need thousands
 
@@ -73,24 +70,20 @@ def copies(nbytes: int) -> int:
 
 @dataclass
 class Entry:
-    """An implementation: a call per copy of the inputs; ``prepare`` makes, untimed, what the call takes."""
+    """An implementation: a call per copy of the inputs."""
 
     name: str
     calls: Sequence[Callable]
-    prepare: Sequence[Callable] | None = None
     waits: bool = False  # the call makes the host wait for the device
     deep: bool = False  # one call launches more than the device's queue holds: the host need only stay ahead
     clear: Callable | None = None  # frees what an earlier call left behind, before peak memory is measured
     how: str = ""  # how samples are taken, set by the clock
     host: float = 0.0  # seconds the host takes to issue a call, as far as the device clock knows
-    ahead: int = 0  # calls that the device clock issues before the device starts on them
+    ahead: int = 256  # calls that the device clock issues before the device starts on them
 
-    def prepared(self, first: int, k: int) -> list[Callable]:
+    def turns(self, first: int, k: int) -> list[Callable]:
         """The calls ``first`` to ``first + k``, in turn over the copies of the inputs."""
-        n, turns = len(self.calls), range(first, first + k)
-        if self.prepare is None:
-            return [self.calls[i % n] for i in turns]
-        return [functools.partial(self.calls[i % n], self.prepare[i % n]()) for i in turns]
+        return [self.calls[i % len(self.calls)] for i in range(first, first + k)]
 
 
 def issue(calls: Iterable[Callable]) -> float:
@@ -112,11 +105,8 @@ class HostClock:
 
     def sample(self, entry: Entry, k: int) -> float:
         """Seconds per call, over ``k`` calls."""
-        at_once, total = 1 if entry.prepare else k, 0.0
-        for first in range(0, k, at_once):
-            calls = entry.prepared(first, at_once)
-            synchronize()
-            total += issue(calls)
+        synchronize()
+        total = issue(entry.turns(0, k))
         synchronize()
         return total / k
 
@@ -130,7 +120,6 @@ class DeviceClock:
 
     name = "device"
     least, most = 1e-3, 1000
-    at_once, at_once_prepared = 256, 16  # calls issued at once; prepared states take memory
     hertz = 2e9  # of the counter that torch.cuda._sleep goes by, at most
     margin, longest = 1.5, 0.2  # the sleep over the host's time as guessed; seconds of a sleep
 
@@ -138,17 +127,16 @@ class DeviceClock:
         """Warm up, within reason; find out how long the host takes."""
         start = time.perf_counter()
         for i in (0, *range(len(entry.calls))):
-            issue(entry.prepared(i, 1))
+            issue(entry.turns(i, 1))
             if i and time.perf_counter() - start > 0.5:
                 break
-        entry.host = min(self._idle(entry, i, issue) for i in range(3))
-        entry.ahead = self.at_once_prepared if entry.prepare else self.at_once
+        entry.host = min(self._idle(entry, i)[0] for i in range(3))
         entry.how = "events" if entry.waits else "queued"
 
     def sample(self, entry: Entry, k: int) -> float:
         """Seconds per call, over ``k`` calls."""
         if entry.how == "events":
-            return sum(self._idle(entry, i, self._events) for i in range(k)) / k
+            return sum(self._idle(entry, i)[1] for i in range(k)) / k
         total, done = 0.0, 0
         while done < k:
             seconds, n = self._ahead(entry, done, k - done)
@@ -172,7 +160,7 @@ class DeviceClock:
 
     def _queued(self, entry: Entry, first: int, k: int) -> tuple[float, bool]:
         """Seconds the device takes for ``k`` calls, and whether it never had to wait for the host."""
-        calls = entry.prepared(first, k)
+        calls = entry.turns(first, k)
         begin, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         synchronize()
         before = time.perf_counter()
@@ -190,22 +178,15 @@ class DeviceClock:
         return seconds, held or (entry.deep and drained > 0.1 * seconds)
 
     @staticmethod
-    def _idle(entry: Entry, i: int, timer: Callable[[list[Callable]], float]) -> float:
-        """Seconds of one call on an idle device."""
-        calls = entry.prepared(i, 1)
-        synchronize()
-        seconds = timer(calls)
-        synchronize()
-        return seconds
-
-    @staticmethod
-    def _events(calls: list[Callable]) -> float:
+    def _idle(entry: Entry, i: int) -> tuple[float, float]:
+        """Seconds of a call on an idle device: the host's to issue it, and by events on the device."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        synchronize()
         start.record()
-        issue(calls)
+        host = issue(entry.turns(i, 1))
         end.record()
         synchronize()
-        return 1e-3 * start.elapsed_time(end)
+        return host, 1e-3 * start.elapsed_time(end)
 
 
 def best_clock() -> HostClock | DeviceClock:
@@ -287,8 +268,6 @@ def compare(
     """
     if TINY:
         seconds, least_rounds, most_rounds = 0.01, 2, 2
-    elif device().type == "cpu" and time.monotonic() - START > PATIENCE:
-        seconds, least_rounds = seconds / 4, 5
     result, once, duration = Comparison(), {}, {}
     for entry in entries:
         name = entry.name
@@ -344,7 +323,7 @@ def peak_memory(entry: Entry) -> int | None:
     """
     if entry.clear:
         entry.clear()
-    (call,) = entry.prepared(0, 1)
+    (call,) = entry.turns(0, 1)
     if device().type == "cuda":
         synchronize()
         before = torch.cuda.memory_allocated()
@@ -375,25 +354,7 @@ def ceilings(clock: HostClock | DeviceClock) -> Iterator[tuple[dict, Comparison,
     target = torch.empty_like(source)
     result = compare([Entry("copy", [lambda: target.copy_(source)])], clock, seconds=0.5)
     yield {"dtype": "float32", "N": nbytes // 4}, result, 2 * nbytes, 0
-    for dtype in ("float32", *(["tf32"] if on_gpu else []), "bfloat16"):
-        a, b = (torch.randn(n, n, device=device(), dtype=dtype_of(dtype)) for _ in range(2))
-        with precision(dtype):
-            result = compare([Entry("product", [functools.partial(torch.matmul, a, b)])], clock, seconds=0.5)
+    for dtype in ("float32", "bfloat16"):
+        a, b = (torch.randn(n, n, device=device(), dtype=getattr(torch, dtype)) for _ in range(2))
+        result = compare([Entry("product", [functools.partial(torch.matmul, a, b)])], clock, seconds=0.5)
         yield {"dtype": dtype, "N": n}, result, 0, 2 * n**3
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """A case's dtype; "tf32" is float32 whose products may round to TF32 (``precision``)."""
-    return torch.float32 if name == "tf32" else getattr(torch, name)
-
-
-@contextlib.contextmanager
-def precision(dtype: str) -> Iterator[None]:
-    """Allow TF32 to everything in the block where that is the case's dtype."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32  # fp32_precision follows it; the reverse is not true
-    matmul.allow_tf32 = before or dtype == "tf32"
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before

@@ -90,7 +90,7 @@ def fact(benchmark, request) -> Callable:
     def play(where: records.Where, name: str, count: Callable[[], dict]) -> None:
         _skip_known(where, [name], name)
         ours, result = request.getfixturevalue("machine"), clock.Comparison()
-        with _ending(), ours.noting(where), result.trying(name):
+        with _ending(where), result.trying(name):
             ours.fact(where, name, benchmark.pedantic(count))
         if name in result.failed:
             ours.fail(where, name, result.failed[name])
@@ -108,7 +108,7 @@ def report(benchmark, request) -> Callable:
         if key not in _compared:
             _skip_known(case.where, case.names, name)
             ours = request.getfixturevalue("machine")
-            with _ending():
+            with _ending(case.where):
                 _compared[key] = case.run(ours)
         result = _compared[key]
         _refuse(name, result.failed.get(name, ""))
@@ -122,18 +122,19 @@ def report(benchmark, request) -> Callable:
 
 def _skip_known(where: records.Where, names: list[str], name: str) -> None:
     """Skip what is on record; what failed there fails again."""
-    ours = records.of_this_run()
-    if ours.measured(where, names):
-        _refuse(name, ours.reason(where, name))
+    known = records.of_this_run().known(where)
+    if known.keys() >= set(names):
+        _refuse(name, known[name])
         pytest.skip("measured already")
 
 
 @contextlib.contextmanager
-def _ending() -> Iterator[None]:
-    """End the session where the CUDA context is lost."""
+def _ending(where: records.Where) -> Iterator[None]:
+    """Where the CUDA context is lost, put on record by what, and end the session."""
     try:
         yield
     except clock.ContextLost as lost:
+        records.of_this_run().fail(where, lost.name, lost.reason, lost=True)
         _lost.append(str(lost))
         pytest.exit(f"the CUDA context is lost, by {lost}; starting anew without it")
 

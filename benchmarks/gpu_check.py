@@ -6,10 +6,10 @@ Uses the Python that runs it, its torch and triton, and nvcc; installs nothing, 
 builds first, then runs the parts in the order of PARTS and ends within SECONDS. A second call with the same
 DIR, or a copy, resumes: what has passed with the same sources is not repeated unless AGAIN=1, and records add
 up. Where one call is too short for all, ask for PART=ceilings,exercise,cuda,triton,memcheck, then loss,vote,
-then the others. DIR gets, as the work goes on:
+then the others. DIR gets, as the parts end:
 
     table.md       every target: asked, measured, met or not (also printed last)
-    records.json   the benchmarks' records
+    records.json   the benchmarks' records, as they are taken
     checks.json    outcome of build, tests, sanitizer and training; the names of the tests that failed
     tune.json      launch constants in other values (benchmarks/tune.py)
     efficacy.json  the training's records, for benchmarks/results/efficacy/h200.json
@@ -41,18 +41,14 @@ from pathlib import Path
 from sources import ROOT, digest
 
 HERE = Path(__file__).resolve().parent
-PARTS = {  # in order, with the seconds that each is given at least, where they are left
-    "ceilings": 40, "exercise": 50, "cuda": 160, "triton": 180, "memcheck": 80, "loss": 350, "vote": 160,
-    "tune": 100, "step": 250, "train": 200, "sanitize": 80, "reference": 120,
-}  # fmt: skip
-BUILD = 240
-RECORDED = ("ceilings", "loss", "vote", "tune", "step", "train")  # what is on record they do not repeat
+BUILD = 240  # seconds
 SPARE = 8  # seconds for ending what runs, and for the table
 PATIENCE = 120  # seconds for a single test: Triton and torch.compile compile within one
 LEAST = 15  # seconds that a part is begun with
+CUT_SHORT = 124  # status of a program that took too long
 
 # What tests a backend, the most telling first. Some tests of test_gpu take 20 GiB of its memory.
-ON_GPU, WORKERS_ON_GPU = ("gpu",), 4
+WORKERS_ON_GPU = 4
 SUITE = ("gpu_vote", "vote", "loss", "soft", "label", "inplace", "golden", "ops", "autograd")
 SUITE += ("properties", "reliability")
 
@@ -68,7 +64,6 @@ class Child:
 
     def __init__(self, command: list[str], environment: dict[str, str]):
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
-        self.output, self.read = "", 0
         pipes = {"stdin": subprocess.DEVNULL, "stdout": self.file, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0, **pipes)
 
@@ -76,12 +71,8 @@ class Child:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(seconds)
 
-    def news(self) -> str:
-        """What was printed since the last time."""
-        more = os.pread(self.file.fileno(), 1 << 24, self.read)
-        self.read += len(more)
-        self.output += (text := more.decode(errors="replace"))
-        return text
+    def output(self) -> str:
+        return os.pread(self.file.fileno(), 1 << 28, 0).decode(errors="replace")
 
     def kill(self, patience: float = 0) -> None:
         """End it and what it started, after ``patience`` seconds to print what it knows.
@@ -104,7 +95,7 @@ class Check:
         self.out, self.parts, self.dry, self.again = out.resolve(), parts, dry, again
         self.start = time.monotonic()
         self.end = self.start + seconds - SPARE
-        self.children: list[Child] = []
+        self.running: list[Child] = []
         out.mkdir(parents=True, exist_ok=True)
         self.log = (out / "log.txt").open("a", buffering=1)
         self.records = self.out / "records.json"
@@ -130,7 +121,7 @@ class Check:
 
     def note_run(self, name: str, status: int, words: str) -> None:
         """Record how a program ended: right, wrong, or cut short."""
-        self.note(name, None if status == 124 else status == 0, cut(status, words))
+        self.note(name, None if status == CUT_SHORT else status == 0, cut(status, words))
 
     def passed(self, name: str) -> bool:
         """Whether a check need not be repeated."""
@@ -142,8 +133,9 @@ class Check:
 
     def share(self, part: str) -> float:
         """Seconds for a part: what it is known to need, and more where there is more than all others need."""
-        later = [PARTS[p] for p in self.parts[self.parts.index(part) :]]
-        return min(self.left(), max(PARTS[part], self.left() * PARTS[part] / sum(later)))
+        need = PARTS[part][0]
+        later = sum(PARTS[p][0] for p in self.parts[self.parts.index(part) :])
+        return min(self.left(), max(need, self.left() * need / later))
 
     def environment(self, **more: str) -> dict[str, str]:
         found = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ZIPFLS_BACKEND")}
@@ -158,26 +150,18 @@ class Check:
 
     def start_process(self, command: list[str], **environment: str) -> Child:
         self.say("$ " + " ".join(Path(c).name if c == sys.executable else c for c in command))
-        child = Child(command, self.environment(**environment))
-        self.children.append(child)
-        return child
+        self.running.append(Child(command, self.environment(**environment)))
+        return self.running[-1]
 
     def finish(self, child: Child, limit: float) -> tuple[int, str]:
-        """Wait at most ``limit`` seconds, keeping log and table fresh; status (124: cut short) and output."""
+        """Wait at most ``limit`` seconds; the program's status, or CUT_SHORT, and its output."""
         patience = max(0, min(5, limit / 4))
-        end, refresh = time.monotonic() + limit - patience, time.monotonic() + 20
-        status = None
-        while status is None:
-            status = child.wait(max(0, min(0.5, end - time.monotonic())))
-            if status is None and time.monotonic() >= end:
-                child.kill(patience)
-                status = 124
-            self.log.write(child.news())
-            if time.monotonic() >= refresh:
-                self.write_table()
-                refresh = time.monotonic() + 20
-        child.kill()  # what it has left running
-        return status, child.output
+        status = child.wait(max(0, limit - patience))
+        child.kill(patience if status is None else 0)  # in any case what it has left running
+        self.running.remove(child)
+        output = child.output()
+        self.log.write(output)
+        return CUT_SHORT if status is None else status, output
 
     def run(self, command: list[str], limit: float, **environment: str) -> tuple[int, str]:
         return self.finish(self.start_process(command, **environment), limit)
@@ -219,17 +203,18 @@ def last_line(output: str) -> str:
 
 
 def cut(status: int, words: str) -> str:
-    return f"cut short: {words}" if status == 124 else words
+    return f"cut short: {words}" if status == CUT_SHORT else words
 
 
 def architecture() -> str:
     """Of the first GPU, as TORCH_CUDA_ARCH_LIST has it; an H100's where nothing tells."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    major, minor = "9", "0"
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired, ValueError):
+    output = ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         output = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-        ((major, minor),) = re.findall(r"^(\d+)\.(\d+)", output)
-    return f"{major}.{minor}{'a' if int(major) >= 9 else ''}"
+    found = re.match(r"\d+\.\d+", output)
+    arch = found[0] if found else "9.0"
+    return arch + "a" * (float(arch) >= 9)
 
 
 def build(check: Check) -> bool:
@@ -279,14 +264,13 @@ def run_tests(check: Check, name: str, backend: str, files: Iterable[str], worke
     paths = [f"tests/test_{f}.py" for f in files if f != "properties" or has("hypothesis")]
     command = [*check.python, "-m", "pytest", *paths, "--backend", backend, "-p", "no:cacheprovider"]
     command += ["-o", "addopts=--strict-markers", "-v", "-rfE", "--tb=short"]
-    if has("pytest_benchmark"):
-        command += ["--benchmark-disable"]
-    if has("pytest_timeout"):
-        command += ["--timeout", str(PATIENCE), "--timeout-method", "thread"]
-    if has("xdist"):
-        command += ["-n", str(workers)]
-    if check.dry:
-        command += ["-k", "test_golden and 00"]
+    for plugin, options in (
+        ("pytest_benchmark", ["--benchmark-disable"]),
+        ("pytest_timeout", ["--timeout", str(PATIENCE), "--timeout-method", "thread"]),
+        ("xdist", ["-n", str(workers)]),
+    ):
+        command += options if has(plugin) else []
+    command += ["-k", "test_golden and 00"] if check.dry else []
     status, output = check.run(command, limit)
     found = outcomes(output)
     count = {word: list(found.values()).count(word) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
@@ -294,9 +278,9 @@ def run_tests(check: Check, name: str, backend: str, files: Iterable[str], worke
     words = ", ".join(f"{n} {word.lower()}" for word, n in count.items() if n) or last_line(output)
     if failed:
         words += f"; first: {', '.join(failed[:5])}"
-    elif status not in (0, 124):
+    elif status not in (0, CUT_SHORT):
         words += f"; {last_line(output)}"
-    ok = False if failed else None if status == 124 else status == 0 and bool(found)
+    ok = False if failed else None if status == CUT_SHORT else status == 0 and bool(found)
     check.note(name, ok, cut(status, words), failed)
 
 
@@ -306,7 +290,7 @@ def suite(check: Check, backend: str) -> None:
         check.note(backend, None, "absent")
         return
     many = max(1, (os.cpu_count() or 1) - 2)
-    groups = [(f"{backend}, GPU only", ON_GPU, min(WORKERS_ON_GPU, many))] * (backend != "reference")
+    groups = [(f"{backend}, GPU only", ("gpu",), min(WORKERS_ON_GPU, many))] * (backend != "reference")
     groups += [(f"{backend}, suite", ("triton",) * (backend == "triton") + SUITE, many)]
     groups = [group for group in groups if not check.passed(group[0])]
     end = time.monotonic() + check.share(backend)
@@ -379,7 +363,7 @@ def verdict(status: int, output: str) -> tuple[bool | None, str]:
             words += f"; {len(kernels)} reports of {whose}: {names[:400]}"
     if own:
         return False, words
-    return (None, cut(status, words)) if status == 124 else (bool(right), words)
+    return (None, cut(status, words)) if status == CUT_SHORT else (bool(right), words)
 
 
 def bench(check: Check, part: str, file: str, *options: str) -> None:
@@ -389,50 +373,57 @@ def bench(check: Check, part: str, file: str, *options: str) -> None:
     check.note_run(part, status, last_line(output).strip("= "))
 
 
-def tune(check: Check) -> None:
+def tune(check: Check, part: str) -> None:
     """Launch constants in other values, and kernels with a stage left out: benchmarks/tune.py."""
     if check.dry or shutil.which("nvcc", path=check.environment()["PATH"]) is None:
-        check.note("tune", None, f"absent: there is no {'GPU' if check.dry else 'nvcc'}")
+        check.note(part, None, f"absent: there is no {'GPU' if check.dry else 'nvcc'}")
         return
     command = [*check.python, str(HERE / "tune.py"), "--out", str(check.out / "tune.json")]
-    status, output = check.run([*command, "--arch", architecture().replace(".", "")], check.share("tune"))
-    words = "tables in log.txt, rows in tune.json" if status == 0 else last_line(output)
-    check.note_run("tune", status, words)
+    status, output = check.run([*command, "--arch", architecture().replace(".", "")], check.share(part))
+    check.note_run(part, status, "tables in log.txt, rows in tune.json" if status == 0 else last_line(output))
 
 
-def train(check: Check) -> None:
+def train(check: Check, part: str) -> None:
     """Does it help? experiments/efficacy.py, as many seeds as there is time for."""
     records = check.out / "efficacy.json"
     with tempfile.TemporaryDirectory() as folder:
         command = [*check.python, "-m", "experiments.efficacy", "--preset", "h200", "--records", str(records)]
         command += ["--cache", folder, "--jobs", "1" if check.dry else "9"]
-        status, output = check.run(command, check.share("train"))
-    by_method: dict[str, list[float]] = {}
-    for record in json.loads(records.read_text())["records"] if records.exists() else []:
-        by_method.setdefault(record["method"], []).append(100 * record["last"])
-    words = "; ".join(f"{m}: {sum(a) / len(a):.2f} % of {len(a)}" for m, a in by_method.items())
-    check.note_run("train", status, words or last_line(output))
+        status, output = check.run(command, check.share(part))
+    check.note_run(part, status, "records in efficacy.json" if status == 0 else last_line(output))
 
 
-RUN: dict[str, tuple] = {  # part -> function of the check, its other arguments
-    "ceilings": (bench, "ceilings", "bench_loss", "-k", "bench_launches"),
-    "exercise": (sanitize, "exercise"),
-    "cuda": (suite, "cuda"),
-    "triton": (suite, "triton"),
-    "memcheck": (sanitize, "memcheck", "memcheck"),
-    "loss": (bench, "loss", "bench_loss"),
-    "vote": (bench, "vote", "bench_vote"),
-    "tune": (tune,),
-    "step": (bench, "step", "bench_step"),
-    "train": (train,),
-    "sanitize": (sanitize, "sanitize", "racecheck", "synccheck", "initcheck"),
-    "reference": (suite, "reference"),
+PARTS: dict[str, tuple] = {  # in order: seconds given at least, where they are left; function, its arguments
+    "ceilings": (40, bench, "bench_loss", "-k", "bench_launches"),
+    "exercise": (50, sanitize),
+    "cuda": (160, suite),
+    "triton": (180, suite),
+    "memcheck": (80, sanitize, "memcheck"),
+    "loss": (350, bench, "bench_loss"),
+    "vote": (160, bench, "bench_vote"),
+    "tune": (100, tune),
+    "step": (250, bench, "bench_step"),
+    "train": (200, train),
+    "sanitize": (80, sanitize, "racecheck", "synccheck", "initcheck"),
+    "reference": (120, suite),
 }
+RECORDED = ("ceilings", "loss", "vote", "tune", "step", "train")  # what is on record they do not repeat
 
 
 def run_part(check: Check, part: str) -> None:
-    function, *arguments = RUN[part]
-    function(check, *arguments)
+    _, function, *arguments = PARTS[part]
+    function(check, part, *arguments)
+
+
+def run_parts(check: Check) -> None:
+    for part in check.parts:
+        if part not in RECORDED and check.passed(part):
+            check.say(f"{part}: passed before")
+        elif check.left() < LEAST:
+            check.note(part, None, "no time left")
+        else:
+            check.checks.pop(part, None)
+            run_part(check, part)
 
 
 def exercise(backend: str) -> None:
@@ -473,31 +464,15 @@ def main() -> int:
         parser.error(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     parts = [p for p in PARTS if p in asked]
     check = Check(arguments.out, parts, arguments.dry, arguments.seconds, arguments.again)
-
-    def stop(number: int, frame: object) -> None:
-        for child in check.children:
-            if child.process.poll() is None:
-                child.kill()
-        check.write_table()
-        sys.exit(1)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    if build(check):
-        run_parts(check)
-    print(check.write_table())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of the block below, as SIGINT does
+    try:
+        if build(check):
+            run_parts(check)
+    finally:
+        for child in list(check.running):
+            check.finish(child, 0)
+        print(check.write_table())
     return any(c["ok"] is False and c["source"] == check.source for c in check.checks.values())
-
-
-def run_parts(check: Check) -> None:
-    for part in check.parts:
-        if part not in RECORDED and check.passed(part):
-            check.say(f"{part}: passed before")
-        elif check.left() < LEAST:
-            check.note(part, None, "no time left")
-        else:
-            check.checks.pop(part, None)
-            run_part(check, part)
 
 
 if __name__ == "__main__":

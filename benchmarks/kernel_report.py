@@ -10,9 +10,7 @@ and the tensor-core instruction. The exit status is 1 if anything spills, does n
 shared memory than there is, is a 16-bit product on Hopper without wgmma (HGMMA), or may give the lanes of a
 sum different last bits (a multiply-add with another lane's value, or one left to ptxas to make).
 
-    python benchmarks/kernel_report.py [--quick] [--arch 90] [--only vote] [--jobs 2]
-
-``--quick`` compiles one configuration of each kind.
+    python benchmarks/kernel_report.py [--arch 90] [--only vote soft] [--jobs 2]
 """
 
 from __future__ import annotations
@@ -117,7 +115,6 @@ class Case:
     call: Callable[[], object]
     kernels: tuple[str, ...]
     wgmma: bool = False  # a 16-bit product, which must use wgmma on sm_90
-    quick: bool = False
 
 
 def loss_case(
@@ -129,7 +126,6 @@ def loss_case(
     *,
     soft: bool = False,
     kernels: tuple[str, ...] = (),
-    quick: bool = False,
     dense: bool = False,
     weight: bool = False,
     **options,
@@ -153,7 +149,7 @@ def loss_case(
         )
 
     name = f"{'soft' if soft else 'loss'} {N}x{C} {NAMES[dtype]} P={P} {label}".rstrip()
-    return Case(name, call, kernels or FORWARD, quick=quick)
+    return Case(name, call, kernels or FORWARD)
 
 
 def vote_case(
@@ -164,7 +160,6 @@ def vote_case(
     *,
     upsample: int = 1,
     kernels: tuple[str, ...] = VOTE,
-    quick: bool = False,
 ) -> Case:
     """A call of vote_fwd on tokens or a map: channels_last, or NCHW by its label; TF32 by its label too."""
     tokens = len(shape) == 3
@@ -182,7 +177,7 @@ def vote_case(
             matmul.fp32_precision = before
 
     name = f"vote {math.prod(shape) // D}x{D}x{C} {NAMES[dtype]} {label}".rstrip()
-    return Case(name, call, kernels, dtype.itemsize == 2, quick)
+    return Case(name, call, kernels, dtype.itemsize == 2)
 
 
 @functools.cache
@@ -204,14 +199,14 @@ def loss_cases(soft: bool) -> Iterator[Case]:
             if C in loss_file.FEW_ROW_TILES:
                 yield case(256, C, dtype)
     for C in (1000, 1024, 10000):
-        yield case(256, C, FP16, quick=C == 1000)
+        yield case(256, C, FP16)
     for C in (1000, longest // 2, 10000):
         yield case(256, C, FP64)
     for C in (997, longest - 9, 21841):  # unaligned
         for dtype in (BF16, FP32):
-            yield case(8192, C, dtype, quick=C == 21841 and dtype == BF16)
+            yield case(8192, C, dtype)
     for P in (16, 196, 320, 1024, 4096):
-        yield case(256, 1000, BF16, P, quick=P == 320)
+        yield case(256, 1000, BF16, P)
     for P in (1024, 4096):
         yield case(256, 10000, BF16, P)
     for C in (1000, longest, 10000, 131073):
@@ -236,7 +231,7 @@ def hard_cases() -> Iterator[Case]:
     for C in (1000, loss_file.LONGEST_ROW, 10000, 131073):
         yield loss_case(256, C, label="weights, sum", weight=True, reduction="sum")
     yield loss_case(256, 1000, label="none", reduction="none")
-    yield loss_case(32768, 1000, label="totals", kernels=("totals_kernel",), quick=True)
+    yield loss_case(32768, 1000, label="totals", kernels=("totals_kernel",))
     for C in (1000, 1024):
         yield loss_case(256, C, BF16, None, "ranked by logits", kernels=("logits_mass_kernel",))
 
@@ -249,21 +244,21 @@ def backward_and_label_cases() -> Iterator[Case]:
                 name = f"{function.__name__} 256x1000 {NAMES[dtype]} {'rows' if upstream.dim() else 'scalar'}"
                 call = functools.partial(function, grad, upstream, torch.empty(0))
                 kernels = ("loss_bwd_kernel", "loss_bwd_rows_kernel")
-                yield Case(name, call, kernels, quick=name == "loss_bwd_ 256x1000 bf16 scalar")
+                yield Case(name, call, kernels)
     for P in (49, 196, 320, 4096):
         votes = torch.empty(64, P, dtype=torch.int32)
         target, table = torch.empty(64, dtype=torch.int64), torch.empty(P + 1)
         call = functools.partial(triton_kernels.rank_fwd, votes, 1000)
         yield Case(f"ranks 64x1000 P={P}", call, ("rank_fwd_kernel",))
         call = functools.partial(triton_kernels.label_fwd, target, votes, table, 1000, -100)
-        yield Case(f"label 64x1000 P={P}", call, ("label_fwd_kernel",), quick=P == 49)
+        yield Case(f"label 64x1000 P={P}", call, ("label_fwd_kernel",))
     call = functools.partial(triton_kernels.label_fwd, target, votes, torch.empty(64, 1000), 1000, -100)
     yield Case("label 64x1000 dense", call, ("label_fwd_kernel",))
 
 
 def vote_cases() -> Iterator[Case]:
     resnet50, few = (256, 2048, 7, 7), (16, 512, 7, 7)
-    yield vote_case(resnet50, 10000, quick=True)
+    yield vote_case(resnet50, 10000)
     shapes = [(resnet50, 1000), ((256, 512, 7, 7), 1000), ((256, 196, 768), 1000), ((128, 2048, 7, 7), 1000)]
     for shape, C in [*shapes, ((128, 512, 4, 4), 100), ((128, 256, 8, 8), 100), (few, 1000)]:
         yield vote_case(shape, C)
@@ -326,21 +321,11 @@ def fusible(ptx: str) -> str:
     return ""
 
 
-def accesses(ttgir: str) -> str:
-    """Loads (L) and stores (S) of bfloat16, those of logits and gradient, and barriers (B), in order."""
-    memory = r"(tt\.load|tt\.store) .*x!tt\.ptr<bf16>|(?:gpu|ttg)\.barrier"
-    letters = {"tt.load": "L", "tt.store": "S", "": "B"}
-    return "".join(letters[kind] for kind in re.findall(memory, ttgir))
-
-
-def collect(architectures: list[int], only: str, quick: bool, jobs: int) -> Iterator[tuple[list[Row], str]]:
+def collect(architectures: list[int], only: list[str], jobs: int) -> Iterator[tuple[list[Row], str]]:
     """What report_case gives for each chosen case, in order, as they are ready."""
-    work = [
-        (arch, i)
-        for arch in architectures
-        for i, case in enumerate(cases())
-        if (case.quick or not quick) and (only in case.name or any(only in k for k in case.kernels))
-    ]
+    texts = [" ".join([case.name, *case.kernels]) for case in cases()]
+    chosen = [i for i, text in enumerate(texts) if any(word in text for word in only)]
+    work = [(arch, i) for arch in architectures for i in chosen]
     if jobs == 1:
         yield from (report_case(*item) for item in work)
     elif work:
@@ -350,14 +335,13 @@ def collect(architectures: list[int], only: str, quick: bool, jobs: int) -> Iter
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one configuration of each kind")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
-    parser.add_argument("--only", default="", help="only cases or kernels whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases or kernels whose name contains one")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(argv)
     print(f"triton {triton.__version__}, torch {torch.__version__}\n\n{nvcc_report.HEAD}")
     begin, count, wrong = time.perf_counter(), 0, []
-    for found, error in collect(options.arch, options.only, options.quick, options.jobs):
+    for found, error in collect(options.arch, options.only, options.jobs):
         for row in found:
             print(nvcc_report.line(row), flush=True)
             wrong += [f"sm_{row.arch} {row.kernel}, {row.case}: {fault}" for fault in row.faults]

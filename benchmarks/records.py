@@ -15,13 +15,13 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import clock
 import torch
-from clock import TINY, Comparison, ContextLost, Entry
+from clock import TINY, Comparison, Entry
 from sources import ROOT, digest
 
 from zipfls_cuda import ops
@@ -167,20 +167,14 @@ class Records:
         ours: Sequence[str] = (),
         **options,
     ) -> Comparison:
-        """Compare and record (``options``: clock.compare's), without what ended a process before.
-
-        Raises:
-            ContextLost: an implementation ended the CUDA context; that is on record.
-        """
-        out = {entry.name: self.banned(where, entry.name) for entry in entries}
+        """Compare and record (``options``: clock.compare's), without what ended the CUDA context before."""
+        out = {entry.name: self.left_out(where, entry.name) for entry in entries}
         todo = [entry for entry in entries if not out[entry.name]]
-        with self.noting(where):
-            result = clock.compare(todo, timer, watch=OTHER_LOAD.watch(), **options)
+        result = clock.compare(todo, timer, watch=OTHER_LOAD.watch(), **options)
         result.failed |= {name: reason for name, reason in out.items() if reason}
         self.add(where, result, nbytes, flops, ours)
-        for name, reason in result.failed.items():
-            if not self.reason(where, name):
-                self.fail(where, name, reason)
+        for name in set(result.failed) - set(self.known(where)):
+            self.fail(where, name, result.failed[name])
         return result
 
     def add(self, where: Where, result: Comparison, nbytes: int, flops: int, ours: Sequence[str] = ()):
@@ -204,37 +198,17 @@ class Records:
         """Record why an implementation has no figure; ``lost``: because it ended the CUDA context."""
         self.fact(where._replace(bench=FAILED + where.bench), name, {"reason": reason, "lost": lost})
 
-    @contextlib.contextmanager
-    def noting(self, where: Where) -> Iterator[None]:
-        """Put on record which implementation ended the CUDA context."""
-        try:
-            yield
-        except ContextLost as lost:
-            self.fail(where, lost.name, lost.reason, lost=True)
-            raise
-
-    def _known(self, where: Where, name: str = "") -> list[dict]:
-        """Records of a comparison that count: of this code on this device."""
+    def known(self, where: Where) -> dict[str, str]:
+        """What of this code on this device is on record: name -> why it has no figure, or "" if it has."""
         key = _key({"run": self.run, **where._asdict()})
         found = [r for r in self.all() if r["run"] in self.valid and _key(r) == key]
-        return [r for r in found if not name or r["name"] == name]
+        return {r["name"]: r.get("facts", {}).get("reason", "") for r in found}
 
-    def measured(self, where: Where, names: Iterable[str]) -> bool:
-        """Whether all are on record, be it with the reason why they have no figure."""
-        return set(names) <= {r["name"] for r in self._known(where)}
-
-    def reason(self, where: Where, name: str) -> str:
-        """Why an implementation has no figure; empty if it has one."""
-        found = [r["facts"]["reason"] for r in self._known(where, name) if r["bench"].startswith(FAILED)]
-        return found[0] if found else ""
-
-    def banned(self, where: Where, name: str) -> str:
-        """Why one is left out: it ended the context in this comparison, or in three of this benchmark."""
-        failed = [r for r in self.all() if (r["bench"], r["name"]) == (FAILED + where.bench, name)]
-        losses = [r for r in failed if r["run"] in self.valid and r["facts"]["lost"]]
-        if any(r in losses for r in self._known(where)):
-            return self.reason(where, name)
-        return "left out: it ended the CUDA context three times" if len(losses) >= 3 else ""
+    def left_out(self, where: Where, name: str) -> str:
+        """Why one is not tried: it ended the CUDA context in a comparison of this benchmark; else empty."""
+        failed = (r for r in self.all() if (r["bench"], r["name"]) == (FAILED + where.bench, name))
+        lost = any(r["facts"]["lost"] for r in failed if r["run"] in self.valid)
+        return "left out: it ended the CUDA context" if lost else ""
 
     def all(self) -> list[dict]:
         """Records of earlier runs that nothing replaced, and this run's."""

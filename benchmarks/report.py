@@ -1,16 +1,11 @@
-"""From records to figures: the tables in README.md and docs/, and the pictures beside the records.
-
-    python benchmarks/report.py            write the tables, draw the pictures
-    python benchmarks/report.py --check    say what in them does not follow from the records (exit status 1)
+"""From records to figures: writes the tables in README.md and docs/.
 
 A table goes between ``<!-- report:NAME -->`` and ``<!-- /report -->``; NAMES and EFFICACY list the names.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import hashlib
 import math
 import re
 import sys
@@ -179,7 +174,7 @@ def loss_tables(records: list[dict], name: str) -> str:
         + f"\n\n{table(head + [LOSS_PEERS[p] for p in peers], body)}"
     )
     main = "bfloat16" if clock == "device" else "float32"
-    modes = {"forward": "forward", "backward": "backward", "infer": "no gradient wanted"}
+    modes = {"forward": "forward", "infer": "no gradient wanted"}
     body = []
     for r in [r for r in rows if r["case"]["dtype"] == main]:
         pairs = [(n, mode) for mode in modes for n in (name, baselines.CROSS_ENTROPY)]
@@ -365,47 +360,6 @@ def efficacy_block(preset: str, folder: Path) -> str:
     )
 
 
-INK, SOFT = "#22272e", "#d9dee6"
-COLOURS = ("#d1495b", "#3a6ea5", "#8f9bb3", "#e0a458", "#5f9e7e")
-STYLE = {
-    "axes.edgecolor": SOFT, "axes.spines.right": False, "axes.spines.top": False,
-    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold", "legend.frameon": False,
-    "svg.fonttype": "none", "svg.hashsalt": "zipfls_cuda", "text.color": INK,
-}  # fmt: skip
-GROWING = {"C": "classes C", "N": "samples N", "P": "votes a sample P"}
-
-
-def growing(records: list[dict]) -> list[str]:
-    """Which sizes the loss was measured against."""
-    return [key for key in GROWING if find(records, "loss", mode="both", sweep=key)]
-
-
-def draw_growth(records: list[dict], path: Path, description: str) -> None:
-    """Lines: time of the loss against classes, samples and votes."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams.update(STYLE)
-    keys = growing(records)
-    figure = Figure(figsize=(4.2 * len(keys), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(keys), squeeze=False)[0]
-    for ax, key in zip(axes, keys):
-        rows = sorted(find(records, "loss", mode="both", sweep=key), key=lambda r: r["case"][key])
-        for name, colour in zip(dict.fromkeys(r["name"] for r in rows), COLOURS):
-            mine = [r for r in rows if r["name"] == name]
-            x, median, low, high = zip(*((r["case"][key], r["median"], r["p20"], r["p80"]) for r in mine))
-            ax.fill_between(x, low, high, color=colour, alpha=0.15)
-            ax.plot(x, median, "o-", color=colour, ms=3.5, lw=1.8, label=name)
-        fixed = {k: {r["case"][k] for r in rows} for k in GROWING if k != key}
-        ax.set_title(", ".join(f"{k} = {min(v)}" for k, v in fixed.items() if len(v) == 1))
-        ax.set(xscale="log", yscale="log", xlabel=GROWING[key])
-        ax.yaxis.set_major_formatter(lambda t, _: re.sub(r"\.0+ ", " ", seconds(t)) if t > 0 else "")
-        ax.grid(True, color=SOFT, lw=0.6)
-    axes[0].legend(fontsize=8.5)
-    figure.suptitle("Time of loss + gradient as the problem grows (band: 20 to 80 % quantiles)")
-    figure.savefig(path, metadata={"Date": None, "Description": description})
-
-
 EFFICACY = {f"efficacy-{preset}": preset for preset in efficacy.PLANS}  # name of a block -> its plan
 BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "speed": speed_block,
@@ -417,22 +371,17 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
 }
 KINDS = {"cpu": "cpu", "gpu": "cuda"}
 NAMES = [f"{label}-{name}" for label in KINDS for name in BLOCKS]
-KNOWN = [*NAMES, *EFFICACY]
 
 
-def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESULTS, up: str = "") -> str:
-    """The Markdown of a block from all result files of its kind; ``up``: from its page to the top folder."""
+def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESULTS) -> str:
+    """The Markdown of a block from all result files of its kind."""
     if name in EFFICACY:
         return efficacy_block(EFFICACY[name], folder)
     label, what = name.split("-")
-    parts = []
-    for path, records in results.items():
-        needed = what if what in ("vote", "step") else "loss"
+    needed, parts = what if what in ("vote", "step") else "loss", []
+    for records in results.values():
         source = [r for r in records if (r["bench"], r["env"]["kind"]) == (needed, KINDS[label])]
-        text = BLOCKS[what](records) if source else ""
-        if text:
-            if what == "loss" and growing(records):
-                text += f"\n\n![growth]({up}benchmarks/results/{growth_of(path).name})"
+        if source and (text := BLOCKS[what](records)):
             parts.append(f"{text}\n\n<sub>{provenance(source)}.</sub>")
     return "\n\n".join(parts) or NOTHING
 
@@ -443,77 +392,32 @@ def load_all(folder: Path = files.RESULTS) -> dict[Path, list[dict]]:
     return {path: [r for r in records if not r["env"]["tiny"]] for path, records in found.items()}
 
 
-def growth_of(path: Path) -> Path:
-    """The picture drawn from a file of records."""
-    return path.with_name(f"{path.stem}-growth.svg")
-
-
 def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def digest(path: Path) -> str:
-    """Names the records a picture was drawn from."""
-    return "records " + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def renewed(text: str, folder: Path = files.RESULTS) -> str:
+    """A page with its blocks as the records have them; an empty block without measurements stays empty.
 
-
-def write(documents: Iterable[Path], folder: Path = files.RESULTS) -> None:
-    """Write the tables and draw the pictures."""
+    Raises:
+        ValueError: a block of an unknown name, or one that is not closed.
+    """
+    if text.count("<!-- report:") != text.count("<!-- /report -->"):
+        raise ValueError("a block is not closed")
     results = load_all(folder)
-    for path, records in results.items():
-        if growing(records):
-            draw_growth(records, growth_of(path), digest(path))
-    for document in documents:
-        document.write_text(MARKED.sub(renewing(document, results, folder), document.read_text()))
 
+    def renew(found: re.Match) -> str:
+        name, old = found.groups()
+        if name not in (*NAMES, *EFFICACY):
+            raise ValueError(f"there is no block {name}; there are {', '.join((*NAMES, *EFFICACY))}")
+        body = block(name, results, folder)
+        if not old and body == NOTHING:
+            return found[0]
+        return f"<!-- report:{name} -->\n{body}\n<!-- /report -->"
 
-def renewing(document: Path, results: dict[Path, list[dict]], folder: Path) -> Callable[[re.Match], str]:
-    """The function that renews a document's blocks."""
-    up = "../" if document.parent.name == "docs" else ""
-    return functools.partial(marked, results=results, folder=folder, up=up)
-
-
-def marked(found: re.Match, results: dict[Path, list[dict]], folder: Path, up: str = "") -> str:
-    """A block between its marks; an empty block without measurements stays empty."""
-    name, old = found.groups()
-    body = block(name, results, folder, up) if name in KNOWN else NOTHING
-    if name in KNOWN and (old or body != NOTHING):
-        old = body + "\n"
-    return f"<!-- report:{name} -->\n{old}<!-- /report -->"
-
-
-def check(documents: Iterable[Path], folder: Path = files.RESULTS) -> list[str]:
-    """What in the documents and pictures does not follow from the records; empty if all does."""
-    problems, shown, results = [], set(), load_all(folder)
-    for document in documents:
-        text, renewed = document.read_text(), renewing(document, results, folder)
-        for name in re.findall(r"<!-- report:([\w-]+) -->", MARKED.sub("", text)):
-            problems.append(f"{document.name}: the block {name} is not closed")
-        for found in MARKED.finditer(text):
-            shown.add(name := found[1])
-            if name not in KNOWN:
-                problems.append(f"{document.name}: there is no block {name}; there are {', '.join(KNOWN)}")
-            elif found[0] != renewed(found):
-                problems.append(f"{document.name}: the block {name} differs from the records")
-    if any(results.values()) and not shown & {*NAMES}:
-        problems.append(f"no document shows any of the blocks {', '.join(NAMES)}")
-    for path, records in results.items():
-        file = growth_of(path)
-        if growing(records) and not (file.exists() and digest(path) in file.read_text()):
-            problems.append(f"{file.name}: not drawn from {path.name} as it is")
-    return problems
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; say what is out of date")
-    if not parser.parse_args().check:
-        write(pages())
-        return 0
-    problems = check(pages())
-    print("\n".join(problems + (["run python benchmarks/report.py"] if problems else [])), file=sys.stderr)
-    return bool(problems)
+    return MARKED.sub(renew, text)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    for page in pages():
+        page.write_text(renewed(page.read_text()))

@@ -109,19 +109,13 @@ CALLS = {  # the fields of tune.cu's structures: pointers and integers, 8 bytes 
 }
 
 
-def call_bytes(kind: str) -> int:
-    return 8 * len(CALLS[kind].split())
-
-
 def varied(kernels: Path, variant: Variant) -> None:
     """Makes the replacement in a copy of csrc/cuda."""
     if variant.file:
         file = kernels / variant.file
         text = file.read_text()
-        if text.count(variant.old) != 1:
-            raise ValueError(
-                f"{variant.name}: {file.name} has {text.count(variant.old)} times {variant.old!r}"
-            )
+        if (count := text.count(variant.old)) != 1:
+            raise ValueError(f"{variant.name}: {file.name} has {count} times {variant.old!r}")
         file.write_text(text.replace(variant.old, variant.new))
 
 
@@ -130,13 +124,13 @@ def command(kind: str, arch: str, kernels: Path) -> list[str]:
     return [
         *(shutil.which("nvcc"), "-std=c++17", "-O3", "-Xcompiler", "-fPIC"),
         *("-gencode", f"arch=compute_{arch},code=sm_{arch}", f"-I{kernels}"),
-        *(f"-DTUNE_{kind.upper()}", f"-DTUNE_CALL_BYTES={call_bytes(kind)}"),
+        *(f"-DTUNE_{kind.upper()}", f"-DTUNE_CALL_BYTES={8 * len(CALLS[kind].split())}"),
         str(Path(__file__).with_suffix(".cu")),
     ]
 
 
-def compiled(kind: str, variant: Variant, arch: str) -> Path | str:
-    """The variant's library, or what nvcc said against it."""
+def compiled(kind: str, variant: Variant, arch: str) -> Path | None:
+    """The variant's library; what nvcc has against it is printed."""
     folder = BUILD / kind / "".join(c if c.isalnum() else "_" for c in variant.name)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(KERNELS, folder / "cuda")
@@ -146,7 +140,9 @@ def compiled(kind: str, variant: Variant, arch: str) -> Path | str:
     sources = [folder / "cuda" / source for source in SOURCES[kind]]
     whole = [*command(kind, arch, folder / "cuda"), *sources, "-shared", "-o", library]
     done = subprocess.run(whole, capture_output=True, text=True)
-    return library if done.returncode == 0 else (done.stderr or done.stdout)[-2000:]
+    if done.returncode:
+        print(f"{kind}, {variant.name}: does not compile\n{(done.stderr or done.stdout)[-2000:]}")
+    return None if done.returncode else library
 
 
 class Problem:
@@ -241,8 +237,7 @@ def measure(kind: str, case: str, size: tuple, libraries: dict[str, Path], timer
         row = {"kind": kind, "case": case, "variant": name, "seconds": None, "how": "", "ratio": None}
         if name in found.samples:
             row |= {"seconds": statistics.median(found.taken(name)), "how": found.how[name]}
-            if base in found.samples:
-                row["ratio"] = found.ratio(name, base)[0]
+            row["ratio"] = found.ratio(name, base)[0] if base in found.samples else None
         if name not in wrong and base in results:
             wrong[name] = disagreement(kind, results[name], results[base]) if right[name] else LEFT_OUT
         rows.append(row | {"wrong": wrong.get(name, "")})
@@ -254,34 +249,42 @@ LEFT_OUT = "left out"  # the stage whose time is asked for
 
 def table(kind: str, rows: list[dict]) -> str:
     """A line a variant, a column a case: microseconds of the kernels as they are, then times over theirs."""
-    by_variant = {row["variant"]: {} for row in rows}
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    lines = {"": f"{kind:28}" + "".join(f"{case:>17}" for case in cases)}
     for row in rows:
         text = "-"
         if row["ratio"] is not None:
             first = row["variant"] == AS_IT_IS.name
             text = f"{1e6 * row['seconds']:.1f} us" if first else f"{row['ratio']:.3f}"
             text += "!" if row["wrong"] not in ("", LEFT_OUT) else ""
-        by_variant[row["variant"]][row["case"]] = text
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    lines = [f"{kind:28}" + "".join(f"{case:>17}" for case in cases)]
-    for name, cells in by_variant.items():
-        lines.append(f"{name:28}" + "".join(f"{cells.get(case, '-'):>17}" for case in cases))
+        lines[row["variant"]] = lines.get(row["variant"], f"{row['variant']:28}") + f"{text:>17}"
     wrong = [row for row in rows if row["wrong"] not in ("", LEFT_OUT)]
-    return "\n".join(lines + [f"! {r['variant']}, {r['case']}: {r['wrong']}" for r in wrong])
+    return "\n".join([*lines.values(), *(f"! {r['variant']}, {r['case']}: {r['wrong']}" for r in wrong)])
 
 
-def build(kinds: list[str], arch: str, jobs: int) -> tuple[dict[str, dict[str, Path]], bool]:
-    """Libraries by kind and variant; whether all compile."""
-    wanted = [(kind, v) for kind in kinds for v in VARIANTS[kind]]
-    with ThreadPoolExecutor(jobs) as pool:
-        built = list(pool.map(lambda pair: compiled(*pair, arch), wanted))
+def build(kinds: list[str], arch: str, jobs: int) -> dict[str, dict[str, Path]]:
+    """Libraries by kind and variant, of those that compile."""
+    wanted = [(kind, variant) for kind in kinds for variant in VARIANTS[kind]]
     libraries: dict[str, dict[str, Path]] = {kind: {} for kind in kinds}
-    for (kind, variant), result in zip(wanted, built, strict=True):
-        if isinstance(result, Path):
-            libraries[kind][variant.name] = result
-        else:
-            print(f"{kind}, {variant.name}: does not compile\n{result}")
-    return libraries, all(isinstance(result, Path) for result in built)
+    with ThreadPoolExecutor(jobs) as pool:
+        built = pool.map(lambda pair: compiled(*pair, arch), wanted)
+        for (kind, variant), library in zip(wanted, built, strict=True):
+            libraries[kind] |= {variant.name: library} if library else {}
+    return libraries
+
+
+def measure_all(libraries: dict[str, dict[str, Path]], out: Path | None) -> list[dict]:
+    """The rows of every case, written to ``out`` as they come, with a table of the kind so far."""
+    rows, timer = [], clock.DeviceClock()
+    sizes = {"loss": {f"{N} x {C}": (N, C) for N, C in LOSSES}, "vote": MAPS}
+    for kind, found in libraries.items():
+        for case, size in sizes[kind].items():
+            rows += measure(kind, case, size, found, timer)
+            torch.cuda.empty_cache()
+            if out:
+                out.write_text(json.dumps(rows, indent=0))
+            print(table(kind, [row for row in rows if row["kind"] == kind]), flush=True)
+    return rows
 
 
 def main() -> int:
@@ -295,23 +298,11 @@ def main() -> int:
     if shutil.which("nvcc") is None or not (args.compile or torch.cuda.is_available()):
         print("tune needs nvcc, and a CUDA device (--compile does not)")
         return 2
-    libraries, right = build(args.only, args.arch, args.jobs)
+    libraries = build(args.only, args.arch, args.jobs)
+    right = all(len(found) == len(VARIANTS[kind]) for kind, found in libraries.items())
     if args.compile or not all(AS_IT_IS.name in found for found in libraries.values()):
         return 0 if right else 1
-    sizes = {"loss": {f"{N} x {C}": (N, C) for N, C in LOSSES}, "vote": MAPS}
-    rows, timer = [], clock.DeviceClock()
-    for kind, found in libraries.items():
-        for case, size in sizes[kind].items():
-            try:
-                rows += measure(kind, case, size, found, timer)
-            except (clock.ContextLost, RuntimeError) as error:  # nothing more can be measured
-                print(f"{kind}, {case}: {error}")
-                return 1
-            torch.cuda.empty_cache()
-            if args.out:
-                args.out.write_text(json.dumps(rows, indent=0))
-            print(table(kind, rows[-len(found) :]), flush=True)
-        print(table(kind, [row for row in rows if row["kind"] == kind]), flush=True)
+    rows = measure_all(libraries, args.out)
     untimed = [row for row in rows if row["variant"] == AS_IT_IS.name and row["seconds"] is None]
     return 0 if right and not untimed else 1
 

@@ -1,4 +1,4 @@
-"""What mkdocs needs beside docs/: the pages and pictures that stand elsewhere, and links between the two."""
+"""What mkdocs needs beside docs/: the pages that stand elsewhere, and links between the two."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ ELSEWHERE = {
 
 def on_files(files: Files, config) -> Files:
     """Add the files that stand elsewhere."""
-    pictures = {f"benchmarks/results/{p.name}": "" for p in (ROOT / "benchmarks/results").glob("*.svg")}
-    for there, here in {**ELSEWHERE, **pictures}.items():
-        files.append(File.generated(config, here or there, abs_src_path=str(ROOT / there)))
+    for there, here in ELSEWHERE.items():
+        files.append(File.generated(config, here, abs_src_path=str(ROOT / there)))
     files.remove(files.get_file_from_path("site.py"))
     return files
 

@@ -219,7 +219,7 @@ def test_children_die_with_all_they_started(tmp_path):
     )
     check = make_check(tmp_path, text)
     child = check.start_process(check.python)
-    while not (line := child.news()):
+    while not (line := child.output()):
         time.sleep(0.05)
     pids = [child.process.pid, int(line)]
     assert [os.getsid(pid) for pid in pids] == [os.getsid(0)] * 2
@@ -257,11 +257,10 @@ def test_parts_share_the_time_that_is_left(tmp_path, monkeypatch):
     check = make_check(tmp_path, parts=parts, seconds=560)
     monkeypatch.setattr(gpu_check.Check, "left", lambda self: left)
     left = 500.0
-    assert check.share("loss") == gpu_check.PARTS["loss"]  # less than all that follow need: first come
+    need = {part: seconds for part, (seconds, *_) in gpu_check.PARTS.items()}
+    assert check.share("loss") == need["loss"]  # less than all that follow need: first come
     left = 5000.0
-    assert check.share("ceilings") == pytest.approx(
-        5000 * gpu_check.PARTS["ceilings"] / sum(gpu_check.PARTS.values())
-    )
+    assert check.share("ceilings") == pytest.approx(5000 * need["ceilings"] / sum(need.values()))
     assert check.share("reference") == 5000
     left = 20.0
     assert all(check.share(part) == 20 for part in parts)
@@ -271,7 +270,14 @@ def test_a_machine_that_hangs_all_over_takes_no_longer(tmp_path, path, monkeypat
     """Nothing ends by itself, or when asked: all the parts together stay within the seconds."""
     stubborn = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     program(path / "compute-sanitizer", stubborn)
-    monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys(gpu_check.PARTS, 0.5))
+    short = {part: (0.5, *rest) for part, (_, *rest) in gpu_check.PARTS.items()}
+    monkeypatch.setattr(gpu_check, "PARTS", short)
+    started, start = [], gpu_check.Check.start_process
+    monkeypatch.setattr(
+        gpu_check.Check,
+        "start_process",
+        lambda *args, **more: started.append(start(*args, **more)) or started[-1],
+    )
     monkeypatch.setattr(gpu_check, "LEAST", 0.4)
     seconds = gpu_check.SPARE + 6
     check = make_check(tmp_path, stubborn, parts=gpu_check.PARTS, seconds=seconds)
@@ -279,7 +285,8 @@ def test_a_machine_that_hangs_all_over_takes_no_longer(tmp_path, path, monkeypat
     assert time.monotonic() - check.start < seconds
     assert {c["ok"] for c in check.checks.values()} == {None}
     assert sum("cut short" in c["text"] for c in check.checks.values()) > 5
-    assert all(child.process.returncode == -signal.SIGKILL for child in check.children)
+    assert len(started) > 5
+    assert all(child.process.returncode == -signal.SIGKILL for child in started)
 
 
 def test_no_part_begins_without_time(tmp_path):
@@ -346,6 +353,32 @@ def test_nothing_follows_a_build_that_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(gpu_check, "run_parts", lambda check: pytest.fail("went on"))
     assert gpu_check.main() == 1
+
+
+def test_a_call_that_is_ended_ends_what_it_runs(tmp_path, monkeypatch, capsys):
+    """By SIGTERM or from the keyboard: what was printed is in the log, and there is a table."""
+    children = []
+
+    def interrupted(check):
+        command = [sys.executable, "-c", "print('so far', flush=True); import time; time.sleep(60)"]
+        children.append(child := check.start_process(command))
+        while not child.output():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--dry", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu_check, "run_parts", interrupted)
+    monkeypatch.setattr(gpu_check.Check, "table", lambda self: "the table")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit):
+            gpu_check.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert children[0].process.returncode == -signal.SIGKILL
+    assert "so far\n" in (tmp_path / "log.txt").read_text()
+    assert (tmp_path / "table.md").read_text() == "the table"
+    assert "the table" in capsys.readouterr().out
 
 
 def test_both_backends_must_be_usable(tmp_path):
@@ -453,6 +486,6 @@ def test_tune_for_the_gpu_that_is_there(tmp_path, path, status):
     program(path / "nvcc", "")
     program(path / "nvidia-smi", "print('9.0')")
     check = make_check(tmp_path, f"print(*sys.argv); sys.exit({status})", parts=("tune",))
-    gpu_check.tune(check)
+    gpu_check.run_part(check, "tune")
     assert check.checks["tune"]["ok"] is (status == 0)
     assert f"--out {check.out / 'tune.json'} --arch 90a" in (check.out / "log.txt").read_text()
