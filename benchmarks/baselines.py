@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -74,8 +75,8 @@ class Loss:
     sync: bool = False
 
 
-def cross_entropy(logits: Tensor, target: Tensor, votes: Tensor, smoothing: float = 0.0) -> Tensor:
-    return F.cross_entropy(logits, target, label_smoothing=smoothing)
+def cross_entropy(logits: Tensor, target: Tensor, votes: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target)
 
 
 def plain_zipf(logits: Tensor, target: Tensor, votes: Tensor) -> Tensor:
@@ -125,7 +126,6 @@ def losses(device: str, tiny: bool = False) -> dict[str, Loss]:
     found = {ours(b): Loss(fused(b), whole=True) for b in our_backends(device)}
     found[CROSS_ENTROPY] = Loss(cross_entropy)
     found[COMPILED_CROSS_ENTROPY] = Loss(compiled(cross_entropy, tiny))
-    found[SMOOTHING] = Loss(functools.partial(cross_entropy, smoothing=0.1))
     found[REFERENCE] = Loss(plain_zipf, whole=True)
     found[COMPILED_REFERENCE] = Loss(compiled(plain_zipf, tiny), whole=True)
     if installed("scipy"):
@@ -136,24 +136,24 @@ def losses(device: str, tiny: bool = False) -> dict[str, Loss]:
 
 
 @functools.cache
-def _packages() -> tuple[dict[str, Loss], dict[str, Callable], dict[str, str]]:
-    """Losses and heads of other packages, and why some are missing."""
-    found, heads, missing = {}, {}, {}
+def _packages() -> tuple[dict[str, Loss], dict[str, Callable]]:
+    """Losses and heads of other packages that are installed; a warning where one cannot be used."""
+    found, heads = {}, {}
 
     @contextlib.contextmanager
-    def using(name: str, package: str) -> Iterator[None]:
+    def using(package: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"[:160]
-            missing[name] = reason if installed(package) else "not installed"
+            if installed(package):
+                warnings.warn(f"not compared: {package}: {type(error).__name__}: {error}", stacklevel=1)
 
-    with using(LIGER, "liger_kernel"):
+    with using("liger_kernel"):
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
         liger = LigerCrossEntropyLoss()
         found[LIGER] = Loss(lambda logits, target, votes: liger(logits, target), in_place=True, sync=True)
-    with using(QUACK, "quack"):
+    with using("quack"):
         from quack import cross_entropy as quack
 
         forward = importlib.import_module("quack.cross_entropy").cross_entropy_fwd
@@ -162,23 +162,11 @@ def _packages() -> tuple[dict[str, Loss], dict[str, Callable], dict[str, str]]:
             found[QUACK_IN_FORWARD] = Loss(
                 lambda logits, target, votes: forward(logits.detach(), target, return_dx=True), backward=False
             )
-        else:
-            missing[QUACK_IN_FORWARD] = "this QuACK has no gradient in forward"
-    with using(CUT, "cut_cross_entropy"):
+    with using("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
 
         heads[CUT] = head_of(linear_cross_entropy)
-    return found, heads, missing
-
-
-def absent(device: str) -> dict[str, str]:
-    """Peers that are not measured on a device type here, by name, and why."""
-    missing = {} if installed("scipy") else {PUBLISHED: "SciPy is not installed"}
-    if not hasattr(F, "linear_cross_entropy"):
-        missing[LINEAR_CROSS_ENTROPY] = "not in this PyTorch"
-    if device == "cuda":
-        missing |= _packages()[2]
-    return missing
+    return found, heads
 
 
 def _rows(features: Tensor) -> Tensor:

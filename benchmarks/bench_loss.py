@@ -6,13 +6,10 @@ The least any implementation moves is the logits once and their gradient once: 2
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import baselines
 import clock
-import pytest
 import torch
 from clock import TINY, Entry
 from records import Records, Where
@@ -28,7 +25,7 @@ SCIPY_AT_MOST = 3_000_000  # logits; ranking more than that takes SciPy seconds
 
 @dataclass(frozen=True)
 class Case:
-    """Shape and mode. Modes: both (forward + backward), forward, infer (no gradient wanted)."""
+    """Shape and mode. Modes: both (forward + backward); of host time also forward, infer (no gradient)."""
 
     N: int
     C: int
@@ -39,16 +36,16 @@ class Case:
     clock: str = ""  # "host" for host time on a GPU
 
     @property
+    def main(self) -> bool:
+        """Whether all are compared: not what takes long to compile, not where host time is asked for."""
+        return not self.sweep and not self.clock
+
+    @property
     def names(self) -> list[str]:
-        """What is compared: all at the main shapes, few elsewhere."""
         if self.sweep == "compiled":
             return [*KERNELS, *COMPILED]
-        if self.mode == "infer":
+        if not self.main:
             return [*KERNELS, baselines.CROSS_ENTROPY]
-        if self.mode != "both" or self.sweep:
-            return [*OURS[:2], baselines.CROSS_ENTROPY]
-        if self.clock:
-            return [name for name in EAGER if name != baselines.PUBLISHED]
         names = list(LOSSES) if self.dtype == "float32" and not ON_GPU else EAGER
         small = self.N * self.C <= SCIPY_AT_MOST and self.dtype == ("bfloat16" if ON_GPU else "float32")
         return [*[n for n in names if small or n != baselines.PUBLISHED], baselines.COPY]
@@ -64,7 +61,6 @@ class Case:
 
     def run(self, records: Records) -> clock.Comparison:
         torch.compiler.reset()  # past a few shapes torch.compile would silently stop compiling
-        main = self.mode == "both" and not self.sweep and not self.clock
         passes = 1 if self.mode == "infer" else 2
         return records.compare(
             self.where,
@@ -72,41 +68,37 @@ class Case:
             self.timer,
             passes * getattr(torch, self.dtype).itemsize * self.N * self.C,
             ours=OURS,
-            seconds=2.5 if main else 0.8,
-            memory=main or self.sweep == "compiled",
+            seconds=2.5 if self.main else 0.8,
+            memory=self.main or self.sweep == "compiled",
         )
 
 
 def cpu_cases() -> list[Case]:
     main = [(256, 10000), (64, 131072), (256, 1000), (128, 100)]
-    cases = [Case(N, C) for N, C in main]
-    cases += [Case(N, C, dtype="bfloat16") for N, C in main]
-    cases += [Case(N, C, mode=mode) for N, C in main for mode in ("forward", "infer")]
+    cases = [Case(N, C, dtype=dtype) for dtype in ("float32", "bfloat16") for N, C in main]
     # Next to no arithmetic: what the way through Python, the operator and autograd costs.
     return cases + [Case(4, 8, 4, mode=mode, sweep="host") for mode in ("both", "forward", "infer")]
 
 
 def gpu_cases() -> list[Case]:
     """What matters most first, as time may run out: a shape of every regime, small ones and host time, then
-    the other main shapes and modes, and last the peers that take seconds to compile."""
+    the other main shapes, and last the peers that take seconds to compile."""
     bf16 = functools.partial(Case, dtype="bfloat16")
     first = [(8192, 10000), (32768, 1000), (4096, 21841)]  # long rows, many short ones, odd ones
     small = [(256, 1000), (512, 1000), (1024, 1000), (128, 100)]
     others = [(8192, 4096), (8192, 8192), (8192, 16384), (4096, 32768), (2048, 131072), (131072, 1000)]
+    compiled = [*first, (2048, 131072), (256, 1000), (128, 100)]
     cases = [bf16(N, C) for N, C in [*first, *small]]
     cases += [bf16(N, C, mode=mode, clock="host") for N, C in small for mode in ("both", "forward")]
     cases += [bf16(N, C) for N, C in [*others, (8192, 10007)]]
     cases += [Case(N, C) for N, C in [(8192, 10000), (32768, 1000), (256, 1000), (128, 100)]]
-    timed = [(8192, 10000), (32768, 1000), (256, 1000)]
-    cases += [bf16(N, C, mode=mode) for N, C in timed for mode in ("forward", "infer")]
-    return cases + [
-        bf16(N, C, sweep="compiled") for N, C in [*first, (2048, 131072), (256, 1000), (128, 100)]
-    ]
+    return cases + [bf16(N, C, sweep="compiled") for N, C in compiled]
 
 
 def tiny_cases() -> list[Case]:
-    varied = ({}, {"dtype": "bfloat16"}, {"mode": "infer"}, {"sweep": "compiled"}, {"clock": "host"})
-    return [*(Case(4, 10, **options) for options in varied), Case(4, 8, 4, sweep="host")]
+    varied = ({}, {"dtype": "bfloat16"}, {"sweep": "compiled"}, {"clock": "host"})
+    modes = ({"mode": mode, "sweep": "host"} for mode in ("both", "forward", "infer"))
+    return [Case(4, 10, **options) for options in (*varied, *modes)]
 
 
 CASES = tiny_cases() if TINY else gpu_cases() if ON_GPU else cpu_cases()
@@ -145,51 +137,6 @@ def entry(name: str, loss: baselines.Loss, mode: str, inputs: list[tuple]) -> En
 
     run = torch.no_grad()(call) if mode == "infer" else call
     return Entry(name, [functools.partial(run, x) for x in inputs], waits=loss.sync, clear=clear)
-
-
-def count(loss: baselines.Loss, inputs: tuple) -> dict[str, int]:
-    """Kernels that forward and backward launch, and calls in both that made the host wait."""
-    one = torch.ones((), device=inputs[0].device)  # else autograd launches a kernel to make it
-
-    def forward() -> torch.Tensor:
-        inputs[0].grad = None
-        return loss.call(*inputs)
-
-    for _ in range(3):  # whatever is made once is made here
-        forward().backward(one)
-    launches, value = launched(forward)
-    found = {"forward": launches, "backward": launched(lambda: value.backward(one))[0], "synchronisations": 0}
-    if ON_GPU:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                forward().backward(one)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        found["synchronisations"] = sum("synchroniz" in str(w.message) for w in caught)
-    return found
-
-
-def launched(call: Callable[[], torch.Tensor | None]) -> tuple[int, torch.Tensor | None]:
-    """How many kernels a call launches, and what it returns."""
-    from torch.profiler import ProfilerActivity, profile
-
-    clock.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * ON_GPU]) as seen:
-        result = call()
-        clock.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events()), result
-
-
-COUNTED = [(4, 10)] if TINY else [(256, 1000), (1024, 1000), (128, 100)] if ON_GPU else []
-
-
-@pytest.mark.parametrize("N,C", COUNTED)
-@pytest.mark.parametrize("name", OURS if COUNTED else [])
-def bench_launches(N: int, C: int, name: str, fact) -> None:
-    where = Where("launches", {"N": N, "C": C, "P": 49, "dtype": "bfloat16", "sweep": ""})
-    fact(where, name, lambda: count(LOSSES[name], baselines.loss_inputs(N, C, 49, torch.bfloat16)))
 
 
 def bench_loss(case: Case, name: str, report) -> None:

@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
-import baselines
 import clock
 import pytest
 import records
@@ -74,29 +73,11 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def machine() -> records.Records:
-    """Note which peers are absent; measure the ceilings before anything else in the same run."""
+    """Measure the ceilings before anything else in the same run."""
     ours, timer = records.of_this_run(), clock.best_clock()
-    for name, reason in baselines.absent(clock.device().type).items():
-        ours.fact(records.Where("absent", {}), name, {"reason": reason})
     for case, *measured in clock.ceilings(timer):
-        ours.add(records.Where("ceiling", case, "", timer.name), *measured)
+        ours.add(records.Where(records.CEILING, case, "", timer.name), *measured)
     return ours
-
-
-@pytest.fixture
-def fact(benchmark, request) -> Callable:
-    """``fact(where, name, count)``: put on record what ``count()`` finds of an implementation."""
-
-    def play(where: records.Where, name: str, count: Callable[[], dict]) -> None:
-        _skip_known(where, [name], name)
-        ours, result = request.getfixturevalue("machine"), clock.Comparison()
-        with _ending(where), result.trying(name):
-            ours.fact(where, name, benchmark.pedantic(count))
-        if name in result.failed:
-            ours.fail(where, name, result.failed[name])
-            _refuse(name, result.failed[name])
-
-    return play
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@
 Uses the Python that runs it, its torch and triton, and nvcc; installs nothing, downloads nothing. Every call
 builds first, then runs the parts in the order of PARTS and ends within SECONDS. A second call with the same
 DIR, or a copy, resumes: what has passed with the same sources is not repeated unless AGAIN=1, and records add
-up. Where one call is too short for all, ask for PART=ceilings,exercise,cuda,triton,memcheck, then loss,vote,
+up. Where one call is too short for all, ask for PART=exercise,cuda,triton,memcheck, then loss,vote,
 then the others. DIR gets, as the parts end:
 
     table.md       every target: asked, measured, met or not (also printed last)
@@ -366,9 +366,9 @@ def verdict(status: int, output: str) -> tuple[bool | None, str]:
     return (None, cut(status, words)) if status == CUT_SHORT else (bool(right), words)
 
 
-def bench(check: Check, part: str, file: str, *options: str) -> None:
+def bench(check: Check, part: str) -> None:
     """A benchmark file; what has its record is not measured again."""
-    command = [*check.python, "-m", "pytest", f"benchmarks/{file}.py", "-rfEs", *options]
+    command = [*check.python, "-m", "pytest", f"benchmarks/bench_{part}.py", "-rfEs"]
     status, output = check.run(command, check.share(part))
     check.note_run(part, status, last_line(output).strip("= "))
 
@@ -394,20 +394,19 @@ def train(check: Check, part: str) -> None:
 
 
 PARTS: dict[str, tuple] = {  # in order: seconds given at least, where they are left; function, its arguments
-    "ceilings": (40, bench, "bench_loss", "-k", "bench_launches"),
     "exercise": (50, sanitize),
     "cuda": (160, suite),
     "triton": (180, suite),
     "memcheck": (80, sanitize, "memcheck"),
-    "loss": (350, bench, "bench_loss"),
-    "vote": (160, bench, "bench_vote"),
+    "loss": (350, bench),
+    "vote": (160, bench),
     "tune": (100, tune),
-    "step": (250, bench, "bench_step"),
+    "step": (250, bench),
     "train": (200, train),
     "sanitize": (80, sanitize, "racecheck", "synccheck", "initcheck"),
     "reference": (120, suite),
 }
-RECORDED = ("ceilings", "loss", "vote", "tune", "step", "train")  # what is on record they do not repeat
+RECORDED = ("loss", "vote", "tune", "step", "train")  # what is on record they do not repeat
 
 
 def run_part(check: Check, part: str) -> None:

@@ -1,6 +1,6 @@
 """Records: what was measured, on which machine, of which code; one file per device in benchmarks/results.
 
-A record is one implementation in one comparison (fields: RECORD; ``facts`` hold what was counted, not timed).
+A record is one implementation in one comparison (fields: RECORD; ``facts`` say why one has no figure).
 A file holds the environments of its runs once (``environment``); ``load`` joins the two.
 """
 
@@ -114,21 +114,21 @@ class Where(NamedTuple):
 
     bench: str
     case: dict
-    mode: str | None = None
-    clock: str | None = None
+    mode: str
+    clock: str
 
     def __str__(self) -> str:
         return " ".join(str(x) for x in (self.bench, *self.case.values(), self.mode, self.clock) if x)
 
 
-PER_RUN = ("ceiling", "absent")  # records that belong to their run and go with it
+CEILING = "ceiling"  # records of this benchmark belong to their run and go with it
 FAILED = "failed "  # before the benchmark's name: facts of an implementation that could not be measured
 
 
 def _key(record: dict) -> tuple:
     """What a record must share with another to stand for the same comparison."""
     bench = record["bench"].removeprefix(FAILED)
-    run = record["run"] if bench in PER_RUN else ""
+    run = record["run"] if bench == CEILING else ""
     return bench, json.dumps(record["case"], sort_keys=True), record["mode"], record["clock"], run
 
 
@@ -188,15 +188,11 @@ class Records:
             self.records.append(dict(zip(RECORD, values, strict=True)))
         self.write()
 
-    def fact(self, where: Where, name: str, facts: dict) -> None:
-        """Record what is counted or known rather than timed."""
-        known = {"run": self.run, **where._asdict(), "name": name, "facts": facts}
-        self.records.append({**dict.fromkeys(RECORD), "ratio": {}, **known})
-        self.write()
-
     def fail(self, where: Where, name: str, reason: str, lost: bool = False) -> None:
         """Record why an implementation has no figure; ``lost``: because it ended the CUDA context."""
-        self.fact(where._replace(bench=FAILED + where.bench), name, {"reason": reason, "lost": lost})
+        known = {**where._asdict(), "bench": FAILED + where.bench, "facts": {"reason": reason, "lost": lost}}
+        self.records.append({**dict.fromkeys(RECORD), "ratio": {}, "run": self.run, "name": name, **known})
+        self.write()
 
     def known(self, where: Where) -> dict[str, str]:
         """What of this code on this device is on record: name -> why it has no figure, or "" if it has."""
@@ -218,7 +214,7 @@ class Records:
     def write(self) -> None:
         """Write the file whole, so that a run cut short leaves a readable one."""
         records = self.all()
-        used = {r["run"] for r in records if r["bench"] not in PER_RUN} | {self.run}
+        used = {r["run"] for r in records if r["bench"] != CEILING} | {self.run}
         self.environment["others"] = OTHER_LOAD.share()
         runs = {k: v for k, v in {**self.runs, self.run: self.environment}.items() if k in used}
         dump(self.path, runs, [r for r in records if r["run"] in used])

@@ -83,14 +83,6 @@ def noted(text: str) -> str:
     return f"{text}\n\n<sub>{notes}</sub>" if notes else text
 
 
-def missing(records: list[dict], among: Iterable[str]) -> str:
-    """Which peers a table has no column or row of, and why; empty if it has all."""
-    absent = [r for r in records if r["bench"] == "absent" and r["name"] in among]
-    found = {r["name"]: r["facts"]["reason"] for r in absent}
-    words = "; ".join(f"{name} ({reason})" for name, reason in found.items())
-    return f"\n\nNot compared with: {words}." if words else ""
-
-
 def failures(records: list[dict], *benches: str) -> str:
     """What could not be measured somewhere, and why."""
     failed = [r for r in records if r["bench"] in [files.FAILED + bench for bench in benches]]
@@ -146,13 +138,11 @@ def each_backend(records: list[dict], bench: str, write: Callable[[list[dict], s
     """The tables of all our backends, and what could not be measured."""
     texts = [write(records, name) for name in targets.names(records, bench)]
     text = "\n\n".join(filter(None, texts))
-    if text and bench == "loss":
-        text += missing(records, LOSS_PEERS)
     return text and text + failures(records, bench)
 
 
 def loss_tables(records: list[dict], name: str) -> str:
-    """The loss on one backend: against its peers, and forward and backward apart."""
+    """The loss on one backend against its peers."""
     clock = clock_of(records)
     rows = find(records, "loss", name, "both", clock)
     if not rows:
@@ -167,24 +157,12 @@ def loss_tables(records: list[dict], name: str) -> str:
         cells = [_shape(r), r["case"]["dtype"], timed(r), f"{rate / 1e9:.3g}", *share]
         body.append(cells + [times(records, r, p) for p in peers])
     reached = " and ".join(f"{copy / 1e9:.3g}" for copy in dict.fromkeys(copies.values()) if copy)
-    text = (
+    return noted(
         f"`zipf_cross_entropy` ({_backend(name)} backend), value and gradient, P = {rows[0]['case']['P']} "
         f"votes a sample: its time, and **its time over that of** each other (below 1: ours is faster)."
         + (f" A copy of large tensors reached {reached} GB/s in the same run." if reached else "")
         + f"\n\n{table(head + [LOSS_PEERS[p] for p in peers], body)}"
     )
-    main = "bfloat16" if clock == "device" else "float32"
-    modes = {"forward": "forward", "infer": "no gradient wanted"}
-    body = []
-    for r in [r for r in rows if r["case"]["dtype"] == main]:
-        pairs = [(n, mode) for mode in modes for n in (name, baselines.CROSS_ENTROPY)]
-        cells = [timed(one(records, "loss", n, mode, clock, **r["case"])) for n, mode in pairs]
-        body += [[_shape(r), *cells]] if set(cells) != {"-"} else []
-    if body:
-        head = ["logits"] + [x for words in modes.values() for x in (f"{words}: ours", "`F.cross_entropy`")]
-        text += "\n\nThe gradient is computed in forward; backward only hands it over.\n\n"
-        text += table(head, body)
-    return noted(text)
 
 
 VOTE_PEERS = {
@@ -248,8 +226,7 @@ def host_block(records: list[dict]) -> str:
 def step_block(records: list[dict]) -> str:
     cases = {(b, str(r["case"])): r["case"] for b in PLAIN for r in records if r["bench"] == b}
     text = [step_table(find(records, bench, **case), bench, case) for (bench, _), case in cases.items()]
-    absent = missing(records, (baselines.LINEAR_CROSS_ENTROPY, baselines.CUT))
-    return noted("\n\n".join(text)) + absent + failures(records, *PLAIN) if text else ""
+    return noted("\n\n".join(text)) + failures(records, *PLAIN) if text else ""
 
 
 PLAIN = {"step": baselines.CROSS_ENTROPY, "head": baselines.LINEAR_THEN_CROSS_ENTROPY}  # what others add to

@@ -166,12 +166,6 @@ def microseconds(
     return [Figure(1e6 * r["median"], _shape(r), r["how"]) for r in found]
 
 
-def launches(records: list[dict], name: str, key: str) -> list[Figure]:
-    """A count taken by the profiler."""
-    found = [r for r in find(records, "launches", name) if key in r.get("facts", {})]
-    return [Figure(r["facts"][key], _shape(r)) for r in found]
-
-
 def peak(records: list[dict], name: str, bench: str, **case) -> list[Figure]:
     """Peak extra memory in MiB."""
     found = find(records, bench, name, **case)
@@ -236,12 +230,6 @@ def gpu_targets() -> Iterator[tuple]:
     ):
         figures = partial(of_copy, shapes=shapes)
         yield "loss", f"share of the copy bandwidth, {text}", f">= {percent} %", "{:.1f} %", figures
-    for text, key, target in (
-        ("launches in forward", "forward", "<= 1"),
-        ("launches in backward", "backward", "<= 1"),
-        ("host synchronisations", "synchronisations", "0"),
-    ):
-        yield "loss, small", text, target, "{:.0f}", partial(launches, key=key)
     both = {"mode": "both", "dtype": "bfloat16"}
     for text, clock, target in (
         ("time on the GPU", "device", "<= 6 us"),

@@ -178,11 +178,20 @@ def test_folded_votes_in_graphs_and_streams(backend, device, N, C):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def launched(call) -> list[str]:
+    """Names of the kernels that a call launches."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
 def test_votes_and_loss_are_two_launches(backend, device):
     if backend == "triton":
         pytest.skip("Triton's votes are combined by a launch of their own")
-    from torch.profiler import ProfilerActivity, profile
-
     features = torch.randn(64, 256, 7, 7, device=device).bfloat16().to(memory_format=torch.channels_last)
     weight, logits = torch.randn(1000, 256, device=device).bfloat16(), torch.randn(64, 1000, device=device)
     target = torch.arange(64, device=device)
@@ -192,12 +201,28 @@ def test_votes_and_loss_are_two_launches(backend, device):
         return zls.zipf_cross_entropy(logits.requires_grad_(), target, votes, backend=backend)
 
     dense_path()  # what is made once is made here
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        dense_path()
-        torch.cuda.synchronize()
-    launched = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(launched) == 2, launched
+    names = launched(dense_path)
+    assert len(names) == 2, names
+
+
+@pytest.mark.parametrize(("N", "C"), [(256, 1000), (1024, 1000), (128, 100)])
+def test_a_loss_is_a_launch_each_way(backend, device, N, C):
+    logits = torch.randn(N, C, device=device).bfloat16().requires_grad_()
+    target, votes = torch.arange(N, device=device) % C, torch.randint(C, (N, 49), device=device).int()
+    losses = []
+
+    def forward():
+        losses.append(zls.zipf_cross_entropy(logits, target, votes, backend=backend))
+
+    def backward():
+        torch.autograd.grad(losses[-1], logits, one)
+
+    forward()  # what is made once is made here
+    one = torch.ones_like(losses[0])  # else autograd launches a kernel to make it
+    backward()
+    for call in forward, backward:
+        names = launched(call)
+        assert len(names) <= 1, names
 
 
 def test_compiled_with_cuda_graphs(backend, device):

@@ -44,12 +44,12 @@ def test_gpu_check_dry_run(tmp_path):
             assert f"{target.group}: {target.text} | {target.target}" in table
     checks = json.loads((out / "checks.json").read_text())
     absent = {"cuda", "triton", "memcheck", "sanitize", "tune"}
-    done = {"ceilings", "exercise, cpu", "loss", "vote", "step", "train", "reference, suite"}
+    done = {"exercise, cpu", "loss", "vote", "step", "train", "reference, suite"}
     assert set(checks) == {"build"} | absent | done
     assert all(checks[name]["ok"] is True for name in done), checks
     assert all(checks[name]["text"].startswith("absent") for name in absent)
     records = files.load(out / "records.json")
-    assert {r["bench"] for r in records} == {"ceiling", "launches", "loss", "vote", "step", "head"}
+    assert {r["bench"] for r in records} == {"ceiling", "loss", "vote", "step", "head"}
     assert all(set(files.RECORD) <= set(r) for r in records)
     assert all(r["env"]["tiny"] for r in records)
 
@@ -260,7 +260,7 @@ def test_parts_share_the_time_that_is_left(tmp_path, monkeypatch):
     need = {part: seconds for part, (seconds, *_) in gpu_check.PARTS.items()}
     assert check.share("loss") == need["loss"]  # less than all that follow need: first come
     left = 5000.0
-    assert check.share("ceilings") == pytest.approx(5000 * need["ceilings"] / sum(need.values()))
+    assert check.share("exercise") == pytest.approx(5000 * need["exercise"] / sum(need.values()))
     assert check.share("reference") == 5000
     left = 20.0
     assert all(check.share(part) == 20 for part in parts)
