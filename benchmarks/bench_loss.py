@@ -16,7 +16,6 @@ from records import Records, Where
 
 ON_GPU = clock.device().type == "cuda"
 LOSSES = baselines.losses(clock.device().type, TINY)
-OURS = [name for name in LOSSES if name.startswith("zipfls_cuda")]
 KERNELS = baselines.kernels(LOSSES)
 EAGER = [name for name in LOSSES if "compile" not in name]
 COMPILED = [baselines.COMPILED_CROSS_ENTROPY, baselines.COMPILED_REFERENCE]
@@ -67,7 +66,6 @@ class Case:
             entries(self),
             self.timer,
             passes * getattr(torch, self.dtype).itemsize * self.N * self.C,
-            ours=OURS,
             seconds=2.5 if self.main else 0.8,
             memory=self.main or self.sweep == "compiled",
         )

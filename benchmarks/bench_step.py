@@ -45,24 +45,16 @@ def _conv(channels: int, out: int, size: int, stride: int = 1) -> tuple[nn.Modul
     return nn.Conv2d(channels, out, size, stride, size // 2, bias=False), nn.BatchNorm2d(out)
 
 
-class ResNet(nn.Module):
-    """A bottleneck ResNet that returns its last map (N, D, H, W); (3, 4, 6, 3) and width 64: ResNet-50."""
-
-    def __init__(self, blocks: tuple[int, ...], width: int, small_images: bool = False):
-        super().__init__()
-        stem = _conv(3, width, 3) if small_images else _conv(3, width, 7, 2)
-        layers = [*stem, nn.ReLU(True), *([] if small_images else [nn.MaxPool2d(3, 2, 1)])]
-        channels = width
-        for stage, count in enumerate(blocks):
-            for i in range(count):
-                inner = width << stage
-                layers.append(Bottleneck(channels, inner, 2 if i == 0 and stage > 0 else 1))
-                channels = 4 * inner
-        self.layers = nn.Sequential(*layers)
-        self.channels = channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+def resnet(blocks: tuple[int, ...], width: int, small_images: bool = False) -> nn.Sequential:
+    """A bottleneck ResNet up to its last map (N, D, H, W); (3, 4, 6, 3) and width 64: ResNet-50."""
+    stem = _conv(3, width, 3) if small_images else _conv(3, width, 7, 2)
+    layers = [*stem, nn.ReLU(True), *([] if small_images else [nn.MaxPool2d(3, 2, 1)])]
+    channels = width
+    for stage, count in enumerate(blocks):
+        for i in range(count):
+            layers.append(Bottleneck(channels, width << stage, 2 if i == 0 and stage > 0 else 1))
+            channels = 4 * width << stage
+    return nn.Sequential(*layers)
 
 
 def _logits(features: Tensor, fc: nn.Linear) -> Tensor:
@@ -106,7 +98,7 @@ HEADS = baselines.heads(clock.device().type)
 def network(blocks: tuple[int, ...], width: int, small: bool, compiled: bool) -> nn.Module:
     """Kept from one case to the next, so that the classes can change without compiling again."""
     torch.manual_seed(0)
-    model = ResNet(blocks, width, small).to(clock.device(), memory_format=torch.channels_last)
+    model = resnet(blocks, width, small).to(clock.device(), memory_format=torch.channels_last)
     if compiled:
         model.forward = baselines.compiled(model.forward, TINY)
     return model
@@ -135,7 +127,7 @@ class Case:
         device, dtype = clock.device(), getattr(torch, self.dtype)
         torch.backends.cudnn.benchmark = True
         model = network(self.blocks, self.width, self.size <= 64, self.compiled)
-        fc = nn.Linear(model.channels, self.C).to(device)
+        fc = nn.Linear(4 * self.width << len(self.blocks) - 1, self.C).to(device)
         parameters = [*model.parameters(), *fc.parameters()]
         optimizer = torch.optim.SGD(parameters, 1e-3, momentum=0.9, foreach=True)
         drawn = baselines.seeded(0)
@@ -155,10 +147,9 @@ class Case:
             made(name, [functools.partial(step, f)], waits=name == baselines.PUBLISHED)
             for name, f in criteria().items()
         ]
-        ours = [name for name in NAMES if name.startswith("zipfls_cuda")]
-        ours += [name for name in (baselines.PUBLISHED, baselines.SMOOTHING) if name in NAMES]
+        also = baselines.PUBLISHED, baselines.SMOOTHING
         seconds = 30.0 if ON_GPU else 10.0
-        return records.compare(self.where, entries, CLOCK, ours=ours, seconds=seconds, memory=True)
+        return records.compare(self.where, entries, CLOCK, also=also, seconds=seconds, memory=True)
 
 
 @dataclass(frozen=True)
@@ -191,8 +182,7 @@ class Head:
             head(features, weight, target).backward()
 
         entries = [Entry(name, [functools.partial(both, f)], clear=clear) for name, f in HEADS.items()]
-        ours = [name for name in HEADS if name.startswith("zipfls_cuda")]
-        return records.compare(self.where, entries, CLOCK, ours=ours, seconds=2.0, memory=True)
+        return records.compare(self.where, entries, CLOCK, seconds=2.0, memory=True)
 
 
 if TINY:  # 8 channels: MIN_WIDTH of experiments/model.py

@@ -62,7 +62,6 @@ class Case:
             CLOCK,
             nbytes=size + 4 * self.N * P * self.upsample**2,
             flops=2 * self.N * P * self.D * self.C,
-            ours=[name for name in self.votes if name.startswith("zipfls_cuda")],
             seconds=1.5,
             memory=True,
         )

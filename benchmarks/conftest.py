@@ -10,10 +10,9 @@ An implementation that ends the CUDA context is put on record, and the process r
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import clock
 import pytest
@@ -59,10 +58,6 @@ def pytest_benchmark_generate_machine_info() -> dict:
     return records.of_this_run().environment
 
 
-def pytest_benchmark_generate_commit_info() -> dict:
-    return {"id": records.of_this_run().environment["commit"]}
-
-
 def pytest_unconfigure() -> None:
     """Start anew where the CUDA context is lost; what this run measured is not measured again."""
     if _lost:
@@ -85,12 +80,12 @@ def report(benchmark, request) -> Callable:
     """``report(case, name)``: one implementation of a comparison that is made once."""
 
     def play(case, name: str) -> None:
-        key = str(case.where)
+        key, known = str(case.where), records.of_this_run().known(case.where)
         if key not in _compared:
-            _skip_known(case.where, case.names, name)
-            ours = request.getfixturevalue("machine")
-            with _ending(case.where):
-                _compared[key] = case.run(ours)
+            if known.keys() >= set(case.names):
+                _refuse(name, known[name])
+                pytest.skip("measured already")
+            _compared[key] = _compare(case, request.getfixturevalue("machine"))
         result = _compared[key]
         _refuse(name, result.failed.get(name, ""))
         samples = result.taken(name)
@@ -101,21 +96,12 @@ def report(benchmark, request) -> Callable:
     return play
 
 
-def _skip_known(where: records.Where, names: list[str], name: str) -> None:
-    """Skip what is on record; what failed there fails again."""
-    known = records.of_this_run().known(where)
-    if known.keys() >= set(names):
-        _refuse(name, known[name])
-        pytest.skip("measured already")
-
-
-@contextlib.contextmanager
-def _ending(where: records.Where) -> Iterator[None]:
-    """Where the CUDA context is lost, put on record by what, and end the session."""
+def _compare(case, ours: records.Records) -> clock.Comparison:
+    """Make a comparison; what ends the CUDA context is put on record, and ends the session."""
     try:
-        yield
+        return case.run(ours)
     except clock.ContextLost as lost:
-        records.of_this_run().fail(where, lost.name, lost.reason, lost=True)
+        ours.fail(case.where, lost.name, lost.reason, lost=True)
         _lost.append(str(lost))
         pytest.exit(f"the CUDA context is lost, by {lost}; starting anew without it")
 

@@ -164,7 +164,7 @@ class Records:
         timer: clock.HostClock | clock.DeviceClock,
         nbytes: int = 0,
         flops: int = 0,
-        ours: Sequence[str] = (),
+        also: Sequence[str] = (),
         **options,
     ) -> Comparison:
         """Compare and record (``options``: clock.compare's), without what ended the CUDA context before."""
@@ -172,16 +172,17 @@ class Records:
         todo = [entry for entry in entries if not out[entry.name]]
         result = clock.compare(todo, timer, watch=OTHER_LOAD.watch(), **options)
         result.failed |= {name: reason for name, reason in out.items() if reason}
-        self.add(where, result, nbytes, flops, ours)
+        self.add(where, result, nbytes, flops, also)
         for name in set(result.failed) - set(self.known(where)):
             self.fail(where, name, result.failed[name])
         return result
 
-    def add(self, where: Where, result: Comparison, nbytes: int, flops: int, ours: Sequence[str] = ()):
-        """Record every sample's quantiles; ``ours`` also get their ratio to each other implementation."""
+    def add(self, where: Where, result: Comparison, nbytes: int, flops: int, also: Sequence[str] = ()):
+        """Record each one's quantiles; of ours, and of ``also``, the ratios to all others too."""
         for name in result.samples:
             median, p20, p80 = map(_round, clock.quantiles(result.taken(name)))
-            others = [n for n in result.samples if n != name] if name in ours else []
+            related = name.startswith("zipfls_cuda") or name in also
+            others = [n for n in result.samples if n != name] if related else []
             counts = len(result.taken(name)), result.calls[name], nbytes, flops, result.peak[name]
             ratio = {n: [_round(q) for q in result.ratio(name, n)] for n in others}
             values = (self.run, *where, result.how[name], name, median, p20, p80, *counts, ratio)

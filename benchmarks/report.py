@@ -16,6 +16,7 @@ from pathlib import Path
 import baselines
 import records as files
 import targets
+from clock import SURE
 from sources import ROOT
 from targets import find
 
@@ -51,16 +52,18 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-MARKS = {"events": "†", "host-bound": "‡"}
-NOTES = {
-    "†": "by CUDA events from an idle GPU, as the call makes the host wait: not the GPU's time alone",
-    "‡": "the host could not be brought ahead of the GPU: not the GPU's time alone",
-}
+MARK = "†"
+NOTE = f"{MARK} not the GPU's time alone: the call makes the host wait, or the host could not get ahead."
+
+
+def mark(how: str) -> str:
+    """What stands beside a time that is not the device's alone."""
+    return "" if how in SURE else MARK
 
 
 def timed(r: dict | None) -> str:
     """A record's time, marked where it is not the device's alone; "-" without a record."""
-    return seconds(r["median"]) + MARKS.get(r["how"], "") if r else "-"
+    return seconds(r["median"]) + mark(r["how"]) if r else "-"
 
 
 def times(records: list[dict], r: dict | None, peer: str) -> str:
@@ -69,7 +72,7 @@ def times(records: list[dict], r: dict | None, peer: str) -> str:
     if met is None:
         return "-"
     (ratio, _, _), how = met
-    return digits(ratio, 3 if ratio >= 0.1 else 2) + MARKS.get(how, "")
+    return digits(ratio, 3 if ratio >= 0.1 else 2) + mark(how)
 
 
 def one(records: list[dict], *where: str, **case) -> dict | None:
@@ -78,9 +81,8 @@ def one(records: list[dict], *where: str, **case) -> dict | None:
 
 
 def noted(text: str) -> str:
-    """A block with what its marks mean."""
-    notes = " ".join(f"{mark} {words}." for mark, words in NOTES.items() if mark in text)
-    return f"{text}\n\n<sub>{notes}</sub>" if notes else text
+    """A block with what its mark means."""
+    return f"{text}\n\n<sub>{NOTE}</sub>" if MARK in text else text
 
 
 def failures(records: list[dict], *benches: str) -> str:
@@ -192,12 +194,8 @@ def vote_table(records: list[dict], name: str) -> str:
         body.append([*row, f"{size(r['peak'])} ({size(dense['peak']) if dense else '-'})"])
     head = ["votes", "NxP, D, C", "dtype", "layout", "time", "GFLOP/s (of a large product)"]
     head += [*(VOTE_PEERS[p] for p in peers), "extra memory (matmul + argmax's)"]
-    parts = "the matrix product alone and of product and argmax"
-    if baselines.MATMUL_BATCHED in peers:
-        copying = "of NCHW: with a transposing copy, and sample by sample without one"
-        parts = f"the matrix product alone ({copying}), of product and argmax, and of the argmax alone"
     return noted(
-        f"`dense_vote` ({_backend(name)} backend): its time, **its time over that of** {parts}; its peak "
+        f"`dense_vote` ({_backend(name)} backend): its time, **its time over that of** each other; its peak "
         f"extra memory.\n\n{table(head, body)}"
     )
 
