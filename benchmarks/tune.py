@@ -102,13 +102,6 @@ MAPS = {  # N, D, side, C, channels_last
 }
 
 
-CALLS = {  # the fields of tune.cu's structures: pointers and integers, 8 bytes each
-    "loss": "logits target votes log_mass N C P parts grad scratch tile_counter",
-    "vote": "features N D H W stride_n stride_d stride_h stride_w weight C votes "
-    "scratch room tile_counters counters",
-}
-
-
 def varied(kernels: Path, variant: Variant) -> None:
     """Makes the replacement in a copy of csrc/cuda."""
     if variant.file:
@@ -124,7 +117,7 @@ def command(kind: str, arch: str, kernels: Path) -> list[str]:
     return [
         *(shutil.which("nvcc"), "-std=c++17", "-O3", "-Xcompiler", "-fPIC"),
         *("-gencode", f"arch=compute_{arch},code=sm_{arch}", f"-I{kernels}"),
-        *(f"-DTUNE_{kind.upper()}", f"-DTUNE_CALL_BYTES={8 * len(CALLS[kind].split())}"),
+        f"-DTUNE_{kind.upper()}",
         str(Path(__file__).with_suffix(".cu")),
     ]
 
@@ -148,7 +141,7 @@ def compiled(kind: str, variant: Variant, arch: str) -> Path | None:
 class Problem:
     """Calls on the GPU, each with inputs and outputs of its own, so that none is found in L2.
 
-    ``_loss`` and ``_vote`` make one: tensors to keep, results, fields of the call.
+    ``_loss`` and ``_vote`` make one: tensors to keep, results, and the arguments of tune_run in tune.cu.
     """
 
     def __init__(self, kind: str, size: tuple) -> None:
@@ -159,9 +152,7 @@ class Problem:
             nbytes += inputs[0].nbytes * (2 if kind == "loss" else 1)
             self.kept.append(inputs)
             self.outputs.append(outputs)
-            fields = [x.data_ptr() if torch.is_tensor(x) else x for x in call]
-            assert len(fields) == len(CALLS[kind].split())
-            self.calls.append((ctypes.c_int64 * len(fields))(*fields))
+            self.calls.append([ctypes.c_int64(x.data_ptr() if torch.is_tensor(x) else x) for x in call])
 
     @staticmethod
     def _loss(N: int, C: int) -> tuple:
@@ -191,7 +182,7 @@ class Problem:
 
     def run(self, kernels: ctypes.CDLL, k: int) -> None:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        error = kernels.tune_run(ctypes.byref(self.calls[k % len(self.calls)]), stream)
+        error = kernels.tune_run(*self.calls[k % len(self.calls)], stream)
         if error:
             raise RuntimeError(f"CUDA error {error}")
 

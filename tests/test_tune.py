@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -38,12 +40,28 @@ def test_variant_that_finds_nothing_is_named(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc to compile the CUDA kernels with")
-@pytest.mark.parametrize("kind", tune.CALLS)
-def test_calls_are_what_the_kernels_take(tmp_path, kind):
+@pytest.mark.parametrize("kind", tune.VARIANTS)
+def test_the_functions_that_are_tuned_compile(tmp_path, kind):
     command = [*tune.command(kind, "90a", tune.KERNELS), "-c", "-o", str(tmp_path / "tune.o")]
     subprocess.run([*command, "-Werror", "all-warnings"], check=True)
-    other = f"-DTUNE_CALL_BYTES={8 * len(tune.CALLS[kind].split()) + 8}"
-    assert subprocess.run([*command, "-U", "TUNE_CALL_BYTES", other], capture_output=True).returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("loss", (3, 20)), ("vote", (2, 8, 3, 5, True)), ("vote", (2, 8, 3, 5, False))]
+)
+def test_calls_are_what_the_kernels_take(monkeypatch, kind, size):
+    """A pointer where tune.cu has one, and a number where it has one."""
+    for name in ("zeros", "randn", "randint", "arange"):
+        on_cpu = functools.partial(
+            lambda make, *args, device, **more: make(*args, **more), getattr(torch, name)
+        )
+        monkeypatch.setattr(torch, name, on_cpu)
+    made = {"loss": tune.Problem._loss, "vote": tune.Problem._vote}[kind](*size)[2]
+    source = (ROOT / "benchmarks" / "tune.cu").read_text().partition(f"#ifdef TUNE_{kind.upper()}")[2]
+    signature = re.sub(r"//.*", "", re.search(r"tune_run\((.*?)\) \{", source, re.S)[1])
+    *taken, stream = (" ".join(argument.split()) for argument in signature.split(","))
+    assert stream == "cudaStream_t stream"
+    assert ["*" in argument for argument in taken] == [torch.is_tensor(x) for x in made]
 
 
 def test_disagreement():
