@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,8 +30,7 @@ REFERENCE = "plain PyTorch, whole loss"
 COMPILED_REFERENCE = "torch.compile(plain PyTorch, whole loss)"
 PUBLISHED = "published algorithm (SciPy ranks)"
 LIGER = "Liger-Kernel"
-QUACK = "QuACK"
-QUACK_IN_FORWARD = "QuACK, gradient in forward"
+QUACK = "QuACK, gradient in forward"
 MATMUL = "torch.matmul alone"
 MATMUL_BATCHED = "torch.matmul alone, no copy"
 MATMUL_ARGMAX = "torch.matmul + torch.argmax"
@@ -154,14 +152,10 @@ def _packages() -> tuple[dict[str, Loss], dict[str, Callable]]:
         liger = LigerCrossEntropyLoss()
         found[LIGER] = Loss(lambda logits, target, votes: liger(logits, target), in_place=True, sync=True)
     with using("quack"):
-        from quack import cross_entropy as quack
-
-        forward = importlib.import_module("quack.cross_entropy").cross_entropy_fwd
-        found[QUACK] = Loss(lambda logits, target, votes: quack(logits, target).mean())
-        if "return_dx" in inspect.signature(forward).parameters:
-            found[QUACK_IN_FORWARD] = Loss(
-                lambda logits, target, votes: forward(logits.detach(), target, return_dx=True), backward=False
-            )
+        quack = importlib.import_module("quack.cross_entropy").cross_entropy_fwd
+        found[QUACK] = Loss(
+            lambda logits, target, votes: quack(logits.detach(), target, return_dx=True), backward=False
+        )
     with using("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
 

@@ -60,6 +60,14 @@ def proc(name: str, pattern: str) -> str:
     return ""
 
 
+def processors() -> tuple[float, float]:
+    """Seconds that the processors were busy with other processes so far, and seconds of all (Linux)."""
+    found = proc("stat", r"cpu +((?:\d+ ?){8})") or "0 0 0 0 0"
+    user, nice, system, idle, waiting, *rest = (int(x) / os.sysconf("SC_CLK_TCK") for x in found.split())
+    busy = user + nice + system + sum(rest)
+    return busy - time.process_time(), busy + idle + waiting
+
+
 def copies(nbytes: int) -> int:
     """How many copies of the inputs to rotate through: one on a CPU; on a GPU three times its L2 of them."""
     if device().type == "cpu":
@@ -220,6 +228,8 @@ class Comparison:
     how: dict[str, str] = field(default_factory=dict)
     peak: dict[str, int | None] = field(default_factory=dict)  # bytes
     failed: dict[str, str] = field(default_factory=dict)  # name -> reason
+    others: float = 0.0  # seconds of the processors that other processes took while rounds ran (Linux)
+    total: float = 0.0  # seconds of all processors in that time
 
     @contextlib.contextmanager
     def trying(self, name: str) -> Iterator[None]:
@@ -259,12 +269,11 @@ def compare(
     least_rounds: int = 7,
     most_rounds: int = 64,
     memory: bool = False,
-    watch: contextlib.AbstractContextManager | None = None,
 ) -> Comparison:
     """Time the entries interleaved, ``seconds`` altogether as far as ``least_rounds`` of each allow.
 
     An entry ten times slower than the fastest gets three rounds. One that raises is left out, with its reason
-    in ``failed``. ``memory``: measure the peak of one call first. ``watch`` is entered while the rounds run.
+    in ``failed``. ``memory``: measure the peak of one call first.
     """
     if TINY:
         seconds, least_rounds, most_rounds = 0.01, 2, 2
@@ -286,20 +295,22 @@ def compare(
     # Every 1st, 2nd, 4th, ... round, so that any two entries meet in all rounds of the slower one.
     stride = {name: 1 << max(0, (rounds // n).bit_length() - 1) for name, n in wanted.items()}
     shuffle = random.Random(0).shuffle
+    before = processors()
     gc.collect()
     gc.disable()
     try:
-        with watch or contextlib.nullcontext():
-            for i in range(rounds):
-                order = [entry for entry in running if entry.name not in result.failed]
-                shuffle(order)
-                for entry in order:
-                    with result.trying(entry.name):
-                        runs = i % stride[entry.name] == 0
-                        sample = clock.sample(entry, result.calls[entry.name]) if runs else None
-                        result.samples[entry.name].append(sample)
+        for i in range(rounds):
+            order = [entry for entry in running if entry.name not in result.failed]
+            shuffle(order)
+            for entry in order:
+                with result.trying(entry.name):
+                    runs = i % stride[entry.name] == 0
+                    sample = clock.sample(entry, result.calls[entry.name]) if runs else None
+                    result.samples[entry.name].append(sample)
     finally:
         gc.enable()
+    others, result.total = (now - then for then, now in zip(before, processors()))
+    result.others = max(0.0, others)
     result.how = {entry.name: entry.how for entry in running}
     return result
 

@@ -6,7 +6,6 @@ A file holds the environments of its runs once (``environment``); ``load`` joins
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import json
@@ -15,7 +14,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,37 +75,9 @@ def environment() -> dict[str, object]:
         "dirty": bool(_output("git", "status", "--porcelain", "--", "zipfls_cuda", "csrc", "setup.py")),
         "source": digest(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "others": 0.0,  # Records.write puts in what it saw
+        "others": 0.0,  # the share of the processors that other processes took: Records.write puts it in
         "tiny": TINY,
     }
-
-
-class OtherLoad:
-    """The share of the machine's processors that other processes took while rounds ran (Linux)."""
-
-    others = total = 0.0  # seconds
-
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
-        """Count a stretch of time."""
-        start = self._now()
-        yield
-        busy, total, own = (b - a for a, b in zip(start, self._now()))
-        self.others += max(0.0, busy - own)
-        self.total += total
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        """Busy and total seconds of all processors, and of this process."""
-        found = clock.proc("stat", r"cpu +((?:\d+ ?){8})") or "0 0 0 0 0"
-        ticks = [int(x) / os.sysconf("SC_CLK_TCK") for x in found.split()]
-        return sum(ticks) - ticks[3] - ticks[4], sum(ticks), time.process_time()
-
-    def share(self) -> float:
-        return round(self.others / self.total, 3) if self.total > 0 else 0.0
-
-
-OTHER_LOAD = OtherLoad()
 
 
 class Where(NamedTuple):
@@ -151,6 +122,7 @@ class Records:
         self.runs, self.old = old["runs"], old["records"]
         self.run = str(1 + max(map(int, self.runs), default=0))
         self.records: list[dict] = []
+        self.others = self.total = 0.0  # seconds of the processors, other processes' and all
         again = os.environ.get("ZIPFLS_BENCH_AGAIN", "0")
         self.since = int(self.run) if again == "all" else int(again)
         same = ("source", "device", "torch", "threads", "tiny")
@@ -170,7 +142,9 @@ class Records:
         """Compare and record (``options``: clock.compare's), without what ended the CUDA context before."""
         out = {entry.name: self.left_out(where, entry.name) for entry in entries}
         todo = [entry for entry in entries if not out[entry.name]]
-        result = clock.compare(todo, timer, watch=OTHER_LOAD.watch(), **options)
+        result = clock.compare(todo, timer, **options)
+        self.others += result.others
+        self.total += result.total
         result.failed |= {name: reason for name, reason in out.items() if reason}
         self.add(where, result, nbytes, flops, also)
         for name in set(result.failed) - set(self.known(where)):
@@ -216,7 +190,7 @@ class Records:
         """Write the file whole, so that a run cut short leaves a readable one."""
         records = self.all()
         used = {r["run"] for r in records if r["bench"] != CEILING} | {self.run}
-        self.environment["others"] = OTHER_LOAD.share()
+        self.environment["others"] = round(self.others / self.total, 3) if self.total else 0.0
         runs = {k: v for k, v in {**self.runs, self.run: self.environment}.items() if k in used}
         dump(self.path, runs, [r for r in records if r["run"] in used])
 

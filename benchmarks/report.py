@@ -131,8 +131,7 @@ LOSS_PEERS = {
     baselines.REFERENCE: "plain PyTorch",
     baselines.PUBLISHED: "published way (SciPy)",
     baselines.LIGER: "Liger-Kernel CE",
-    baselines.QUACK: "QuACK CE, autograd",
-    baselines.QUACK_IN_FORWARD: "QuACK CE",
+    baselines.QUACK: "QuACK CE",
 }
 
 
@@ -243,8 +242,7 @@ def step_table(rows: list[dict], bench: str, case: dict) -> str:
         what = f"{case['N']} maps of {case['H']}x{case['H']}, D = {case['D']}, {ends}"
     else:
         words = "A whole training step (forward, loss, backward, SGD)"
-        compiled = ", compiled" if case["compiled"] else ""
-        what = f"{case['what']}{compiled}, {case['N']} images of {case['size']}x{case['size']}, {ends}"
+        what = f"{case['what']}, {case['N']} images of {case['size']}x{case['size']}, {ends}"
     return f"{words}: {what}.\n\n" + table(["loss", "time", f"against `{plain}`", "peak memory"], body)
 
 
