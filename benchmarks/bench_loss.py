@@ -50,7 +50,7 @@ class Case:
         return [*[n for n in names if small or n != baselines.PUBLISHED], baselines.COPY]
 
     @property
-    def timer(self) -> clock.HostClock | clock.DeviceClock:
+    def timer(self) -> clock.Clock:
         return clock.HostClock() if self.clock == "host" else clock.best_clock()
 
     @property

@@ -197,7 +197,10 @@ class DeviceClock:
         return host, 1e-3 * start.elapsed_time(end)
 
 
-def best_clock() -> HostClock | DeviceClock:
+Clock = HostClock | DeviceClock
+
+
+def best_clock() -> Clock:
     """The device's where there is a GPU."""
     return DeviceClock() if device().type == "cuda" else HostClock()
 
@@ -262,14 +265,9 @@ def quantiles(values: Sequence[float]) -> list[float]:
 
 
 def compare(
-    entries: Sequence[Entry],
-    clock: HostClock | DeviceClock,
-    *,
-    seconds: float = 2.0,
-    least_rounds: int = 7,
-    most_rounds: int = 64,
-    memory: bool = False,
-) -> Comparison:
+    entries: Sequence[Entry], clock: Clock, *, seconds: float = 2.0, least_rounds: int = 7,
+    most_rounds: int = 64, memory: bool = False,
+) -> Comparison:  # fmt: skip
     """Time the entries interleaved, ``seconds`` altogether as far as ``least_rounds`` of each allow.
 
     An entry ten times slower than the fastest gets three rounds. One that raises is left out, with its reason
@@ -277,45 +275,45 @@ def compare(
     """
     if TINY:
         seconds, least_rounds, most_rounds = 0.01, 2, 2
-    result, once, duration = Comparison(), {}, {}
+    result, once, duration, wanted = Comparison(), {}, {}, {}
     for entry in entries:
         name = entry.name
         with result.trying(name):
             once[name], result.calls[name], duration[name] = _calls_of(entry, clock)
             result.peak[name] = peak_memory(entry) if memory else None
             result.samples[name] = []
-    running = [entry for entry in entries if entry.name in result.samples]
-    if not running:
-        return result
-    wanted = {}
     for name in result.samples:
         least = 3 if once[name] > 10 * min(once[n] for n in result.samples) else least_rounds
-        wanted[name] = min(most_rounds, max(least, int(seconds / len(running) / duration[name])))
-    rounds = max(wanted.values())
-    # Every 1st, 2nd, 4th, ... round, so that any two entries meet in all rounds of the slower one.
-    stride = {name: 1 << max(0, (rounds // n).bit_length() - 1) for name, n in wanted.items()}
-    shuffle = random.Random(0).shuffle
+        wanted[name] = min(most_rounds, max(least, int(seconds / len(result.samples) / duration[name])))
     before = processors()
     gc.collect()
     gc.disable()
     try:
-        for i in range(rounds):
-            order = [entry for entry in running if entry.name not in result.failed]
-            shuffle(order)
-            for entry in order:
-                with result.trying(entry.name):
-                    runs = i % stride[entry.name] == 0
-                    sample = clock.sample(entry, result.calls[entry.name]) if runs else None
-                    result.samples[entry.name].append(sample)
+        _take_rounds(result, entries, clock, wanted)
     finally:
         gc.enable()
     others, result.total = (now - then for then, now in zip(before, processors()))
     result.others = max(0.0, others)
-    result.how = {entry.name: entry.how for entry in running}
+    result.how = {entry.name: entry.how for entry in entries if entry.name in result.samples}
     return result
 
 
-def _calls_of(entry: Entry, clock: HostClock | DeviceClock) -> tuple[float, int, float]:
+def _take_rounds(result: Comparison, entries: Sequence[Entry], clock: Clock, wanted: dict[str, int]) -> None:
+    """Sample those that have not failed, in a new random order each round, until each has what is wanted."""
+    rounds, shuffle = max(wanted.values(), default=0), random.Random(0).shuffle
+    # Every 1st, 2nd, 4th, ... round, so that any two entries meet in all rounds of the slower one.
+    stride = {name: 1 << max(0, (rounds // n).bit_length() - 1) for name, n in wanted.items()}
+    for i in range(rounds):
+        order = [entry for entry in entries if entry.name in result.samples]
+        shuffle(order)
+        for entry in order:
+            with result.trying(entry.name):
+                runs = i % stride[entry.name] == 0
+                sample = clock.sample(entry, result.calls[entry.name]) if runs else None
+                result.samples[entry.name].append(sample)
+
+
+def _calls_of(entry: Entry, clock: Clock) -> tuple[float, int, float]:
     """Seconds of a call, calls per sample, seconds that taking a sample lasts."""
     clock.ready(entry)
     once = clock.sample(entry, 1)
@@ -353,7 +351,7 @@ def peak_memory(entry: Entry) -> int | None:
     return max(0, int(proc("self/status", r"VmHWM:\s*(\d+) kB")) - before) * 1024
 
 
-def ceilings(clock: HostClock | DeviceClock) -> Iterator[tuple[dict, Comparison, int, int]]:
+def ceilings(clock: Clock) -> Iterator[tuple[dict, Comparison, int, int]]:
     """What this machine can do at most: a large copy, and a matrix product per precision, on random data.
 
     (case, result, bytes, operations) each.

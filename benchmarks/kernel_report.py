@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 if __name__ in ("__main__", "__mp_main__"):  # a program, not a module of the tests: compiled, not interpreted
     os.environ.pop("TRITON_INTERPRET", None)
@@ -84,22 +85,20 @@ def driver(arch: int) -> SimpleNamespace:
 
 def compiled_launches(call: Callable[[], object], arch: int) -> list[tuple[str, object]]:
     """(kernel's name, compiled kernel) for each launch of a call, on CPU tensors taken for a GPU's."""
-    launches = []
-    run, device = triton.JITFunction.run, vote_file._device
+    launches, run = [], triton.JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         launches.append((self.__name__, kernel))
         return kernel
 
-    launch_cache.plan_cache.clear()  # what was compiled for another architecture
     triton.runtime.driver.set_active(driver(arch))  # stays: a machine without a GPU has none to go back to
-    triton.JITFunction.run, vote_file._device = compile_only, lambda x: (arch, MULTIPROCESSORS)
-    try:
+    with (
+        mock.patch.object(triton.JITFunction, "run", compile_only),
+        mock.patch.object(vote_file, "_device", return_value=(arch, MULTIPROCESSORS)),
+        mock.patch.dict(launch_cache.plan_cache, clear=True),  # it holds kernels of another architecture
+    ):
         call()
-    finally:
-        triton.JITFunction.run, vote_file._device = run, device
-        launch_cache.plan_cache.clear()
     return launches
 
 
@@ -118,50 +117,36 @@ class Case:
 
 
 def loss_case(
-    N: int,
-    C: int,
-    dtype: torch.dtype = BF16,
-    P: int | None = 49,
-    label: str = "",
-    *,
-    soft: bool = False,
-    kernels: tuple[str, ...] = (),
-    dense: bool = False,
-    weight: bool = False,
-    **options,
-) -> Case:
+    N: int, C: int, dtype: torch.dtype = BF16, P: int | None = 49, label: str = "", *, soft: bool = False,
+    dense: bool = False, weight: bool = False, kernels: tuple[str, ...] = FORWARD, **options,
+) -> Case:  # fmt: skip
     """A call of loss_fwd, ``soft`` with probabilities; ``label`` says what is special about it."""
+    D = FP64 if dtype == FP64 else FP32
+    settings = {
+        "ce_weight": 1.0, "zipf_weight": 0.1, "label_smoothing": 0.0, "only_correct": False,
+        "ignore_index": -100, "reduction": "mean", "with_grad": True,
+    }  # fmt: skip
 
     def call() -> object:
-        D = FP64 if dtype == FP64 else FP32
-        settings = {
-            "ce_weight": 1.0, "zipf_weight": 0.1, "label_smoothing": 0.0, "only_correct": False,
-            "ignore_index": -100, "reduction": "mean", "with_grad": True,
-        }  # fmt: skip
-        settings |= options
         return triton_kernels.loss_fwd(
             torch.empty(N, C, dtype=dtype),
             torch.empty(N, C, dtype=D) if soft else torch.empty(N, dtype=torch.int64),
             None if P is None else torch.empty(N, P, dtype=torch.int32),
             torch.empty(N, C, dtype=D) if dense else torch.empty(min(P or C, C) + 1, dtype=D),
             torch.empty(C, dtype=D) if weight else None,
-            *settings.values(),
+            **settings | options,
         )
 
     name = f"{'soft' if soft else 'loss'} {N}x{C} {NAMES[dtype]} P={P} {label}".rstrip()
-    return Case(name, call, kernels or FORWARD)
+    return Case(name, call, kernels)
 
 
 def vote_case(
-    shape: tuple[int, ...],  # (N, D, H, W), or tokens (N, T, D)
-    C: int,
-    dtype: torch.dtype = BF16,
-    label: str = "",
-    *,
-    upsample: int = 1,
+    shape: tuple[int, ...], C: int, dtype: torch.dtype = BF16, label: str = "", *, upsample: int = 1,
     kernels: tuple[str, ...] = VOTE,
-) -> Case:
-    """A call of vote_fwd on tokens or a map: channels_last, or NCHW by its label; TF32 by its label too."""
+) -> Case:  # fmt: skip
+    """A call of vote_fwd on tokens (N, T, D) or a map (N, D, H, W): channels_last, or NCHW by its label; TF32
+    by its label too."""
     tokens = len(shape) == 3
     D = shape[2] if tokens else shape[1]
     layout = torch.contiguous_format if tokens or label == "NCHW" else torch.channels_last
@@ -243,8 +228,7 @@ def backward_and_label_cases() -> Iterator[Case]:
             for function in (triton_kernels.loss_bwd, triton_kernels.loss_bwd_):
                 name = f"{function.__name__} 256x1000 {NAMES[dtype]} {'rows' if upstream.dim() else 'scalar'}"
                 call = functools.partial(function, grad, upstream, torch.empty(0))
-                kernels = ("loss_bwd_kernel", "loss_bwd_rows_kernel")
-                yield Case(name, call, kernels)
+                yield Case(name, call, ("loss_bwd_kernel", "loss_bwd_rows_kernel"))
     for P in (49, 196, 320, 4096):
         votes = torch.empty(64, P, dtype=torch.int32)
         target, table = torch.empty(64, dtype=torch.int64), torch.empty(P + 1)

@@ -129,15 +129,23 @@ def report(architectures: list[str], jobs: int, only: str) -> tuple[list[Row], l
     return found, wrong
 
 
-HEAD = f"{'kernel':72}   sm  regs stack spill  shared   16-byte  TMA  tensor  instr"
+COLUMNS = {  # heading -> width, what a row has there
+    "sm": (5, lambda r: r.arch),
+    "regs": (6, lambda r: r.registers),
+    "stack": (6, lambda r: r.stack),
+    "spill": (6, lambda r: r.spills),
+    "shared": (8, lambda r: r.shared),
+    "16-byte": (10, lambda r: f"{r.wide_loads + r.wide_stores}/{r.loads + r.stores}"),
+    "TMA": (5, lambda r: r.tma),
+    "tensor": (8, lambda r: r.tensor or "-"),
+    "instr": (7, lambda r: r.instructions),
+}
+HEAD = f"{'kernel':72}" + "".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items())
 
 
 def line(r: Row) -> str:
-    wide = f"{r.wide_loads + r.wide_stores}/{r.loads + r.stores}"
-    return (
-        f"{r.kernel[:58] + ' ' + r.case:72} {r.arch:>4} {r.registers:>5} {r.stack:>5} {r.spills:>5} "
-        f"{r.shared:>7} {wide:>9} {r.tma:>4} {r.tensor or '-':>7} {r.instructions:>6}"
-    )
+    name = f"{r.kernel[:58]} {r.case}"
+    return f"{name:72}" + "".join(f"{cell(r):>{width}}" for width, cell in COLUMNS.values())
 
 
 def main() -> int:

@@ -130,15 +130,9 @@ class Records:
         self.valid = {self.run} | {run for run in alike if int(run) >= self.since}
 
     def compare(
-        self,
-        where: Where,
-        entries: Sequence[Entry],
-        timer: clock.HostClock | clock.DeviceClock,
-        nbytes: int = 0,
-        flops: int = 0,
-        also: Sequence[str] = (),
-        **options,
-    ) -> Comparison:
+        self, where: Where, entries: Sequence[Entry], timer: clock.Clock, nbytes: int = 0, flops: int = 0,
+        also: Sequence[str] = (), **options,
+    ) -> Comparison:  # fmt: skip
         """Compare and record (``options``: clock.compare's), without what ended the CUDA context before."""
         out = {entry.name: self.left_out(where, entry.name) for entry in entries}
         todo = [entry for entry in entries if not out[entry.name]]
