@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from sources import ROOT, digest
@@ -302,35 +302,28 @@ def suite(check: Check, backend: str) -> None:
             run_tests(check, name, backend, files, workers, left if i == len(groups) else 0.6 * left)
 
 
-def exercises(check: Check, part: str, tools: Iterable[str]) -> Iterator[tuple[str, int, str]]:
-    """Name, status and output of each backend's exercise under each tool ("": none), all side by side."""
-    sanitizer, end = find_sanitizer(), time.monotonic() + check.share(part)
-    running = {}
-    for tool, backend in itertools.product(tools, check.usable):
-        name, command = f"{tool or part}, {backend}", []
-        if tool:
-            command = [sanitizer, "--tool", tool, "--target-processes", "application-only"]
-            command += ["--show-backtrace", "no", "--print-limit", "1000"]
-            if tool != "initcheck":  # which must see all that is written
-                command += ["--kernel-name", f"kns={FILTERS[backend]}"]
-        command += [*check.python, str(HERE / "gpu_check.py"), "--exercise", backend]
-        if not check.passed(name):
-            more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {}
-            running[name] = check.start_process(command, **more)
-    for name, child in running.items():
-        yield name, *check.finish(child, max(1, end - time.monotonic()))
-
-
 def sanitize(check: Check, part: str, *tools: str) -> None:
-    """Every kernel once at small shapes, under tools of compute-sanitizer; without tools, by itself."""
+    """Every kernel once at small shapes, under tools of compute-sanitizer; without tools, by itself.
+
+    All tools and backends run side by side.
+    """
     if tools and (check.dry or not Path(find_sanitizer()).exists()):
         check.note(part, None, "absent: there is no compute-sanitizer")
         return
-    for name, status, output in exercises(check, part, tools or [""]):
-        if tools:
-            check.note(name, *verdict(status, output))
-        else:
-            check.note_run(name, status, last_line(output))
+    running, end = {}, time.monotonic() + check.share(part)
+    for tool, backend in itertools.product(tools or [""], check.usable):
+        name, command, more = f"{tool or part}, {backend}", [], {}
+        if tool:
+            command = [find_sanitizer(), "--tool", tool, "--target-processes", "application-only"]
+            command += ["--show-backtrace", "no", "--print-limit", "1000"]
+            if tool != "initcheck":  # which must see all that is written
+                command += ["--kernel-name", f"kns={FILTERS[backend]}"]
+            more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        command += [*check.python, str(HERE / "gpu_check.py"), "--exercise", backend]
+        if not check.passed(name):
+            running[name] = check.start_process(command, **more)
+    for name, child in running.items():
+        check.note(name, *verdict(*check.finish(child, max(1, end - time.monotonic()))))
 
 
 def find_sanitizer() -> str:
@@ -350,7 +343,7 @@ def reports(output: str) -> list[str]:
 
 
 def verdict(status: int, output: str) -> tuple[bool | None, str]:
-    """What the sanitizer's output says: only reports of our own kernels are a failure."""
+    """What an exercise's output says, and the sanitizer's: only reports of our own kernels are a failure."""
     if re.search(r"^=========.*Device not supported", output, re.M):
         return None, "absent: the sanitizer cannot watch this device"
     found = reports(output)
