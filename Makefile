@@ -88,9 +88,9 @@ efficacy: build
 	@$(PY) benchmarks/report.py
 
 # On a machine with a GPU: uses that machine's own Python, builds, tests, sanitizes, measures, within SECONDS (560).
-# PART= selects, OUT= may hold what an earlier call found, AGAIN=1 repeats it, DRY=1 walks through it without a GPU.
+# PART= selects, OUT= may hold what an earlier call found, DRY=1 walks through it without a GPU.
 gpu-check: $(if $(DRY),build)
-	@$(if $(DRY),$(PY),$(PYTHON)) benchmarks/gpu_check.py $(if $(DRY),--dry) $(if $(AGAIN),--again) --parts "$(PART)" \
+	@$(if $(DRY),$(PY),$(PYTHON)) benchmarks/gpu_check.py $(if $(DRY),--dry) --parts "$(PART)" \
 		$(if $(SECONDS),--seconds "$(SECONDS)") $(if $(OUT),--out "$(OUT)")
 
 clean:

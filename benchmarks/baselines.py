@@ -62,12 +62,11 @@ def our_backends(device: str) -> list[str]:
 class Loss:
     """A way to compute a loss of the logits.
 
-    ``whole``: it has the Zipf term. ``in_place``: it destroys the logits. ``backward`` false: the call
-    already computes the gradient. ``sync``: it makes the host wait for the device.
+    ``in_place``: it destroys the logits. ``backward`` false: the call already computes the gradient.
+    ``sync``: it makes the host wait for the device.
     """
 
     call: Callable[[Tensor, Tensor, Tensor], Tensor]
-    whole: bool = False
     in_place: bool = False
     backward: bool = True
     sync: bool = False
@@ -105,11 +104,6 @@ def published_zipf(logits: Tensor, target: Tensor, votes: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), target) + F.kl_div(log_p, label, reduction="batchmean")
 
 
-def fused(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Our public function on one backend."""
-    return functools.partial(zls.zipf_cross_entropy, zipf_weight=1.0, backend=backend)
-
-
 def compiled(function: Callable, tiny: bool = False) -> Callable:
     """torch.compile at fixed shapes, the fastest it gives; ``tiny`` stops after tracing."""
     return torch.compile(function, dynamic=False, backend="eager" if tiny else "inductor")
@@ -121,13 +115,14 @@ def installed(package: str) -> bool:
 
 def losses(device: str, tiny: bool = False) -> dict[str, Loss]:
     """All losses that run on a device type here, ours first, by name."""
-    found = {ours(b): Loss(fused(b), whole=True) for b in our_backends(device)}
+    whole = functools.partial(zls.zipf_cross_entropy, zipf_weight=1.0)
+    found = {ours(b): Loss(functools.partial(whole, backend=b)) for b in our_backends(device)}
     found[CROSS_ENTROPY] = Loss(cross_entropy)
     found[COMPILED_CROSS_ENTROPY] = Loss(compiled(cross_entropy, tiny))
-    found[REFERENCE] = Loss(plain_zipf, whole=True)
-    found[COMPILED_REFERENCE] = Loss(compiled(plain_zipf, tiny), whole=True)
+    found[REFERENCE] = Loss(plain_zipf)
+    found[COMPILED_REFERENCE] = Loss(compiled(plain_zipf, tiny))
     if installed("scipy"):
-        found[PUBLISHED] = Loss(published_zipf, whole=True, sync=True)
+        found[PUBLISHED] = Loss(published_zipf, sync=True)
     if device == "cuda":
         found |= _packages()[0]
     return found

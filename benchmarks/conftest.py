@@ -3,7 +3,7 @@
 A benchmark is one test per case and implementation: a file's CASES, each with ``where`` (its place in the
 records), ``names`` (what it compares) and ``run(records)``. The first test of a case takes all the samples,
 interleaved; each test then hands its own to pytest-benchmark through a timer that plays them back. A case
-with records of this code on this device is skipped, unless ZIPFLS_BENCH_AGAIN=all.
+with records of this code on this device is skipped.
 
 An implementation that ends the CUDA context is put on record, and the process restarts without it.
 """
@@ -59,11 +59,10 @@ def pytest_benchmark_generate_machine_info() -> dict:
 
 
 def pytest_unconfigure() -> None:
-    """Start anew where the CUDA context is lost; what this run measured is not measured again."""
+    """Start anew where the CUDA context is lost."""
     if _lost:
         sys.stdout.flush()
-        again = {"ZIPFLS_BENCH_AGAIN": str(records.of_this_run().since)}
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **again})
+        os.execv(sys.executable, sys.orig_argv)
 
 
 @pytest.fixture(scope="session")

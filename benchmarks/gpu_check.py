@@ -1,12 +1,12 @@
 """Everything a machine with an NVIDIA GPU can show: build, tests, sanitizer, benchmarks, a training.
 
-    make gpu-check OUT=DIR [PART=cuda,triton] [SECONDS=560] [AGAIN=1] [DRY=1]
+    make gpu-check OUT=DIR [PART=cuda,triton] [SECONDS=560] [DRY=1]
 
 Uses the Python that runs it, its torch and triton, and nvcc; installs nothing, downloads nothing. Every call
 builds first, then runs the parts in the order of PARTS and ends within SECONDS. A second call with the same
-DIR, or a copy, resumes: what has passed with the same sources is not repeated unless AGAIN=1, and records add
-up. Where one call is too short for all, ask for PART=exercise,cuda,triton,memcheck, then loss,vote,
-then the others. DIR gets, as the parts end:
+DIR, or a copy, resumes: what has passed with the same sources is not repeated, and records add up. Where one
+call is too short for all, ask for PART=exercise,cuda,triton,memcheck, then loss,vote, then the others. DIR
+gets, as the parts end:
 
     table.md       every target: asked, measured, met or not (also printed last)
     records.json   the benchmarks' records, as they are taken
@@ -91,8 +91,8 @@ class Child:
 class Check:
     """One invocation: its folder, its clock, and what has been found so far."""
 
-    def __init__(self, out: Path, parts: list[str], dry: bool, seconds: float, again: bool):
-        self.out, self.parts, self.dry, self.again = out.resolve(), parts, dry, again
+    def __init__(self, out: Path, parts: list[str], dry: bool, seconds: float):
+        self.out, self.parts, self.dry = out.resolve(), parts, dry
         self.start = time.monotonic()
         self.end = self.start + seconds - SPARE
         self.running: list[Child] = []
@@ -126,7 +126,7 @@ class Check:
     def passed(self, name: str) -> bool:
         """Whether a check need not be repeated."""
         found = self.checks.get(name, {})
-        return bool(not self.again and found.get("ok") and found.get("source") == self.source)
+        return bool(found.get("ok") and found.get("source") == self.source)
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -142,8 +142,6 @@ class Check:
         ninja, nvcc = Path(sys.executable).parent, Path(found.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
         found["PATH"] = os.pathsep.join([str(ninja), found.get("PATH", os.defpath), str(nvcc)])
         found |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "ZIPFLS_BENCH_RECORDS": str(self.records)}
-        if self.again:
-            found["ZIPFLS_BENCH_AGAIN"] = "all"
         if self.dry:  # one thread: on a busy machine two wait for each other most of the time
             found |= {"ZIPFLS_BENCH": "tiny", "OMP_NUM_THREADS": "1"}
         return found | more
@@ -442,7 +440,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for records, log and table")
     parser.add_argument("--parts", default="", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--seconds", type=float, default=560, help="for all of it (default: 560)")
-    parser.add_argument("--again", action="store_true", help="repeat what has passed")
     parser.add_argument("--dry", action="store_true", help="run all of it on a CPU at tiny sizes")
     parser.add_argument("--exercise", metavar="BACKEND", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -455,7 +452,7 @@ def main() -> int:
     if unknown := [p for p in asked if p not in PARTS]:
         parser.error(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     parts = [p for p in PARTS if p in asked]
-    check = Check(arguments.out, parts, arguments.dry, arguments.seconds, arguments.again)
+    check = Check(arguments.out, parts, arguments.dry, arguments.seconds)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of the block below, as SIGINT does
     try:
         if build(check):

@@ -107,8 +107,7 @@ class Records:
     """Records of this run, written to one file per device as they come in.
 
     An earlier record stays until the same implementation is measured in the same comparison again. A record
-    of the same code (``source``) on the same device counts as measured; with ZIPFLS_BENCH_AGAIN=all only this
-    run's records do, with a number those from that run on.
+    of the same code (``source``) on the same device counts as measured.
     """
 
     def __init__(self, path: Path | None = None):
@@ -123,11 +122,9 @@ class Records:
         self.run = str(1 + max(map(int, self.runs), default=0))
         self.records: list[dict] = []
         self.others = self.total = 0.0  # seconds of the processors, other processes' and all
-        again = os.environ.get("ZIPFLS_BENCH_AGAIN", "0")
-        self.since = int(self.run) if again == "all" else int(again)
         same = ("source", "device", "torch", "threads", "tiny")
         alike = {k for k, env in self.runs.items() if all(env[x] == self.environment[x] for x in same)}
-        self.valid = {self.run} | {run for run in alike if int(run) >= self.since}
+        self.valid = {self.run} | alike
 
     def compare(
         self, where: Where, entries: Sequence[Entry], timer: clock.Clock, nbytes: int = 0, flops: int = 0,

@@ -74,9 +74,9 @@ def program(path: Path, text: str) -> Path:
     return path
 
 
-def make_check(tmp_path, text="", *, parts=("cuda",), seconds=60.0, usable=("cuda", "triton"), again=False):
+def make_check(tmp_path, text="", *, parts=("cuda",), seconds=60.0, usable=("cuda", "triton")):
     """A check whose Python is a program of ours."""
-    found = gpu_check.Check(tmp_path / "out", list(parts), False, seconds, again)
+    found = gpu_check.Check(tmp_path / "out", list(parts), False, seconds)
     found.python, found.usable = [str(program(tmp_path / "bin" / "python", text))], list(usable)
     return found
 
@@ -303,18 +303,17 @@ def test_no_part_begins_without_time(tmp_path):
 
 
 def test_what_passed_is_not_repeated(tmp_path, monkeypatch):
-    """Unless asked, or with other sources; what failed or was cut short is."""
+    """Unless with other sources; what failed or was cut short is."""
     done = []
     monkeypatch.setattr(gpu_check, "run_tests", lambda check, name, *_: done.append(name))
-    for ok, source, again, repeated in (
-        (True, None, False, False), (True, None, True, True), (True, "other", False, True),
-        (False, None, False, True), (None, None, False, True),
+    for ok, source, repeated in (
+        (True, None, False), (True, "other", True), (False, None, True), (None, None, True),
     ):  # fmt: skip
         check = make_check(tmp_path)
         check.source = source or check.source
         check.note("cuda, suite", ok, "")
         done.clear()
-        gpu_check.run_part(make_check(tmp_path, again=again), "cuda")
+        gpu_check.run_part(make_check(tmp_path), "cuda")
         assert done == ["cuda, GPU only"] + ["cuda, suite"] * repeated
 
 
