@@ -29,6 +29,10 @@ import clock
 import torch
 from sources import ROOT
 
+sys.path.append(str(ROOT))  # the package may be built in place, and not installed
+
+import baselines
+
 KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "tune"
 SOURCES = {
@@ -39,13 +43,15 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A replacement of text that stands once in a file of csrc/cuda; without a file: none."""
+    """A replacement of text that stands once in a file of csrc/cuda; without a file: none.
+
+    The results of one named "without" a stage are not compared: they are wrong.
+    """
 
     name: str
     file: str = ""
     old: str = ""
     new: str = ""
-    right: bool = True  # False: a stage is left out, so results are wrong
 
 
 def constants(name: str, old: str, *values: str) -> list[Variant]:
@@ -85,20 +91,20 @@ VARIANTS = {
         *constants("kMinWgmmaTiles", "33", "1 << 30"),  # mma.sync everywhere
         *constants("kPackBytes", "int64_t{64} << 20", "int64_t{32} << 20", "int64_t{18} << 20"),
         Variant("promotion to 128 bytes", "vote_wgmma_sm90.cu", "PROMOTION_L2_256B", "PROMOTION_L2_128B"),
-        Variant("without argmax", "vote_wgmma_sm90.cuh", BEST + " rows)", ANY, right=False),
-        Variant("without combine", "vote_wgmma_sm90.cuh", COMBINED, "", right=False),
-        Variant("without packing", "vote.cu", PACKED, "    cudaError_t error = cudaSuccess;", right=False),
+        Variant("without argmax", "vote_wgmma_sm90.cuh", BEST + " rows)", ANY),
+        Variant("without combine", "vote_wgmma_sm90.cuh", COMBINED, ""),
+        Variant("without packing", "vote.cu", PACKED, "    cudaError_t error = cudaSuccess;"),
     ),
 }
 
 LOSSES = ((8192, 4096), (4096, 21841), (8192, 10007), (1024, 131072), (32768, 1000), (1024, 1000), (128, 100))
-MAPS = {  # N, D, side, C, channels_last
-    "ResNet-50": (256, 2048, 7, 1000, True),
-    "ResNet-18": (256, 512, 7, 1000, True),
-    "ViT-B/16": (256, 768, 14, 1000, True),
-    "iNat21": (256, 2048, 7, 10000, True),
-    "stage 2": (128, 256, 8, 100, True),
-    "ResNet-50 NCHW": (256, 2048, 7, 1000, False),
+MAPS = {  # N, D, side, C, layout
+    "ResNet-50": (256, 2048, 7, 1000, "channels_last"),
+    "ResNet-18": (256, 512, 7, 1000, "channels_last"),
+    "ViT-B/16": (256, 768, 14, 1000, "channels_last"),
+    "iNat21": (256, 2048, 7, 10000, "channels_last"),
+    "stage 2": (128, 256, 8, 100, "channels_last"),
+    "ResNet-50 NCHW": (256, 2048, 7, 1000, "NCHW"),
 }
 
 
@@ -141,44 +147,35 @@ def compiled(kind: str, variant: Variant, arch: str) -> Path | None:
 class Problem:
     """Calls on the GPU, each with inputs and outputs of its own, so that none is found in L2.
 
-    ``_loss`` and ``_vote`` make one: tensors to keep, results, and the arguments of tune_run in tune.cu.
+    ``_loss`` and ``_vote`` make the arguments of tune_run in tune.cu, and name its results among them.
     """
 
     def __init__(self, kind: str, size: tuple) -> None:
         make, nbytes = self._loss if kind == "loss" else self._vote, 0
-        self.calls, self.kept, self.outputs = [], [], []
+        self.kept, self.calls = [], []
         while not self.calls or (len(self.calls) < 32 and nbytes < 200e6):
-            inputs, outputs, call = make(*size)
-            nbytes += inputs[0].nbytes * (2 if kind == "loss" else 1)
-            self.kept.append(inputs)
-            self.outputs.append(outputs)
-            self.calls.append([ctypes.c_int64(x.data_ptr() if torch.is_tensor(x) else x) for x in call])
+            arguments, results = make(*size)
+            nbytes += arguments[0].nbytes * (2 if kind == "loss" else 1)
+            self.kept.append((arguments, results))
+            self.calls.append([ctypes.c_int64(x.data_ptr() if torch.is_tensor(x) else x) for x in arguments])
 
     @staticmethod
-    def _loss(N: int, C: int) -> tuple:
-        zeros = functools.partial(torch.zeros, device="cuda")
-        logits = torch.randn(N, C, device="cuda").bfloat16()
-        target = torch.randint(C, (N,), device="cuda")
-        votes = torch.randint(C, (N, 49), device="cuda", dtype=torch.int32)
-        log_mass = -torch.arange(1, min(49, C) + 2, device="cuda").float().log()
-        parts, grad = zeros(3), torch.zeros_like(logits)
+    def _loss(N: int, C: int) -> tuple[list, list]:
+        zeros = functools.partial(torch.zeros, device=clock.device())
+        logits, *rest = baselines.loss_inputs(N, C, 49, torch.bfloat16)
+        log_mass = -torch.arange(1, min(49, C) + 2, device=clock.device()).float().log()
+        results = parts, grad = [zeros(3), zeros(N, C, dtype=torch.bfloat16)]
         scratch, counter = zeros(1 << 17, dtype=torch.float64), zeros(1, dtype=torch.int32)
-        inputs = logits, target, votes, log_mass
-        rest = parts, grad, scratch, counter
-        return (*inputs, *rest), (parts, grad), (*inputs, N, C, 49, *rest)
+        return [logits.detach(), *rest, log_mass, N, C, 49, parts, grad, scratch, counter], results
 
     @staticmethod
-    def _vote(N: int, D: int, side: int, C: int, channels_last: bool) -> tuple:
-        zeros = functools.partial(torch.zeros, device="cuda")
-        features = torch.randn(N, D, side, side, device="cuda").bfloat16()
-        if channels_last:
-            features = features.to(memory_format=torch.channels_last)
-        weight = torch.randn(C, D, device="cuda").bfloat16()
+    def _vote(N: int, D: int, side: int, C: int, layout: str) -> tuple[list, list]:
+        zeros = functools.partial(torch.zeros, device=clock.device())
+        features, weight = baselines.vote_inputs(N, side, side, D, C, torch.bfloat16, layout)
         votes = zeros(N, side * side, dtype=torch.int32)
         scratch, counters = zeros(128 << 20, dtype=torch.uint8), zeros(1 << 18, dtype=torch.int32)
-        fields = [features, N, D, side, side, *features.stride(), weight, C, votes]
-        fields += [scratch, scratch.nbytes, counters, counters.numel()]
-        return (features, weight, scratch, counters), (votes,), fields
+        arguments = [features, N, D, side, side, *features.stride(), weight, C, votes]
+        return [*arguments, scratch, scratch.nbytes, counters, counters.numel()], [votes]
 
     def run(self, kernels: ctypes.CDLL, k: int) -> None:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -187,11 +184,12 @@ class Problem:
             raise RuntimeError(f"CUDA error {error}")
 
     def results(self, kernels: ctypes.CDLL) -> list[torch.Tensor]:
-        for x in self.outputs[0]:
+        _, results = self.kept[0]
+        for x in results:
             x.fill_(-7)
         self.run(kernels, 0)
         torch.cuda.synchronize()
-        return [x.clone() for x in self.outputs[0]]
+        return [x.clone() for x in results]
 
 
 def disagreement(kind: str, got: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
@@ -223,19 +221,16 @@ def measure(kind: str, case: str, size: tuple, libraries: dict[str, Path], timer
         entries.append(clock.Entry(name, calls))
     found = clock.compare(entries, timer)
     wrong |= found.failed
-    right, base, rows = {v.name: v.right for v in VARIANTS[kind]}, AS_IT_IS.name, []
+    base, rows = AS_IT_IS.name, []
     for name in libraries:
         row = {"kind": kind, "case": case, "variant": name, "seconds": None, "how": "", "ratio": None}
         if name in found.samples:
             row |= {"seconds": statistics.median(found.taken(name)), "how": found.how[name]}
             row["ratio"] = found.ratio(name, base)[0] if base in found.samples else None
-        if name not in wrong and base in results:
-            wrong[name] = disagreement(kind, results[name], results[base]) if right[name] else LEFT_OUT
+        if name not in wrong and base in results and not name.startswith("without "):
+            wrong[name] = disagreement(kind, results[name], results[base])
         rows.append(row | {"wrong": wrong.get(name, "")})
     return rows
-
-
-LEFT_OUT = "left out"  # the stage whose time is asked for
 
 
 def table(kind: str, rows: list[dict]) -> str:
@@ -247,10 +242,10 @@ def table(kind: str, rows: list[dict]) -> str:
         if row["ratio"] is not None:
             first = row["variant"] == AS_IT_IS.name
             text = f"{1e6 * row['seconds']:.1f} us" if first else f"{row['ratio']:.3f}"
-            text += "!" if row["wrong"] not in ("", LEFT_OUT) else ""
+            text += "!" if row["wrong"] else ""
         lines[row["variant"]] = lines.get(row["variant"], f"{row['variant']:28}") + f"{text:>17}"
-    wrong = [row for row in rows if row["wrong"] not in ("", LEFT_OUT)]
-    return "\n".join([*lines.values(), *(f"! {r['variant']}, {r['case']}: {r['wrong']}" for r in wrong)])
+    wrong = [f"! {row['variant']}, {row['case']}: {row['wrong']}" for row in rows if row["wrong"]]
+    return "\n".join([*lines.values(), *wrong])
 
 
 def build(kinds: list[str], arch: str, jobs: int) -> dict[str, dict[str, Path]]:
