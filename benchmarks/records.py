@@ -168,9 +168,9 @@ class Records:
 
     def left_out(self, where: Where, name: str) -> str:
         """Why one is not tried: it ended the CUDA context in a comparison of this benchmark; else empty."""
-        failed = (r for r in self.all() if (r["bench"], r["name"]) == (FAILED + where.bench, name))
-        lost = any(r["facts"]["lost"] for r in failed if r["run"] in self.valid)
-        return "left out: it ended the CUDA context" if lost else ""
+        failed = [r for r in self.all() if (r["bench"], r["name"]) == (FAILED + where.bench, name)]
+        lost = [r["facts"]["reason"] for r in failed if r["run"] in self.valid and r["facts"]["lost"]]
+        return f"left out: it ended the CUDA context: {lost[0]}" if lost else ""
 
     def all(self) -> list[dict]:
         """Records of earlier runs that nothing replaced, and this run's."""
