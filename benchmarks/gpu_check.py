@@ -10,7 +10,7 @@ gets, as the parts end:
 
     table.md       every target: asked, measured, met or not (also printed last)
     records.json   the benchmarks' records, as they are taken
-    checks.json    outcome of build, tests, sanitizer and training; the names of the tests that failed
+    checks.json    outcome of build, tests, sanitizer and training
     tune.json      launch constants in other values (benchmarks/tune.py)
     efficacy.json  the training's records, for benchmarks/results/efficacy/h200.json
     log.txt        everything the parts printed
@@ -110,9 +110,9 @@ class Check:
         print(line, flush=True)
         self.log.write(line + "\n")
 
-    def note(self, name: str, ok: bool | None, text: str, failed: Iterable[str] = ()) -> None:
+    def note(self, name: str, ok: bool | None, text: str) -> None:
         """Record the outcome of a check; ``ok`` is None where nothing was checked, or not to its end."""
-        self.checks[name] = {"ok": ok, "text": text, "failed": list(failed), "source": self.source}
+        self.checks[name] = {"ok": ok, "text": text, "source": self.source}
         part = self.out / "checks.json.part"
         part.write_text(json.dumps(self.checks, indent=1) + "\n")
         part.replace(self.out / "checks.json")
@@ -279,7 +279,7 @@ def run_tests(check: Check, name: str, backend: str, files: Iterable[str], worke
     elif status not in (0, CUT_SHORT):
         words += f"; {last_line(output)}"
     ok = False if failed else None if status == CUT_SHORT else status == 0 and bool(found)
-    check.note(name, ok, cut(status, words), failed)
+    check.note(name, ok, cut(status, words))
 
 
 def suite(check: Check, backend: str) -> None:

@@ -128,7 +128,7 @@ class Records:
 
     def compare(
         self, where: Where, entries: Sequence[Entry], timer: clock.Clock, nbytes: int = 0, flops: int = 0,
-        also: Sequence[str] = (), **options,
+        **options,
     ) -> Comparison:  # fmt: skip
         """Compare and record (``options``: clock.compare's), without what ended the CUDA context before."""
         out = {entry.name: self.left_out(where, entry.name) for entry in entries}
@@ -137,19 +137,17 @@ class Records:
         self.others += result.others
         self.total += result.total
         result.failed |= {name: reason for name, reason in out.items() if reason}
-        self.add(where, result, nbytes, flops, also)
+        self.add(where, result, nbytes, flops)
         for name in set(result.failed) - set(self.known(where)):
             self.fail(where, name, result.failed[name])
         return result
 
-    def add(self, where: Where, result: Comparison, nbytes: int, flops: int, also: Sequence[str] = ()):
-        """Record each one's quantiles; of ours, and of ``also``, the ratios to all others too."""
+    def add(self, where: Where, result: Comparison, nbytes: int, flops: int) -> None:
+        """Record the quantiles of each implementation, and of its ratios to the others."""
         for name in result.samples:
             median, p20, p80 = map(_round, clock.quantiles(result.taken(name)))
-            related = name.startswith("zipfls_cuda") or name in also
-            others = [n for n in result.samples if n != name] if related else []
             counts = len(result.taken(name)), result.calls[name], nbytes, flops, result.peak[name]
-            ratio = {n: [_round(q) for q in result.ratio(name, n)] for n in others}
+            ratio = {n: [_round(q) for q in result.ratio(name, n)] for n in result.samples if n != name}
             values = (self.run, *where, result.how[name], name, median, p20, p80, *counts, ratio)
             self.records.append(dict(zip(RECORD, values, strict=True)))
         self.write()
