@@ -75,7 +75,7 @@ def test_disagreement():
 
 def test_a_variant_that_fails_costs_its_own_row(monkeypatch):
     class Problem:
-        """On the CPU: b computes nothing, d something else, e fails when it is timed."""
+        """On the CPU: b computes nothing, c and d something else, e fails when it is timed."""
 
         def __init__(self, kind, size):
             self.calls, self.timed = [0, 1], False
@@ -87,7 +87,7 @@ def test_a_variant_that_fails_costs_its_own_row(monkeypatch):
         def results(self, kernels):
             if kernels == "b.so":
                 raise RuntimeError("CUDA error 700")
-            return [torch.full((5,), int(kernels == "d.so"), dtype=torch.int32)]
+            return [torch.full((5,), int(kernels in ("c.so", "d.so")), dtype=torch.int32)]
 
     monkeypatch.setattr(tune, "Problem", Problem)
     monkeypatch.setattr(tune.ctypes, "CDLL", str)
