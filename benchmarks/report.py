@@ -289,48 +289,14 @@ def target_block(records: list[dict]) -> str:
 
 
 def efficacy_block(preset: str, folder: Path) -> str:
-    """Accuracy of every method, and its difference from cross-entropy, from the records of a plan."""
-    plan, path = efficacy.PLANS[preset], folder / "efficacy" / f"{preset}.json"
-    records = efficacy.balanced(plan, files.load(path) if path.exists() else [])
+    """The accuracies of a plan, from its records."""
+    path = folder / "efficacy" / f"{preset}.json"
+    records = efficacy.balanced(efficacy.PLANS[preset], files.load(path) if path.exists() else [])
     if not records:
         return NOTHING
-
-    def cell(sample: efficacy.Sample, form: str) -> str:
-        mean = round(sample.mean, 2) + 0.0  # no -0.00
-        return f"{mean:{form}}" + (f" ± {sample.deviation:.2f}" if len(sample.values) > 1 else "")
-
-    def bold(less: efficacy.Sample) -> str:
-        return f"**{cell(less, '+.2f')}**" if less.certain else cell(less, "+.2f")
-
-    head, rows = ["training loss"], {method: [method] for method in plan.methods}
-    differences, over_smoothing = [], []
-    for data in dict.fromkeys(r["data"] for r in records):
-        found = {method: efficacy.accuracies(records, data, method) for method in rows}
-        base = found[efficacy.BASELINE]
-        head += [f"{data}, {len(base)} seed{'s' * (len(base) > 1)}", f"minus {efficacy.BASELINE}"]
-        for method, values in found.items():
-            rows[method].append(cell(efficacy.Sample(tuple(values.values())), ".2f"))
-            less = efficacy.difference(values, base)
-            rows[method].append("" if method == efficacy.BASELINE else bold(less))
-            differences += [] if method == efficacy.BASELINE else [less]
-        less = efficacy.difference(found[efficacy.ZIPF], found[efficacy.SMOOTHING])
-        over_smoothing.append(f"{data} {bold(less)}")
-    certain = [d for d in differences if d.certain]
-    options = "; ".join(f"{data}: `{of_data} {plan.options}`" for data, of_data in plan.data.items())
+    head, rows, remarks, source = efficacy.summary(efficacy.PLANS[preset], records)
     where = "; ".join(dict.fromkeys(provenance([r]) for r in records))
-    return (
-        "Test accuracy in % after the last epoch, mean ± standard deviation over the seeds; and what it is "
-        "more or less than cross-entropy's, seed by seed, as all methods start from the same weights and "
-        f"meet the same batches and crops.\n\n{table(head, rows.values())}\n\n"
-        "**Bold**: a difference that the seeds tell from 0 (95 % interval by Student's t, on these test "
-        "images); none of the others can be called one. "
-        f"{len(certain)} of the table's {len(differences)} are bold, "
-        f"{sum(d.mean > 0 for d in certain)} of them gains; "
-        f"chance alone would give about {0.05 * len(differences):.1f}. "
-        f"{efficacy.ZIPF}, minus label smoothing: {', '.join(over_smoothing)}.\n\n"
-        f"<sub>Options of experiments.run: {options}. {len(records)} runs, "
-        f"{sum(r['seconds'] for r in records) / 60:.0f} min of training. {where}.</sub>"
-    )
+    return f"{efficacy.INTRODUCTION}\n\n{table(head, rows)}\n\n{remarks}\n\n<sub>{source} {where}.</sub>"
 
 
 EFFICACY = {f"efficacy-{preset}": preset for preset in efficacy.PLANS}  # name of a block -> its plan
