@@ -56,9 +56,9 @@ struct RefuseSecond : autograd::Node {
 
   variable_list apply(variable_list&&) override {
     throw std::runtime_error(  // the text of autograd._NO_SECOND
-        "zipfls_cuda: the gradient of the Zipf loss cannot be differentiated again (gradient "
-        "penalty, Hessian, "
-        "grad of grad, create_graph=True followed by a backward pass through the gradient)");
+        "zipfls_cuda: the gradient of a loss cannot be differentiated again (gradient penalty, "
+        "Hessian, grad of grad, create_graph=True followed by a backward pass through the "
+        "gradient)");
   }
 };
 

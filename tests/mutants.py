@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSS = ("tests/test_golden.py", "tests/test_loss.py", "tests/test_autograd.py", "tests/test_api.py")
+DISTILL = ("tests/test_distillation.py",)
 LABEL = ("tests/test_golden.py", "tests/test_label.py")
 VOTE = ("tests/test_vote.py",)
 
@@ -43,6 +44,48 @@ LAWS = "zipfls_cuda/labels.py"
 TRITON = "zipfls_cuda/triton_kernels"
 
 MUTANTS = [
+    Mutant("distillation without T squared", REFERENCE, "T * T * _times(", "T * _times(", DISTILL),
+    Mutant("KL without 1 - q_y before NCKD", REFERENCE, "kd_weight * r_v)", "kd_weight)", DISTILL),
+    Mutant(
+        "target left in the teacher's sums",
+        REFERENCE,
+        "((x - m[:, None]) / temperature).masked_fill(self.at_target, -torch.inf).exp()",
+        "((x - m[:, None]) / temperature).exp()",
+        DISTILL,
+    ),
+    Mutant(
+        "0 times -inf at a masked class",
+        REFERENCE,
+        "torch.where(q > 0, q * ratio, 0.0)",
+        "(q * ratio)",
+        DISTILL,
+    ),
+    Mutant(
+        "log odds in float32", REFERENCE, "z_y.double() - self.m, t_y.double()", "z_y - self.m, t_y", DISTILL
+    ),
+    Mutant("TCKD left out of the gradient", REFERENCE, "(beta + alpha * (r_u - r_v))", "beta", DISTILL),
+    Mutant("soft target at T", REFERENCE, "torch.sigmoid(t_y - f_1.log())", "torch.sigmoid(v)", DISTILL),
+    Mutant(
+        "teacher's entropy kept",
+        REFERENCE,
+        '        if self.form == "divergence":\n            ratio',
+        "        if True:\n            ratio",
+        DISTILL,
+    ),
+    Mutant(
+        "distillation of ignored samples in the mean",
+        REFERENCE,
+        "scale = 1 / (~ignored).sum()",
+        "scale = 1 / torch.ones_like(ignored).sum()",
+        DISTILL,
+    ),
+    Mutant(
+        "weight of a sample on the cross-entropy",
+        REFERENCE,
+        "dz_y = -a * torch.sigmoid(-u_1)",
+        "dz_y = -a * (1 if sample_weight is None else sample_weight) * torch.sigmoid(-u_1)",
+        DISTILL,
+    ),
     Mutant("gradient of the wrong sign", REFERENCE, "(p_nontarget - label)", "(label - p_nontarget)", LOSS),
     Mutant(
         "rank by >= instead of >",

@@ -38,6 +38,11 @@ def test_names_and_defaults():
         **{"label_smoothing": 0.0, "weight": None},
         **{**tail, "deep_weight": 0.1, "inplace": False, **group},
     }
+    terms = {"kd_weight": 0.0, "tckd_weight": 0.0, "nckd_weight": 0.0, "soft_target_weight": 0.0}
+    assert defaults(zls.distillation_loss) == {
+        **{"temperature": 1.0, "ce_weight": 1.0, **terms, "form": "divergence", "sample_weight": None},
+        **{**tail, "return_parts": False, "num_items": None, **last},
+    }
     assert defaults(zls.check_inputs) == {"votes": None, "ignore_index": -100}
     for name in zls.__all__:
         assert inspect.getdoc(getattr(zls, name)) or name == "__version__"

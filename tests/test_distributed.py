@@ -290,6 +290,62 @@ def loss_corners(rank, world):
             yield f"{name} alone gradient {split}", differs(x.grad, part(y.grad, split, rank), 1e-5, 1e-6)
 
 
+def distilled(z, t, y, upstream=None, **options):
+    z = z.detach().clone().requires_grad_()
+    parts = zls.distillation_loss(z, t, y, return_parts=True, **options)
+    parts[0].backward(torch.ones_like(parts[0]) if upstream is None else upstream)
+    return *(p.detach() for p in parts), z.grad
+
+
+@check(2, 4)
+def distillation(rank, world):
+    """Every term, form and reduction; odd rows, ignored samples, no target; against the reference."""
+    terms = dict(zip(("ce", "kd", "tckd", "nckd", "soft_target"), (0.7, 0.3, 1.1, 2.0, 0.4), strict=True))
+    terms = {f"{name}_weight": value for name, value in terms.items()}
+    alone = {"ce_weight": 0.0, "kd_weight": 1.0}
+    for name, case in (("plain", make(6, 11, 1)), ("two", make(5, 2, 1)), *corners()):
+        z, y, t = case.logits, case.target, make(*case.logits.shape, 1, seed=9).logits
+        C = z.shape[1]
+        if name.endswith("masked"):
+            t = t.masked_fill(z == -torch.inf, -torch.inf)
+        split = uneven(C, world) if name != "two" else (1, 1) + (0,) * (world - 2)
+        for reduction, T, form in (("mean", 4.0, "divergence"), ("none", 1.0, "cross_entropy")):
+            common = {"reduction": reduction, "temperature": T, "form": form}
+            weight = torch.rand(len(z), generator=torch.Generator().manual_seed(2))
+            for target, w, weights in ((y, None, terms), (y, weight, terms), (None, weight, alone)):
+                options = {"sample_weight": w, **common, **weights}
+                shards = part(z, split, rank), part(t, split, rank), target
+                got = distilled(*shards, process_group=dist.group.WORLD, **options)
+                expected = distilled(z, t, target, backend="reference", **options)
+                for what, a, b in zip(("loss", "ce", "distillation", "gradient"), got, expected, strict=True):
+                    b = part(b, split, rank) if what == "gradient" else b
+                    size = max(1.0, b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0)
+                    yield f"{name} {what} {options}", differs(a, b, 0, 1e-5 * size)
+                yield f"{name} alike {options}", alike(got[0])
+
+
+@check(2)
+def distillation_is_refused(rank, world):
+    case, group = make(4, 6, 1), dist.group.WORLD
+    z, t, y = part(case.logits, (2, 4), rank), part(case.logits, (2, 4), rank), case.target
+    f = zls.distillation_loss
+    yield "target", refuses(IndexError, "target[1] = 6", f, z, t, y.index_fill(0, torch.tensor(1), 6),
+                            process_group=group)  # fmt: skip
+    shape = "teacher must have the shape of logits"
+    yield "teacher", refuses(ValueError, shape, f, z, t[:, :1], y, process_group=group)
+    yield "batch", refuses(ValueError, "the sum of target", f, z, t, y + rank, process_group=group)
+    if "cpu" in zls.backends():
+        yield "backend", refuses(RuntimeError, "class shards", f, z, t, y, process_group=group, backend="cpu")
+    x, options = z.clone().requires_grad_() * 1, {"process_group": group, "inplace": True}
+    yield "inplace", refuses(ValueError, "inplace must be False", f, x, t, y, **options)
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world,))
+    sharded_z, sharded_t = (distribute_tensor(case.logits, mesh, [Shard(1)]) for _ in range(2))
+    expected = f(case.logits, case.logits, y, kd_weight=1.0, backend="reference")
+    yield "dtensor", differs(f(sharded_z, sharded_t, y, kd_weight=1.0), expected, 1e-6, 1e-6)
+
+
 @check(2, 4)
 def loss_is_alike_and_repeats(rank, world):
     case = make(33, 1003, 49)

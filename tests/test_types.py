@@ -29,6 +29,8 @@ a: Tensor = zls.zipf_cross_entropy(z, y, zipf_weight=0.1, distribution=zls.Zipf(
 b, ce, zipf = zls.zipf_cross_entropy(z, y, return_parts=True, label_smoothing=0.1)
 c: Tensor = zls.zipf_head_loss(torch.randn(2, 8, 4, 4), w, None, y, alpha=1.0)
 d: tuple[Tensor, Tensor, Tensor] = zls.zipf_head_loss(torch.randn(2, 8, 4, 4), w, None, y, return_parts=True)
+e: Tensor = zls.distillation_loss(z, z, y, kd_weight=0.5, temperature=4.0)
+f, _, _ = zls.distillation_loss(z, z, None, return_parts=True, ce_weight=0.0)
 plan: zls.Plan | None = handle.plan
 votes: Tensor = zls.dense_vote(torch.randn(2, 8, 4, 4), w)
 alpha, intercept = zls.fit_zipf(torch.rand(3, 5))
@@ -42,8 +44,10 @@ WRONG = {
     "zls.ZipfLoss(zipf_wieght=0.1)": "zipf_wieght",
     'zls.attach(model, fetaure="0")': "fetaure",
     "zls.dense_vote(x, w, up_sample=2)": "up_sample",
-    "e: tuple[Tensor, Tensor, Tensor] = zls.zipf_cross_entropy(z, y)": "Incompatible types",
-    "f: Tensor = zls.zipf_cross_entropy(z, y, return_parts=True)": "Incompatible types",
+    "h: tuple[Tensor, Tensor, Tensor] = zls.zipf_cross_entropy(z, y)": "Incompatible types",
+    "i: Tensor = zls.zipf_cross_entropy(z, y, return_parts=True)": "Incompatible types",
+    "zls.distillation_loss(z, z, y, kd_wieght=0.1)": "kd_wieght",
+    "g: tuple[Tensor, Tensor, Tensor] = zls.distillation_loss(z, z, y)": "Incompatible types",
     "zls.ZipfLoss(votes=model)": "incompatible type",
     'zls.zipf_cross_entropy(z, y, alpha="1")': "zipf_cross_entropy",
 }

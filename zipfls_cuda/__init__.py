@@ -10,6 +10,7 @@ from .attach import Handle, Plan, attach, detach
 from .checks import check_inputs
 from .functional import (
     dense_vote,
+    distillation_loss,
     fit_zipf,
     rank_votes,
     zipf_cross_entropy,
@@ -50,6 +51,7 @@ __all__ = [
     "check_inputs",
     "dense_vote",
     "detach",
+    "distillation_loss",
     "fit_zipf",
     "rank_votes",
     "use_backend",

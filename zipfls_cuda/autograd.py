@@ -19,24 +19,26 @@ from . import checks, ops
 def loss(
     forward: Callable,
     logits: Tensor,
-    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    tensors: tuple[Tensor | None, ...],
     sharded: bool,
     options: tuple,
     inplace: bool,
     backend: str | None,
+    grad_: str = "loss_grad_",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ce, zipf), with the gradient to ``logits`` attached to the loss where one is wanted.
+    """(loss and its two parts), with the gradient to ``logits`` attached to the loss where one is wanted.
 
     Args:
-        forward: takes the arguments of ``reference.loss_fwd``: logits, ``tensors`` (target, votes, log_mass,
-            weight), ``options`` (from ce_weight to reduction) and with_grad.
+        forward: takes the arguments of ``reference.loss_fwd`` or ``reference.distill_fwd``: logits,
+            ``tensors`` (those before ce_weight), ``options`` (from ce_weight to reduction) and with_grad.
         sharded: whether the logits are a shard of the classes.
         inplace: whether backward computes the gradient, over the logits.
+        grad_: the stage that does, for this forward.
     """
     if torch._C._are_functorch_transforms_active():
         function = LossInTransforms if torch.compiler.is_compiling() else LossRefusingForwardMode
         backward = ops.select("loss_bwd", backend, logits)
-        return function.apply(logits, *tensors, options, forward, backward)[:3]
+        return function.apply(logits, options, forward, backward, *tensors)[:3]
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
         raise RuntimeError(_NO_FORWARD_MODE)
     # Grad mode is asked for here: inside a Function it is always off.
@@ -44,9 +46,9 @@ def loss(
     compiling = torch.compiler.is_compiling()
     if inplace and wanted and not compiling:
         checks.inplace(logits, sharded)
-        backward_ = ops.select("loss_grad_", backend, logits)
+        backward_ = ops.select(grad_, backend, logits)
         scale_ = ops.select("loss_bwd_", backend, logits)
-        return LossInPlace.apply(logits, *tensors, options, forward, backward_, scale_)
+        return LossInPlace.apply(logits, options, forward, backward_, scale_, *tensors)
     if forward is ops.NATIVE_LOSS_FWD and not compiling:
         return ops.native_loss(logits, *tensors, *options)
     if wanted:
@@ -66,12 +68,10 @@ def _anchor(logits: Tensor) -> tuple[Tensor, ...]:
     return (logits.narrow(0, 0, 0).clone(),)  # narrow_copy has no derivative in torch 2.11
 
 
-_NO_FORWARD_MODE = (
-    "zipfls_cuda: forward-mode differentiation of the Zipf loss is not supported; use reverse mode"
-)
+_NO_FORWARD_MODE = "zipfls_cuda: forward-mode differentiation of a loss is not supported; use reverse mode"
 _NO_SECOND = (
-    "zipfls_cuda: the gradient of the Zipf loss cannot be differentiated again (gradient penalty, Hessian, "
-    "grad of grad, create_graph=True followed by a backward pass through the gradient)"
+    "zipfls_cuda: the gradient of a loss cannot be differentiated again (gradient penalty, Hessian, grad of "
+    "grad, create_graph=True followed by a backward pass through the gradient)"
 )
 
 
@@ -148,18 +148,18 @@ class LossInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, target, votes, log_mass, weight, options, forward, backward_, scale_):
-        loss, ce, zipf = forward(logits, target, votes, log_mass, weight, *options, False)[:3]
-        ctx.save_for_backward(logits, target, votes, log_mass, weight)
+    def forward(ctx, logits, options, forward, backward_, scale_, *tensors):
+        loss, *parts = forward(logits, *tensors, *options, False)[:3]
+        ctx.save_for_backward(logits, *tensors)
         ctx.options, ctx.backward_, ctx.scale_ = options, backward_, scale_
-        ctx.mark_non_differentiable(ce, zipf)
+        ctx.mark_non_differentiable(*parts)
         ctx.set_materialize_grads(False)
-        return loss, ce, zipf
+        return loss, *parts
 
     @staticmethod
-    def backward(ctx, grad_loss, _ce, _zipf):
+    def backward(ctx, grad_loss, *_):
         if grad_loss is None:
-            return (None,) * 9
+            return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
             raise RuntimeError(_NO_SECOND)
         if not torch.compiler.is_compiling() and _is_batched(grad_loss):
@@ -171,7 +171,7 @@ class LossInPlace(torch.autograd.Function):
         grad = logits.detach()  # the same memory and version counter
         ctx.scale_(grad, grad_loss, ctx.backward_(grad, *tensors, *ctx.options))
         torch.autograd.graph.increment_version(logits)  # operators written in C++ do not
-        return grad, *(None,) * 8
+        return grad, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 class LossInTransforms(torch.autograd.Function):
@@ -180,24 +180,24 @@ class LossInTransforms(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits, target, votes, log_mass, weight, options, forward, backward):
-        return forward(logits, target, votes, log_mass, weight, *options, True)
+    def forward(logits, options, forward, backward, *tensors):
+        return forward(logits, *tensors, *options, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ce, zipf, grad, grad_scale = output
+        _, *parts, grad, grad_scale = output
         ctx.save_for_backward(grad, grad_scale, inputs[0])
-        ctx.backward = inputs[-1]
-        ctx.mark_non_differentiable(ce, zipf, grad, grad_scale)
+        ctx.backward = inputs[3]
+        ctx.mark_non_differentiable(*parts, grad, grad_scale)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * len(ctx.needs_input_grad)
         grad, grad_scale, logits = ctx.saved_tensors
         grad = RefuseSecond.apply(ctx.backward(grad, grad_loss, grad_scale), logits)
-        return grad, None, None, None, None, None, None, None
+        return grad, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 class LossRefusingForwardMode(LossInTransforms):

@@ -20,6 +20,7 @@ from . import functional, ops
 from .expected import (
     IGNORE,
     Deviation,
+    DistillCase,
     LossCase,
     Problem,
     Rows,
@@ -27,6 +28,7 @@ from .expected import (
     arithmetic_dtype,
     check_dtype,
     deviation,
+    distillation,
     expected_loss,
     expected_scores,
     loss_deviations,
@@ -184,6 +186,43 @@ def public_row(device, backend, operator, dtype, case: LossCase) -> Prepared:
     return call, judge
 
 
+def distill_row(device, backend, operator, dtype, case: DistillCase) -> Prepared:
+    """distill_fwd and distill_grad_, or the public function and the gradient attached to it."""
+    (taught, x), wide = distillation(case, dtype), arithmetic_dtype(dtype)
+    tensors, (a, kd, tckd, nckd, soft) = taught.to(device), case.weights
+    options = (*case.weights, case.temperature, case.form, IGNORE, case.reduction)
+    upstream = 3.0 if operator == "distillation_loss" else 1.0
+
+    def call() -> Results:
+        logits, *others = tensors
+        if operator == "distillation_loss":
+            logits = logits.clone().requires_grad_()
+            parts = functional.distillation_loss(
+                logits, *others[:2], sample_weight=others[2], ce_weight=a, kd_weight=kd, tckd_weight=tckd,
+                nckd_weight=nckd, soft_target_weight=soft, temperature=case.temperature, form=case.form,
+                reduction=case.reduction, return_parts=True, backend=backend,
+            )  # fmt: skip
+            grad = torch.autograd.grad(parts[0], logits, torch.full_like(parts[0], upstream))
+            return [*(part.detach() for part in parts), *grad, torch.empty(0)]
+        op = ops.OPERATORS[operator, backend]
+        if not operator.endswith("_"):
+            return op(logits, *others, *options, True)
+        grad = logits.clone()
+        return grad, op(grad, *others, *options)
+
+    def judge(results: Results) -> Iterator[Deviation]:
+        *parts, grad, scale = results
+        roundings, T = roundings_of(backend, case.C), case.temperature
+        for what, got, exact in zip(("loss", "ce", "distillation"), parts, x[:3]):
+            check_dtype(what, got, wide)
+            yield deviation(what, got, exact, rounding(exact, T * T * (1 + exact.abs()), wide, roundings))
+        check_dtype("gradient", grad, dtype)
+        got, exact = grad.double() * (scale if scale.numel() else 1.0), x.grad * upstream
+        yield deviation("gradient", got, exact, rounding(exact, x.size * upstream, dtype, roundings))
+
+    return call, judge
+
+
 def backward_row(device, backend, operator, dtype, case: tuple[int, int, bool]) -> Prepared:
     """loss_bwd and loss_bwd_: gradient times upstream gradient, a scalar or of each sample, times scale."""
     (N, C, per_sample), wide = case, arithmetic_dtype(dtype)
@@ -246,7 +285,7 @@ def vote_row(device, backend, operator, dtype, case: VoteCase) -> Prepared:
 # The table ----------------------------------------------------------------------------------------------
 
 STAGES = {"zipf_cross_entropy": "loss_fwd", "zipf_label": "label_fwd", "rank_votes": "rank_fwd"}
-STAGES["dense_vote"] = "vote_fwd"
+STAGES |= {"dense_vote": "vote_fwd", "distillation_loss": "distill_fwd"}
 Plan = tuple[tuple[str, ...], Sequence, Sequence[torch.dtype], Callable[..., Prepared]]
 
 
@@ -260,6 +299,8 @@ def plans(many: int, quick: bool, tiny: bool) -> Iterator[Plan]:
     bad = LossCase(5, 12, 9, "none")
     plain = [c._replace(options=False, reduction="mean") for c in (losses[0], soft[0])]
     yield ("loss_fwd", "loss_grad_"), [*losses, *soft], dtypes, operator_row
+    yield ("distill_fwd", "distill_grad_"), distill_cases(quick, tiny), dtypes, distill_row
+    yield ("distillation_loss",), distill_cases(quick=True, tiny=True), dtypes[:1], distill_row
     yield ("loss_bwd", "loss_bwd_"), scaled, dtypes, backward_row
     yield ("label_fwd",), labels, (torch.float32, torch.float64)[: len(dtypes)], operator_row
     yield ("rank_fwd",), labels, (torch.int32, torch.int64)[: len(dtypes)], operator_row
@@ -334,6 +375,16 @@ def tiny_cases() -> Cases:
     votes = [VoteCase(2, 20, 3, 3, 40, "NHWC", integers=True), VoteCase(2, 20, 5, 5, 40)]
     votes += [VoteCase(2, 20, 3, 4, 40, upsample=2)]
     return [losses, soft, [LossCase(5, 37, 9, "")], votes, [(5, 37, False), (5, 37, True)]]
+
+
+def distill_cases(quick: bool, tiny: bool) -> list[DistillCase]:
+    """Distillation: short and long rows, T of 1 and others, both forms."""
+    cases = [DistillCase(7, 37, options=True), DistillCase(5, 40, "none", 1.0, "cross_entropy")]
+    if not tiny:
+        cases += [DistillCase(16, 1000, "sum"), DistillCase(5, 2, temperature=2.0)]
+    if not quick:
+        cases += [DistillCase(3, 20011, temperature=1.5), DistillCase(67, 130, "none", options=True)]
+    return cases
 
 
 def rows_of(device: torch.device, quick: bool) -> list[Row]:

@@ -16,6 +16,7 @@ from .labels import Distribution
 from .reference import raise_outside
 
 REDUCTIONS = ("mean", "sum", "none")
+FORMS = ("divergence", "cross_entropy")
 DEFAULT_ALPHA = float("1.0")  # an object of its own: tells alpha left out from alpha=1.0 given
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -73,7 +74,7 @@ def number(name: str, x: object, low: float = -math.inf, high: float = math.inf)
 
 
 def constant(name: str, x: Tensor | None) -> None:
-    """A class weight that wants no gradient, or one where none is recorded, as F.cross_entropy takes it."""
+    """A weight of classes or samples wants no gradient, unless none is recorded, as in F.cross_entropy."""
     if x is not None and x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} must not require grad, as gradients flow to logits alone; give {name}.detach()"
@@ -177,6 +178,17 @@ def label_inputs(t: Tensor, v: Tensor) -> Tensor:
     return t
 
 
+def _logits(x: Tensor, shard: bool) -> tuple[int, int]:
+    """``logits`` (N, C) of a loss; returns N and C."""
+    _tensor("logits", x)
+    if x.dim() != 2:
+        raise ValueError(f"logits must have shape (N, C), got {_shape(x)}")
+    _float("logits", x)
+    if x.shape[1] < 2 and not shard:
+        raise ValueError(f"logits must have at least 2 classes, got shape {_shape(x)}")
+    return x.shape[0], x.shape[1]
+
+
 def loss_inputs(
     logits: Tensor, t: Tensor, v: Tensor | None, weight: Tensor | None = None, *, shard: bool = False
 ) -> Tensor:
@@ -184,13 +196,7 @@ def loss_inputs(
 
     Returns the target: class indices in int64, probabilities as they are.
     """
-    _tensor("logits", logits)
-    if logits.dim() != 2:
-        raise ValueError(f"logits must have shape (N, C), got {_shape(logits)}")
-    _float("logits", logits)
-    N, C = logits.shape
-    if C < 2 and not shard:
-        raise ValueError(f"logits must have at least 2 classes, got shape {_shape(logits)}")
+    N, C = _logits(logits, shard)
     if not is_soft(t):
         t = target(t, N)
     elif shard:
@@ -214,10 +220,60 @@ def loss_options(
     zipf_weight = number("zipf_weight", zipf_weight)
     label_smoothing = number("label_smoothing", label_smoothing, 0.0, 1.0)
     only_correct = scalars.flag("only_correct", only_correct)
+    return zipf_weight, label_smoothing, only_correct, *which_samples(ignore_index, reduction)
+
+
+def which_samples(ignore_index: int, reduction: str) -> tuple[int, str]:
+    """``ignore_index`` and ``reduction``."""
     ignore_index = scalars.integer("ignore_index", ignore_index)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    return zipf_weight, label_smoothing, only_correct, ignore_index, reduction
+    return ignore_index, reduction
+
+
+def distillation_inputs(
+    logits: Tensor, teacher: Tensor, t: Tensor | None, sample_weight: Tensor | None, *, shard: bool = False
+) -> Tensor | None:
+    """The tensors of ``distillation_loss``, as ``loss_inputs``; returns the target."""
+    N, _ = _logits(logits, shard)
+    _tensor("teacher", teacher)
+    if teacher.shape != logits.shape:
+        raise ValueError(f"teacher must have the shape of logits, {_shape(logits)}, got {_shape(teacher)}")
+    _float("teacher", teacher)
+    _same_device("teacher", teacher, "logits", logits)
+    if t is not None:
+        t = target(t, N)
+        _same_device("target", t, "logits", logits)
+    if sample_weight is not None:
+        _tensor("sample_weight", sample_weight)
+        if sample_weight.shape != (N,):
+            raise ValueError(
+                f"sample_weight must have shape ({N},), one weight per row of logits, "
+                f"got {_shape(sample_weight)}"
+            )
+        _float("sample_weight", sample_weight)
+        _same_device("sample_weight", sample_weight, "logits", logits)
+        constant("sample_weight", sample_weight)
+    return t
+
+
+def distillation_options(weights: dict[str, float], temperature: float, form: str) -> tuple[float | str, ...]:
+    """The ``weights`` of the terms in their order, then ``temperature`` and ``form``."""
+    weights = {name: float(number(name, x)) for name, x in weights.items()}
+    temperature = float(number("temperature", temperature))
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature!r}")
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    return *weights.values(), temperature, form
+
+
+def target_or_none(t: Tensor | None, weights: dict[str, float]) -> None:
+    """A ``target`` that may be None where of all ``weights`` kd_weight alone is not 0."""
+    if t is None:
+        for name, x in weights.items():
+            if name != "kd_weight" and x != 0:
+                raise ValueError(f"target may be None with kd_weight alone, got None with {name}={x!r}")
 
 
 def num_items(x: object, reduction: str) -> float | Tensor:

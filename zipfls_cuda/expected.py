@@ -158,6 +158,81 @@ def expected_loss(case: LossCase, dtype: torch.dtype) -> Expected:
     return Expected(loss.detach(), ce.detach(), zipf.detach(), grad, size, label, ranks)
 
 
+class DistillCase(NamedTuple):
+    """Shape and options of a distillation loss; all of its terms have a weight."""
+
+    N: int
+    C: int
+    reduction: str = "mean"  # or sum, none
+    temperature: float = 4.0
+    form: str = "divergence"
+    options: bool = False  # ignored samples, weights of samples
+    weights: tuple[float, float, float, float, float] = (0.7, 0.3, 0.5, 1.5, 0.4)
+
+    def __str__(self) -> str:
+        words = (f"{self.N} x {self.C}", f"T = {self.temperature:g}", self.form, self.reduction)
+        return ", ".join(filter(None, (*words, "options" * self.options)))
+
+
+class Taught(NamedTuple):
+    """The tensors of a case, on the CPU, the logits of both networks rounded to the row's dtype."""
+
+    logits: Tensor  # (N, C)
+    teacher: Tensor  # (N, C)
+    target: Tensor  # (N,) int64
+    sample_weight: Tensor | None  # (N,)
+
+    def to(self, device: torch.device) -> Taught:
+        return Taught(*(x if x is None else x.to(device) for x in self))
+
+
+@functools.lru_cache(maxsize=16)
+def distillation(case: DistillCase, dtype: torch.dtype) -> tuple[Taught, Expected]:
+    """Random inputs, and the loss by the softmax of all classes and of those that are not the target.
+
+    The Expected has the distillation in the place of zipf, and neither label nor ranks.
+    """
+    (N, C), T = case[:2], case.temperature
+    g, wide = torch.Generator().manual_seed(N + C), arithmetic_dtype(dtype)
+    logits, teacher = ((torch.randn(N, C, generator=g) * 2).to(dtype) for _ in range(2))
+    target = torch.randint(C, (N,), generator=g)
+    onehot = F.one_hot(target, C).bool()
+    kept, weight = torch.ones(N, dtype=torch.bool), torch.ones(N, dtype=wide)
+    if case.options:
+        weight, kept[1::5] = torch.rand(N, generator=g).to(wide), False
+        target[~kept] = IGNORE
+    z, t = logits.double().requires_grad_(), teacher.double()
+
+    def distance(q: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
+        terms = q * (log_q - log_p) if case.form == "divergence" else -q * log_p
+        return terms.where(q > 0, 0).sum(1)
+
+    def log_softmax(x: Tensor, among: Tensor) -> Tensor:
+        return (x / T - (x / T).where(among, -torch.inf).logsumexp(1, keepdim=True)).where(among, 0)
+
+    log_p, log_q = (log_softmax(x, torch.ones_like(onehot)) for x in (z, t))
+    log_p_others, log_q_others = (log_softmax(x, ~onehot) for x in (z, t))
+    q, q_others = log_q.exp(), log_q_others.exp() * ~onehot
+    log_pair_p, log_pair_q = (
+        torch.stack([x[onehot], x.where(~onehot, -torch.inf).logsumexp(1)], 1) for x in (log_p, log_q)
+    )
+    ce = (z.logsumexp(1) - z[onehot]).where(kept, 0)
+    a, kd, tckd, nckd, soft = case.weights
+    terms = kd * distance(q, log_q, log_p) + tckd * distance(log_pair_q.exp(), log_pair_q, log_pair_p)
+    terms = terms + nckd * distance(q_others, log_q_others, log_p_others)
+    share = t.softmax(1)[onehot]
+    rest = (T * T * weight.double() * terms + soft * share * ce).where(kept, 0)
+    scale = 1 / kept.double().sum() if case.reduction == "mean" else 1.0
+    if case.reduction != "none":
+        ce, rest = ce.sum() * scale, rest.sum() * scale
+    loss = a * ce + rest
+    (grad,) = torch.autograd.grad(loss.sum(), z)
+    size = (a + soft) * (z.softmax(1) + onehot)
+    size = size + T * (kd + tckd + nckd) * (log_p.exp() + q + log_p_others.exp() + q_others)
+    x = Expected(*(y.detach() for y in (loss, ce, rest, grad, size * scale)), q, q)
+    return Taught(logits, teacher, target, weight if case.options else None), x
+
+
 # Comparing ----------------------------------------------------------------------------------------------
 
 

@@ -350,11 +350,18 @@ def zipf_cross_entropy(
         num_items = checks.num_items(num_items, reduction)
         options = (*options[:-1], "sum")
     inputs = _loss_inputs(logits, target, votes, weight, law, options[4], backend, process_group)
-    parts = autograd.loss(*inputs, options, inplace, backend)
-    if num_items is not None:
-        n = num_items.detach().to(parts[0].dtype) if isinstance(num_items, Tensor) else num_items
-        parts = tuple(part / n for part in parts)
+    parts = _per_item(autograd.loss(*inputs, options, inplace, backend), num_items)
     return parts if return_parts else parts[0]
+
+
+def _per_item(
+    parts: tuple[Tensor, Tensor, Tensor], num_items: float | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the samples divided by ``num_items``, where it is given."""
+    if num_items is None:
+        return parts
+    n = num_items.detach().to(parts[0].dtype) if isinstance(num_items, Tensor) else num_items
+    return parts[0] / n, parts[1] / n, parts[2] / n
 
 
 @overload
@@ -433,6 +440,11 @@ def zipf_head_loss(
     )  # fmt: skip
 
 
+def _accumulation_dtype(logits: Tensor) -> torch.dtype:
+    """The type of the tensors that a loss takes beside the logits."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
 def _loss_inputs(
     logits: Tensor,
     target: Tensor,
@@ -453,7 +465,7 @@ def _loss_inputs(
     else:
         target = checks.loss_inputs(logits, target, votes, weight)
         forward, C = ops.select("loss_fwd", backend, logits), logits.shape[1]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = _accumulation_dtype(logits)
     P = None if votes is None else votes.shape[1]
     log_mass = labels.log_mass(law, logits.shape[0], C, P, dtype, logits.device)
     if weight is not None:
@@ -462,3 +474,146 @@ def _loss_inputs(
         checks.no_ignore_index(ignore_index)
         target = target.to(dtype)
     return forward, logits, (target, votes, log_mass, weight), is_shard
+
+
+# Distillation: the loss with a teacher's row in the place of the label -------------------------------------
+
+
+class DistillationOptions(TypedDict, total=False):
+    """Options of ``distillation_loss``."""
+
+    temperature: float
+    ce_weight: float
+    kd_weight: float
+    tckd_weight: float
+    nckd_weight: float
+    soft_target_weight: float
+    form: str
+    sample_weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    num_items: float | Tensor | None
+    inplace: bool
+    backend: str | None
+    process_group: dist.ProcessGroup | None
+
+
+@overload
+def distillation_loss(
+    logits: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[DistillationOptions],
+) -> Tensor: ...
+@overload
+def distillation_loss(
+    logits: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    *,
+    return_parts: Literal[True],
+    **options: Unpack[DistillationOptions],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def distillation_loss(
+    logits: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    *,
+    temperature: float = 1.0,
+    ce_weight: float = 1.0,
+    kd_weight: float = 0.0,
+    tckd_weight: float = 0.0,
+    nckd_weight: float = 0.0,
+    soft_target_weight: float = 0.0,
+    form: str = "divergence",
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    return_parts: bool = False,
+    num_items: float | Tensor | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy plus distillation from a teacher's logits: KD, DKD, NKD and their relatives in one call.
+
+    With p and q the softmax of logits and teacher over T, q1 that of the teacher at T = 1, and w the sample's
+    weight: (ce_weight + soft_target_weight q1_y) CE + T^2 w (kd_weight KL(q || p) + tckd_weight TCKD +
+    nckd_weight NCKD), where TCKD = KL((q_y, 1 - q_y) || (p_y, 1 - p_y)), NCKD is KL(q || p) of the classes
+    other than the target, each softmax taken over those alone, and KL = TCKD + (1 - q_y) NCKD. The value is
+    finite, and accurate, for any finite logits. The gradient flows to ``logits`` alone; differentiating it
+    again raises a RuntimeError.
+
+    Args:
+        logits: (N, C) of the student, C >= 2, any float type; arithmetic runs in float32 (float64 for
+            float64).
+        teacher: (N, C) logits of the teacher, any float type; no gradient flows to it.
+        target: (N,) int64 or uint8 in [0, C), or ``ignore_index``. None where of all weights only
+            ``kd_weight`` is not 0.
+        temperature: T > 0.
+        ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight: finite; a term of weight 0 is
+            skipped.
+        form: "divergence"; or "cross_entropy", which leaves out the teacher's entropy, a constant:
+            -sum q log p for KL and likewise for TCKD and NCKD.
+        sample_weight: (N,) any float type, w of each sample, of the T^2 terms alone and without gradient.
+            Means do not divide by it.
+        ignore_index: as in F.cross_entropy.
+        reduction: "mean" over the samples that are not ignored, "sum" or "none".
+        return_parts: return (loss, ce, distillation), detached but for the loss: the unweighted
+            cross-entropy, and all of the loss but ce_weight * CE.
+        num_items, inplace: as in ``zipf_cross_entropy``.
+        backend: name of a backend, or None for the best one that has this loss.
+        process_group: logits and teacher (N, C/W) are this rank's class shards, as in
+            ``zipf_cross_entropy``. Logits that are a DTensor, Shard(1), bring their group along.
+
+    Returns:
+        The loss: a scalar, or (N,) for "none"; float32 (float64 for float64 logits). A class whose logit is
+        -inf in both rows takes no part; where it is so in ``logits`` alone the divergence is +inf.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype, by name.
+        ValueError: an argument of a wrong shape or value, by name.
+        IndexError: a target out of range in CPU tensors (on other devices that sample's loss and gradient are
+            NaN).
+        RuntimeError: the named backend cannot serve; sample_weight requires grad.
+
+    Example:
+        >>> logits, teacher = torch.zeros(1, 4, requires_grad=True), torch.tensor([[2.0, 1.0, 0.0, 0.0]])
+        >>> loss = zls.distillation_loss(logits, teacher, torch.tensor([0]), kd_weight=0.5, temperature=2.0)
+        >>> loss.backward()
+        >>> logits.grad
+        tensor([[-0.9269,  0.2411,  0.3429,  0.3429]])
+
+    Source: Hinton et al., arXiv 1503.02531; Zhao et al., CVPR 2022, Eq. 7 (TCKD, NCKD); Yang et al.,
+    ICCV 2023 (the soft target).
+    """
+    weights = {
+        "ce_weight": ce_weight,
+        "kd_weight": kd_weight,
+        "tckd_weight": tckd_weight,
+        "nckd_weight": nckd_weight,
+        "soft_target_weight": soft_target_weight,
+    }
+    options = checks.distillation_options(weights, temperature, form)
+    options += checks.which_samples(ignore_index, reduction)
+    checks.target_or_none(target, weights)
+    if num_items is not None:
+        num_items = checks.num_items(num_items, reduction)
+        options = (*options[:-1], "sum")
+    is_shard = process_group is not None or (type(logits) is not Tensor and checks.is_class_shard(logits, 1))
+    if is_shard:
+        logits, teacher, target, sample_weight, shard = sharded.distill_inputs(
+            logits, teacher, target, sample_weight, backend, process_group
+        )
+        forward = functools.partial(sharded.distill_fwd, shard)
+    else:
+        target = checks.distillation_inputs(logits, teacher, target, sample_weight)
+        forward = ops.select("distill_fwd", backend, logits)
+    if sample_weight is not None:
+        sample_weight = sample_weight.detach().to(_accumulation_dtype(logits))
+    tensors = (teacher.detach(), target, sample_weight)
+    parts = autograd.loss(forward, logits, tensors, is_shard, options, inplace, backend, "distill_grad_")
+    parts = _per_item(parts, num_items)
+    return parts if return_parts else parts[0]

@@ -45,6 +45,17 @@ SCHEMAS = {
         "float zipf_weight, float label_smoothing, bool only_correct, int ignore_index, str reduction) "
         "-> Tensor"
     ),
+    "distill_fwd": (
+        "(Tensor logits, Tensor teacher, Tensor? target, Tensor? sample_weight, float ce_weight, "
+        "float kd_weight, float tckd_weight, float nckd_weight, float soft_target_weight, float temperature, "
+        "str form, int ignore_index, str reduction, bool with_grad) "
+        "-> (Tensor loss, Tensor ce, Tensor distillation, Tensor grad, Tensor grad_scale)"
+    ),
+    "distill_grad_": (
+        "(Tensor(a!) logits, Tensor teacher, Tensor? target, Tensor? sample_weight, float ce_weight, "
+        "float kd_weight, float tckd_weight, float nckd_weight, float soft_target_weight, float temperature, "
+        "str form, int ignore_index, str reduction) -> Tensor"
+    ),
     "loss_bwd": "(Tensor grad, Tensor grad_loss, Tensor grad_scale) -> Tensor",
     "loss_bwd_": "(Tensor(a!) grad, Tensor grad_loss, Tensor grad_scale) -> ()",
 }
@@ -68,26 +79,14 @@ def _label_fake(
     return log_mass.new_empty((target.shape[0], num_classes))
 
 
-def _loss_fake(
-    logits: Tensor,
-    target: Tensor,
-    votes: Tensor | None,
-    log_mass: Tensor,
-    weight: Tensor | None,
-    ce_weight: float,
-    zipf_weight: float,
-    label_smoothing: float,
-    only_correct: bool,
-    ignore_index: int,
-    reduction: str,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _loss_fake(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    reduction, with_grad = args[-2:]
     dtype = reference.accumulation_dtype(logits.dtype)
     shape = logits.shape[:1] if reduction == "none" else ()
-    loss, ce, zipf = (logits.new_empty(shape, dtype=dtype) for _ in range(3))
+    parts = (logits.new_empty(shape, dtype=dtype) for _ in range(3))
     grad = logits.new_empty(logits.shape if with_grad else (0,))
     scaled = with_grad and logits.dtype == torch.float16 and reduction == "mean"
-    return loss, ce, zipf, grad, logits.new_empty(() if scaled else (0,), dtype=dtype)
+    return *parts, grad, logits.new_empty(() if scaled else (0,), dtype=dtype)
 
 
 def _loss_grad_fake(logits: Tensor, *args) -> Tensor:
@@ -108,6 +107,8 @@ FAKES: dict[str, Callable] = {
     "label_fwd": _label_fake,
     "loss_fwd": _loss_fake,
     "loss_grad_": _loss_grad_fake,
+    "distill_fwd": _loss_fake,
+    "distill_grad_": _loss_grad_fake,
     "loss_bwd": _loss_bwd_fake,
     "loss_bwd_": _loss_bwd_inplace_fake,
 }
@@ -117,6 +118,7 @@ STAGES = tuple(SCHEMAS)
 # What a backend has no kernel for: (backend, stage) -> dtypes, or None for all of them.
 UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...] | None] = {
     ("cuda", "vote_fwd"): (torch.float64,),
+    **{(b, s): None for b in ("cuda", "triton", "cpu") for s in ("distill_fwd", "distill_grad_")},
 }
 
 

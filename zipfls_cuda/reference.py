@@ -5,10 +5,13 @@ P votes a sample. Runs on any device in any float type, and decides the meaning 
 
 * ``vote_fwd``, ``rank_fwd``, ``label_fwd``, ``loss_fwd``, ``loss_bwd`` are the operators' reference
   implementations. The loss writes the gradient out by hand and needs no autograd.
+* ``distill_fwd`` is the loss with a teacher's logits in the place of votes and label.
 * ``zipf_term`` and ``cross_entropy_term`` are the same loss in differentiable form, for checks by autograd.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -444,3 +447,203 @@ def loss_bwd(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:
 def loss_bwd_(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> None:
     """``loss_bwd`` in place."""
     grad.copy_(loss_bwd(grad, grad_loss, grad_scale))
+
+
+# Distillation: the same loss with a teacher's row in the place of the label --------------------------
+
+
+def distill_fwd(
+    logits: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    sample_weight: Tensor | None,
+    ce_weight: float,
+    kd_weight: float,
+    tckd_weight: float,
+    nckd_weight: float,
+    soft_target_weight: float,
+    temperature: float,
+    form: str,
+    ignore_index: int,
+    reduction: str,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(ce_weight + soft_target_weight q1_y) CE + T^2 w (kd KL + tckd TCKD + nckd NCKD) and its gradient.
+
+    p, q are the softmax of z/T and t/T over all classes, p^, q^ those over the classes c != y; q1 is q at
+    T = 1. TCKD = KL((q_y, 1 - q_y) || (p_y, 1 - p_y)), NCKD = KL(q^ || p^), and
+    KL(q || p) = TCKD + (1 - q_y) NCKD (Zhao et al., CVPR 2022, Eq. 7). The target is left out of every sum
+    over the classes: what is small beside it keeps its digits, and no logarithm is taken of what underflows.
+
+    Args:
+        logits, teacher: (N, C) z and t, any float types; the arithmetic's is that of the logits.
+        target: (N,) int64; or None with kd_weight alone, when the teacher's largest class takes its place.
+        sample_weight: (N,) w in the accumulation dtype, or None for 1.
+        form: "divergence", or "cross_entropy" without the teacher's entropies: -sum q log p.
+        The others as for ``loss_fwd``. A term whose weight is 0 is skipped, and so is a class without mass.
+
+    Returns:
+        loss, ce, distillation: ce is unweighted, distillation all of the loss but ce_weight * CE.
+        grad, grad_scale: as ``loss_fwd``. Means divide by the number of samples not ignored.
+    """
+    N, C = logits.shape
+    dtype = accumulation_dtype(logits.dtype)
+    z, t = logits.to(dtype), teacher.to(dtype)
+    if target is None:
+        ignored = bad = torch.zeros(N, dtype=torch.bool, device=z.device)
+        y = _argmax_lowest(t).long().clamp(min=0)
+    else:
+        ignored = target == ignore_index
+        bad, y = _bad_rows(target, None, C, ignored), target.clamp(0, C - 1)
+    at_target = F.one_hot(y, C).bool()
+    m, m_t = (x.masked_fill(at_target, -torch.inf).amax(1) for x in (z, t))
+    rows = DistillRows(z, t, at_target, finite_max(m), finite_max(m_t), temperature, form)
+    z_y, t_y = (x.gather(1, y[:, None])[:, 0] for x in (z, t))
+    weights = (ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight)
+    ce, distillation, factors = rows.losses(z_y, t_y, rows.sums(), sample_weight, *weights)
+    dz = rows.gradient(*factors) if with_grad else z.new_empty(0)
+    return distill_results(ce, distillation, dz, ignored, bad, ce_weight, reduction, logits.dtype, with_grad)
+
+
+def finite_max(m: Tensor) -> Tensor:
+    """The largest logits of rows, 0 for a row of -inf alone, which has no largest to subtract."""
+    return m.masked_fill(m == -torch.inf, 0)
+
+
+def distill_results(
+    ce: Tensor,
+    distillation: Tensor,
+    dz: Tensor,
+    ignored: Tensor,
+    bad: Tensor,
+    ce_weight: float,
+    reduction: str,
+    dtype: torch.dtype,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``distill_fwd`` returns, from the (N,) losses and the (N, C) gradients of the samples."""
+    ce, distillation = (x.masked_fill(bad, torch.nan).masked_fill(ignored, 0) for x in (ce, distillation))
+    scale = ce.new_ones(())
+    if reduction == "mean":
+        scale = 1 / (~ignored).sum().to(ce.dtype)
+    if with_grad:
+        dz = (dz * scale).masked_fill(bad[:, None], torch.nan).masked_fill(ignored[:, None], 0)
+    return _results((ce, distillation), dz, (ce_weight, 1.0), (scale, scale), reduction, dtype, with_grad)
+
+
+class DistillRows(NamedTuple):
+    """Rows of both networks, in the accumulation dtype, or their classes of one shard (``sharded``)."""
+
+    z: Tensor  # (N, C) logits
+    t: Tensor  # (N, C) the teacher's
+    at_target: Tensor  # (N, C) bool
+    m: Tensor  # (N,) max_{c != y} z_c
+    m_t: Tensor  # (N,) max_{c != y} t_c
+    temperature: float
+    form: str
+
+    def _exp(self, x: Tensor, m: Tensor, temperature: float) -> Tensor:
+        """exp((x - m) / T), 0 at the target."""
+        return ((x - m[:, None]) / temperature).masked_fill(self.at_target, -torch.inf).exp()
+
+    def sums(self) -> Tensor:
+        """(5, N) sums over the classes c != y: e_T, e_1, f_T, f_1, d.
+
+        e_T = sum exp((z_c - m) / T), e_1 the same at T = 1; f_T, f_1 likewise of t;
+        d = sum exp((t_c - m') / T) ((t_c - m') - (z_c - m)), or of m - z_c for "cross_entropy".
+        """
+        q = self._exp(self.t, self.m_t, self.temperature)
+        ratio = self.m[:, None] - self.z
+        if self.form == "divergence":
+            ratio = (self.t - self.m_t[:, None]) + ratio
+        e_T, f_T = self._exp(self.z, self.m, self.temperature).sum(1), q.sum(1)
+        e_1, f_1 = e_T, f_T
+        if self.temperature != 1:
+            e_1, f_1 = self._exp(self.z, self.m, 1.0).sum(1), self._exp(self.t, self.m_t, 1.0).sum(1)
+        return torch.stack([e_T, e_1, f_T, f_1, torch.where(q > 0, q * ratio, 0.0).sum(1)])
+
+    def losses(
+        self,
+        z_y: Tensor,
+        t_y: Tensor,
+        sums: Tensor,
+        sample_weight: Tensor | None,
+        ce_weight: float,
+        kd_weight: float,
+        tckd_weight: float,
+        nckd_weight: float,
+        soft_target_weight: float,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """CE and distillation (N,) each, and the factors (N,) of ``gradient``, None where a term is skipped.
+
+        With u the log odds of the target, log(p_y / (1 - p_y)), and v the teacher's: p_y = s(u), s the
+        sigmoid, and -log p_y = softplus(-u); u does not underflow where p_y or 1 - p_y does. In float64, as
+        the rounding of u is the relative error of what is small: in float32 1e-6 with the target 20 ahead.
+
+        Args:
+            z_y, t_y: (N,) logits of the target class. sums: (5, N) of all classes, from ``sums``.
+        """
+        T, dtype = self.temperature, z_y.dtype
+        e_T, e_1, f_T, f_1, d = sums.double().unbind()
+        z_y, t_y = z_y.double() - self.m, t_y.double() - self.m_t
+        u, v, u_1 = z_y / T - e_T.log(), t_y / T - f_T.log(), z_y - e_1.log()
+        zero = torch.zeros_like(z_y)
+        one = torch.ones_like(z_y)  # a sum is 0 where all its classes are -inf, and otherwise not below 1
+        ce = distillation = dz_y = zero
+        A = B = D = None
+        if ce_weight != 0 or soft_target_weight != 0:
+            nll = softplus(-u_1)
+            a = ce_weight * one
+            if ce_weight != 0:
+                ce = nll
+            if soft_target_weight != 0:
+                q_y = torch.sigmoid(t_y - f_1.log())
+                distillation = soft_target_weight * _times(q_y, nll)
+                a = a + soft_target_weight * q_y
+            dz_y = -a * torch.sigmoid(-u_1)
+            A = -dz_y / torch.maximum(e_1, one)
+        alpha = kd_weight + tckd_weight  # of TCKD
+        if kd_weight != 0 or tckd_weight != 0 or nckd_weight != 0:
+            s_u, s_v, r_u, r_v = (torch.sigmoid(x) for x in (u, v, -u, -v))
+            beta = (nckd_weight + kd_weight * r_v).masked_fill(f_T == 0, 0)  # of NCKD
+            log_p, log_not_p = -softplus(-u), -softplus(u)  # log p_y, log(1 - p_y)
+            log_f = zero
+            if self.form == "divergence":
+                log_p, log_not_p = log_p + softplus(-v), log_not_p + softplus(v)
+                log_f = torch.maximum(f_T, one).log()
+            tckd = -_times(s_v, log_p) - _times(r_v, log_not_p) if alpha != 0 else zero
+            nckd = d / (T * torch.maximum(f_T, one)) - log_f + torch.maximum(e_T, one).log()
+            w = one if sample_weight is None else sample_weight.double()
+            distillation = distillation + T * T * _times(w, alpha * tckd + _times(beta, nckd))
+            D = w * T * beta / torch.maximum(f_T, one)
+            B = w * T * (beta + alpha * (r_u - r_v)) / torch.maximum(e_T, one)
+            dz_y = dz_y + w * T * alpha * torch.where(u > 0, r_v - r_u, s_u - s_v)
+        factors = (None if x is None else x.to(dtype) for x in (dz_y, A, B, D))
+        return ce.to(dtype), distillation.to(dtype), tuple(factors)
+
+    def gradient(self, dz_y: Tensor, A: Tensor | None, B: Tensor | None, D: Tensor | None) -> Tensor:
+        """(N, C): A exp(z_c - m) + (B exp((z_c - m) / T) - D exp((t_c - m') / T)) at c != y, dz_y at y."""
+        dz = torch.zeros_like(self.z, memory_format=torch.contiguous_format)
+        if A is not None:
+            dz = dz + A[:, None] * self._exp(self.z, self.m, 1.0)
+        if B is not None:  # the difference first: of two classes it is 0
+            p, q = self._exp(self.z, self.m, self.temperature), self._exp(self.t, self.m_t, self.temperature)
+            dz = dz + (B[:, None] * p - D[:, None] * q)
+        return torch.where(self.at_target, dz_y[:, None], dz).contiguous()
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) in full precision everywhere; F.softplus is linear above 20."""
+    return -F.logsigmoid(-x)
+
+
+def _times(weight: Tensor, x: Tensor) -> Tensor:
+    """weight * x, 0 where the weight is 0, be x infinite or NaN."""
+    return (weight * x).masked_fill(weight == 0, 0)
+
+
+def distill_grad_(logits: Tensor, *args) -> Tensor:
+    """``loss_grad_`` of ``distill_fwd``."""
+    *_, grad, grad_scale = distill_fwd(logits, *args, True)
+    logits.copy_(grad)
+    return grad_scale

@@ -278,6 +278,15 @@ def _label(
 # Stage 4: the loss -----------------------------------------------------------------------------------
 
 
+def _reference_alone(backend: str | None) -> None:
+    """Refuse the other backends, whose losses are of all classes."""
+    backend = backend or ops._forced.backend
+    if backend not in (None, "reference"):
+        raise RuntimeError(
+            f"backend={backend!r} cannot serve this call: class shards are served by 'reference' alone"
+        )
+
+
 @compiling.eager("collectives of class shards run eagerly")
 def loss_inputs(
     logits: Tensor,
@@ -305,11 +314,7 @@ def loss_inputs(
         )
     if isinstance(law, RandomDistribution):
         raise ValueError(f"distribution must be a law of the rank for class shards, got {law!r}")
-    backend = backend or ops._forced.backend
-    if backend not in (None, "reference"):
-        raise RuntimeError(
-            f"backend={backend!r} cannot serve this call: class shards are served by 'reference' alone"
-        )
+    _reference_alone(backend)
     target = checks.loss_inputs(logits, target, votes, weight, shard=True)
     return logits, target, votes, weight, _shard(group, logits.shape[1], *votes.shape, target, votes)
 
@@ -436,3 +441,81 @@ def loss_fwd(
     dz = torch.where(at_target, dz_y[:, None], dz)
     dz = dz.masked_fill(bad[:, None], torch.nan).masked_fill(ignored[:, None], 0)
     return loss, ce.clone(), zipf.clone(), dz.to(logits.dtype), grad_scale
+
+
+# Distillation ----------------------------------------------------------------------------------------
+
+
+@compiling.eager("collectives of class shards run eagerly")
+def distill_inputs(
+    logits: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    sample_weight: Tensor | None,
+    backend: str | None,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Shard]:
+    """As ``loss_inputs``, of ``distillation_loss``; teacher (N, C/W) is a class shard as the logits are."""
+    logits, group = _local("logits", logits, 1, process_group)
+    teacher, group = _local("teacher", teacher, 1, group)
+    target, sample_weight = _replica("target", target), _replica("sample_weight", sample_weight)
+    _reference_alone(backend)
+    target = checks.distillation_inputs(logits, teacher, target, sample_weight, shard=True)
+    shard = _shard(group, logits.shape[1], len(logits), 0, logits if target is None else target)
+    return logits, teacher, target, sample_weight, shard
+
+
+@compiling.eager("collectives of class shards run eagerly")
+def distill_fwd(
+    shard: Shard,
+    logits: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    sample_weight: Tensor | None,
+    ce_weight: float,
+    kd_weight: float,
+    tckd_weight: float,
+    nckd_weight: float,
+    soft_target_weight: float,
+    temperature: float,
+    form: str,
+    ignore_index: int,
+    reduction: str,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As ``reference.distill_fwd``, and its gradient shard: two maxima, then seven sums a sample, reduced.
+
+    Args:
+        logits, teacher: (N, C/W). target, sample_weight (N,): global, the same on every rank.
+    """
+    C, N = shard.num_classes, len(logits)
+    dtype = reference.accumulation_dtype(logits.dtype)
+    z, t = logits.to(dtype), teacher.to(dtype)
+    if target is None:
+        ignored = bad = torch.zeros(N, dtype=torch.bool, device=z.device)
+        column = reference._argmax_lowest(t).long() if shard.width else ignored.long() - 1
+        top = shard.pick(t, (column + shard.offset)[:, None])[:, 0]
+        _, y = _best_of_all(top, (column + shard.offset).where(column >= 0, -1), shard.group)
+        y = y.clamp(min=0)
+    else:
+        ignored = target == ignore_index
+        if target.device.type == "cpu":
+            reference.raise_outside(target, None, C, ignored)
+        bad, y = reference.outside(target, None, C, ignored), target.clamp(0, C - 1)
+    at_target = shard.mark(y[:, None])
+    maxima = z.new_full((2, N), -torch.inf)
+    if shard.width:  # NaN stays out of the reduction and is in the sums
+        for i, x in enumerate((z, t)):
+            maxima[i] = x.masked_fill(at_target | x.isnan(), -torch.inf).amax(1)
+    m, m_t = reference.finite_max(_all_reduce(maxima, dist.ReduceOp.MAX, shard.group))
+    rows = reference.DistillRows(z, t, at_target, m, m_t, temperature, form)
+    logits_of_target = [shard.pick(x, y[:, None])[:, 0] for x in (z, t)]
+    sums = _all_reduce(
+        torch.cat([rows.sums(), torch.stack(logits_of_target)]), dist.ReduceOp.SUM, shard.group
+    )
+    weights = (ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight)
+    ce, distillation, factors = rows.losses(sums[5], sums[6], sums[:5], sample_weight, *weights)
+    dz = rows.gradient(*factors) if with_grad else z.new_empty(0)
+    return reference.distill_results(
+        ce, distillation, dz, ignored, bad, ce_weight, reduction, logits.dtype, with_grad
+    )

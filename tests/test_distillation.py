@@ -1,0 +1,609 @@
+"""distillation_loss: the authors' outputs, the formulas again by autograd, what bites in published code."""
+
+from __future__ import annotations
+
+import golden_methods
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, error
+
+import zipfls_cuda as zls
+from zipfls_cuda import ops
+
+REDUCTIONS = ("mean", "sum", "none")
+TERMS = ("ce_weight", "kd_weight", "tckd_weight", "nckd_weight", "soft_target_weight")
+ALL = dict(zip(TERMS, (0.7, 0.3, 1.1, 2.0, 0.4), strict=True))
+
+
+@pytest.fixture(autouse=True)
+def _served(request):
+    """Skips the backends that have no kernel for it."""
+    if "backend" in request.fixturenames:
+        backend, device = request.getfixturevalue("backend"), request.getfixturevalue("device")
+        reason = ops.refusal(backend, "distill_fwd", device.type, torch.float32)
+        if reason:
+            pytest.skip(f"{backend}: {reason}")
+
+
+def make(N=5, C=9, dtype=torch.float32, device="cpu", scale=2.0):
+    """(logits, teacher, target)"""
+    g = torch.Generator().manual_seed(1)
+    z, t = (torch.randn(N, C, generator=g, dtype=torch.float64) * scale for _ in range(2))
+    return z.to(device, dtype), t.to(device, dtype), torch.randint(C, (N,), generator=g).to(device)
+
+
+def run(z, t, y, upstream=None, function=zls.distillation_loss, **options):
+    """(loss, gradient)"""
+    x = z.detach().clone().requires_grad_()
+    loss = function(x, t, y, **options)
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream)
+    return loss.detach(), x.grad
+
+
+def literal(
+    z, t, y, *, temperature=1.0, ce_weight=1.0, form="divergence", sample_weight=1.0, reduction="mean",
+    kd_weight=0.0, tckd_weight=0.0, nckd_weight=0.0, soft_target_weight=0.0,
+):  # fmt: skip
+    """The formulas as they are written, by softmax and autograd: for logits of a few units, in float64."""
+    kept = y != -100
+    onehot = F.one_hot(y.clamp(min=0), z.shape[1]).bool()
+    T = temperature
+
+    def divergence(q, p):
+        p, log_q = p.where(q > 0, 1.0), q.where(q > 0, 1.0).log() * (form == "divergence")
+        return (q * (log_q - p.log())).sum(1)
+
+    def two(x):
+        x = (x / T).softmax(1)
+        return torch.stack([x[onehot], x.masked_fill(onehot, 0).sum(1)], 1)
+
+    p, q = (z / T).softmax(1), (t / T).softmax(1)
+    p_hat, q_hat = ((x / T).masked_fill(onehot, -torch.inf).softmax(1) for x in (z, t))
+    ce = -z.log_softmax(1)[onehot]
+    loss = (ce_weight + soft_target_weight * t.softmax(1)[onehot]) * ce
+    distilled = kd_weight * divergence(q, p) + tckd_weight * divergence(two(t), two(z))
+    loss = (loss + T**2 * sample_weight * (distilled + nckd_weight * divergence(q_hat, p_hat))) * kept
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / kept.sum()}[reduction]
+
+
+# The authors' outputs -------------------------------------------------------------------------------------
+
+
+def options_of(meta, C, z, t, y):
+    """distillation_loss's options that give what the authors' function gives."""
+    p, function = meta["params"], meta["function"]
+    if function in ("mdistiller_kd", "zipfls_cskd"):
+        return {"temperature": p.get("temperature") or p["temp_factor"], "ce_weight": 0, "kd_weight": 1}
+    if function == "mdistiller_kd_total":
+        return {name: p[name] for name in ("temperature", "ce_weight", "kd_weight")}
+    if function == "cskd_step":
+        return {"temperature": p["temp"], "kd_weight": p["lamda"]}
+    if function.startswith("mdistiller_dkd"):
+        warm = min(p["epoch"] / p["warmup"], 1) if "warmup" in p else 1
+        return {
+            "temperature": p["temperature"],
+            "ce_weight": p.get("ce_weight", 0),
+            "tckd_weight": warm * p["alpha"],
+            "nckd_weight": warm * p["beta"],
+        }
+    if function == "nkd":
+        return {"temperature": p["temp"], "ce_weight": 0, "soft_target_weight": 1, "nckd_weight": p["gamma"],
+                "form": "cross_entropy"}  # fmt: skip
+    if function == "wsld":
+        ce, of_teacher = (
+            zls.distillation_loss(x, x, y, reduction="none", backend="reference") for x in (z, t)
+        )
+        weight = -torch.expm1(-ce / (of_teacher + 1e-7))
+        return {"temperature": p["temp"], "ce_weight": 0, "kd_weight": p["alpha"], "form": "cross_entropy",
+                "sample_weight": weight}  # fmt: skip
+    a = p["alpha"]  # Tf-KD: a mean over N * C
+    return {
+        "temperature": p["temperature"],
+        "ce_weight": 1 - a,
+        "kd_weight": a * p.get("multiplier", 1) / C,
+    }
+
+
+GOLDEN = golden_methods.cases(
+    "mdistiller_kd", "mdistiller_kd_total", "mdistiller_dkd", "mdistiller_dkd_total", "nkd", "wsld",
+    "zipfls_cskd", "cskd_step", "tfkd_self", "tfkd_kd",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("golden", GOLDEN, ids=str)
+def test_golden(backend, device, golden, dtype):
+    a = golden.inputs(dtype, device)
+    z, t, y = a["logits"], a["teacher"], a["target"]
+    options = options_of(golden.meta, z.shape[1], z, t, y)
+    loss, grad = run(z, t, y, backend=backend, **options)
+    golden.check("loss", loss)
+    golden.check("grad", grad)
+    if golden.meta["function"] in ("mdistiller_kd", "zipfls_cskd"):  # KL(q || p) knows no target
+        loss, grad = run(z, t, None, backend=backend, **options)
+        golden.check("loss", loss)
+        golden.check("grad", grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("golden", GOLDEN[:20], ids=str)
+def test_golden_of_16_bits(backend, device, golden, dtype):
+    """Against the float64 formula of the rounded inputs, within the rounding of the gradient."""
+    a = golden.inputs(dtype, device)
+    z, t, y = a["logits"], a["teacher"], a["target"]
+    options = options_of(golden.meta, z.shape[1], z.double(), t.double(), y)
+    loss, grad = run(z, t, y, backend=backend, **options)
+    expected, wide = run(z.double(), t.double(), y, backend="reference", **options)
+    scale = golden.meta["grad_scale"]
+    assert abs(loss.double() - expected) <= 1e-6 * max(golden.meta["loss_scale"], abs(expected))
+    eps = torch.finfo(dtype).eps / (1 if dtype == torch.float16 else 2)  # stored, then divided by N
+    allowed = wide.abs() * eps + 1e-6 * max(scale, wide.abs().max().item())
+    assert ((grad.double() - wide).abs() <= allowed).all()
+
+
+# The formulas, term by term -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["divergence", "cross_entropy"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("terms", [*({name: 1.3} for name in TERMS), ALL], ids=lambda x: "+".join(x))
+def test_formula(backend, device, terms, reduction, form):
+    for C, T in ((2, 4.0), (9, 1.0), (9, 2.5), (40, 4.0)):
+        z, t, y = make(6, C, torch.float64, device)
+        y[2] = -100
+        weight = torch.rand(6, dtype=torch.float64, device=device)
+        upstream = torch.rand(6 if reduction == "none" else (), dtype=torch.float64, device=device)
+        options = {"ce_weight": 0.0, **terms, "temperature": T, "form": form, "reduction": reduction}
+        for more in ({}, {"sample_weight": weight}):
+            loss, grad = run(z, t, y, upstream, backend=backend, **options, **more)
+            expected, wanted = run(z, t, y, upstream, function=literal, **options, **more)
+            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("teacher", DTYPES, ids=str)
+def test_dtypes(backend, device, dtype, teacher):
+    z, t, y = make(5, 30, torch.float64, device)
+    z, t = z.to(dtype), t.to(teacher)
+    loss, grad = run(z, t, y, temperature=2.0, backend=backend, **ALL)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert grad.dtype == dtype
+    assert grad.is_contiguous()
+    wide_t = t.double() if dtype == torch.float64 else t.float().double()
+    expected, wanted = run(z.double(), wide_t, y, function=literal, temperature=2.0, **ALL)
+    exact = dtype == torch.float64
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-12 if exact else 1e-6, atol=0)
+    eps = torch.finfo(dtype).eps
+    assert error(grad, wanted) <= (1e-12 if exact else eps * wanted.abs().max().item() + 2e-7)
+
+
+def test_gradcheck(backend, device):
+    z, t, y = make(4, 7, torch.float64, device)
+    y[3] = -100
+    for reduction in REDUCTIONS:
+        for form in ("divergence", "cross_entropy"):
+            options = {"temperature": 3.0, "form": form, "reduction": reduction, "backend": backend, **ALL}
+            f = lambda x, o=options: zls.distillation_loss(x, t, y, **o)  # noqa: E731
+            assert torch.autograd.gradcheck(f, (z.clone().requires_grad_(),))
+
+
+def test_parts(backend, device):
+    """loss = ce_weight * ce + distillation; the parts are detached, the cross-entropy is PyTorch's."""
+    z, t, y = make(device=device)
+    y[1] = -100
+    for reduction in REDUCTIONS:
+        x = z.clone().requires_grad_()
+        options = {"temperature": 2.0, "reduction": reduction, "backend": backend}
+        loss, ce, rest = zls.distillation_loss(x, t, y, return_parts=True, **options, **ALL)
+        assert [part.requires_grad for part in (loss, ce, rest)] == [True, False, False]
+        torch.testing.assert_close(ce, F.cross_entropy(z, y, reduction=reduction))
+        torch.testing.assert_close(loss.detach(), ALL["ce_weight"] * ce + rest)
+        alone = zls.distillation_loss(z, t, y, **options, **{**ALL, "ce_weight": 0})
+        torch.testing.assert_close(rest, alone)
+
+
+def test_kl_is_pytorchs(backend, device):
+    z, t, _ = make(dtype=torch.float64, device=device)
+    loss = zls.distillation_loss(z, t, None, ce_weight=0, kd_weight=1, temperature=3, backend=backend)
+    p, q = ((x / 3).log_softmax(1) for x in (z, t))
+    expected = 9 * F.kl_div(p, q, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_num_items(backend, device):
+    z, t, y = make(device=device)
+    whole = run(z, t, y, kd_weight=1.0, backend=backend)
+    for n in (5, torch.tensor(5)):
+        parts = [run(z[a], t[a], y[a], kd_weight=1.0, num_items=n, backend=backend)
+                 for a in (slice(2), slice(2, 5))]  # fmt: skip
+        torch.testing.assert_close(sum(part[0] for part in parts), whole[0])
+        torch.testing.assert_close(torch.cat([part[1] for part in parts]), whole[1])
+
+
+def test_ignored_samples(backend, device):
+    """Loss and gradient 0, whatever their rows hold; all ignored: as F.cross_entropy."""
+    z, t, y = make(device=device)
+    y[1] = -100
+    z[1, 0] = t[1, 3] = torch.nan
+    kept = torch.tensor([0, 2, 3, 4], device=device)
+    options = {"temperature": 2.0, "backend": backend, **ALL}
+    for reduction in REDUCTIONS:
+        loss, grad = run(z, t, y, reduction=reduction, **options)
+        expected, wanted = run(z[kept], t[kept], y[kept], reduction=reduction, **options)
+        torch.testing.assert_close(loss[kept] if reduction == "none" else loss, expected)
+        assert (loss[1] == 0) if reduction == "none" else True
+        torch.testing.assert_close(grad[kept], wanted)
+        assert (grad[1] == 0).all()
+        loss, grad = run(z, t, torch.full_like(y, -100), reduction=reduction, **options)
+        assert loss.isnan() if reduction == "mean" else (loss == 0).all()
+        assert (grad == 0).all()
+        loss, grad = run(z[:0], t[:0], y[:0], reduction=reduction, **options)
+        torch.testing.assert_close(loss, F.cross_entropy(z[:0], y[:0], reduction=reduction), equal_nan=True)
+        assert grad.shape == (0, 9)
+
+
+def test_target_out_of_range(backend, device):
+    z, t, y = make(device=device)
+    y[2] = 9
+    raising = device.type == "cpu" and backend != "triton"
+    if raising:
+        with pytest.raises(IndexError, match=r"target\[2\] = 9 is outside \[0, 9\)"):
+            zls.distillation_loss(z, t, y, backend=backend)
+        return
+    loss, grad = run(z, t, y, reduction="none", backend=backend, **ALL)
+    assert loss.isnan().tolist() == [i == 2 for i in range(5)]
+    assert grad[2].isnan().all()
+    assert grad[[0, 1, 3, 4]].isfinite().all()
+
+
+# What bites in published code -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("ahead", [100.0, 200.0, 800.0, 1500.0, 5000.0, -100.0, -1500.0])
+def test_the_target_far_ahead_or_behind(backend, device, ahead, dtype):
+    """No log of a probability that underflows (1), no large number in place of leaving the target out (2)."""
+    z, t, y = make(4, 9, torch.float64, device)
+    for far_z, far_t in ((ahead, 0.0), (0.0, ahead), (ahead, ahead * 0.9)):
+        x, s = (a.scatter_add(1, y[:, None], torch.full((4, 1), b, dtype=a.dtype, device=device)).to(dtype)
+                for a, b in ((z, far_z), (t, far_t)))  # fmt: skip
+        loss, grad = run(x, s, y, temperature=1.0, backend=backend, **ALL)
+        assert loss.isfinite()
+        assert grad.isfinite().all()
+        wide = run(x.double(), s.double(), y, temperature=1.0, backend=backend, **ALL)
+        nckd = {"ce_weight": 0, "nckd_weight": 1, "backend": backend}  # which the target has no part in
+        torch.testing.assert_close(
+            run(x, s, y, **nckd), run(x.scatter(1, y[:, None], 0), s.scatter(1, y[:, None], 0), y, **nckd)
+        )
+        torch.testing.assert_close(loss.double(), wide[0], rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(grad.double(), wide[1], rtol=2e-6, atol=1e-6)
+
+
+def test_classes_masked_in_both_rows(backend, device):
+    """They take no part (3): the result of the rows without them."""
+    z, t, y = make(4, 9, torch.float64, device)
+    y[:] = torch.tensor([0, 3, 4, 5], device=device)
+    kept = torch.tensor([0, 1, 3, 4, 5, 8], device=device)
+    masked = [2, 6, 7]
+    z[:, masked] = t[:, masked] = -torch.inf
+    for form in ("divergence", "cross_entropy"):
+        options = {"temperature": 2.0, "form": form, "backend": backend, **ALL}
+        loss, grad = run(z, t, y, **options)
+        expected, wanted = run(z[:, kept], t[:, kept], torch.searchsorted(kept, y), **options)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(grad[:, kept], wanted)
+        assert (grad[:, masked] == 0).all()
+
+
+def test_masked_targets_and_masked_rows(backend, device):
+    """-inf at the target, at all the others, in one row or both: 0 or +inf, and gradients that are finite."""
+    inf = torch.inf
+    z = torch.tensor([[-inf, 1, 2], [3, -inf, -inf], [1, 2, 3], [3, -inf, -inf], [-inf, 1, 2], [1, -inf, 3]])
+    t = torch.tensor([[-inf, 2, 1], [1, -inf, -inf], [3, -inf, -inf], [1, 2, 3], [1, 2, 3], [1, 2, 3.0]])
+    y, soft = torch.zeros(6, dtype=torch.int64), {"ce_weight": 0, "reduction": "none", "backend": backend}
+    z, t, y = z.to(device, torch.float64), t.to(device, torch.float64), y.to(device)
+    kl = (t.softmax(1) * (t.log_softmax(1) - z.log_softmax(1))).masked_fill(t == -inf, 0).sum(1)
+    loss, grad = run(z, t, y, kd_weight=1, **soft)
+    torch.testing.assert_close(loss, kl)
+    assert kl.isinf().tolist() == [False, False, False, True, True, True]
+    torch.testing.assert_close(grad, z.softmax(1) - t.softmax(1))
+    loss, grad = run(z, t, None, kd_weight=1, **soft)
+    torch.testing.assert_close(loss, kl)
+    torch.testing.assert_close(grad, z.softmax(1) - t.softmax(1))
+    loss, grad = run(z, t, y, tckd_weight=1, **soft)
+    assert loss.isinf().tolist() == [False, False, False, True, True, False]
+    assert (loss[:2] == 0).all()
+    assert grad.isfinite().all()
+    loss, grad = run(z, t, y, nckd_weight=1, **soft)
+    assert loss.isinf().tolist() == [False, False, False, True, False, True]
+    assert (loss[1:3] == 0).all(), "no class but the target, in one row or both"
+    assert (grad[1:3] == 0).all()
+    assert grad.isfinite().all()
+    loss, grad = run(z, t, y, soft_target_weight=1, **soft)
+    assert loss.isfinite().tolist() == [True, True, True, True, False, True]
+    assert grad.isfinite().all()
+
+
+def test_what_is_small_keeps_its_digits(backend, device):
+    """KD of confident networks at T = 1 in float32 (4): p and q agree to 2e-9 at the target."""
+    for ahead in (20.0, 25.0):
+        z, t, y = make(64, 100, torch.float32, device, scale=1.0)
+        x, s = (a.scatter(1, y[:, None], ahead) for a in (z, t))
+        loss, grad = run(x, s, y, ce_weight=0, kd_weight=1, backend=backend)
+        expected, wanted = run(x.double(), s.double(), y, ce_weight=0, kd_weight=1, backend="reference")
+        theirs = F.kl_div(x.log_softmax(1), s.softmax(1), reduction="batchmean")
+        assert abs(loss - expected) < 2e-6 * expected < abs(theirs - expected)
+        assert error(grad, wanted) < 2e-6 * wanted.abs().max()
+
+
+def test_two_classes(backend, device):
+    """NCKD is 0, and DKD is alpha T^2 TCKD (5)."""
+    for dtype in DTYPES:
+        z, t, y = make(6, 2, dtype, device, scale=4.0)
+        options = {"ce_weight": 0, "temperature": 4.0, "backend": backend}
+        loss, grad = run(z, t, y, nckd_weight=8, **options)
+        assert loss == 0
+        assert (grad == 0).all()
+        dkd = run(z, t, y, nckd_weight=8, tckd_weight=0.5, **options)
+        kd = run(z, t, y, kd_weight=0.5, **options)
+        torch.testing.assert_close(dkd, kd)
+
+
+def test_offsets_change_nothing(backend, device):
+    z, t, y = make(5, 30, torch.float64, device)
+    z, t = z.mul(64).round() / 64, t.mul(64).round() / 64  # exact at the offset too
+    expected = run(z.float(), t.float(), y, temperature=4.0, backend=backend, **ALL)
+    moved = run(z.float() + 1e4, t.float() - 1e4, y, temperature=4.0, backend=backend, **ALL)
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_nan_is_its_samples_alone(backend, device):
+    for where in ("logits", "teacher"):
+        z, t, y = make(device=device)
+        (z if where == "logits" else t)[2, 4] = torch.nan
+        loss, grad = run(z, t, y, reduction="none", temperature=2.0, backend=backend, **ALL)
+        assert loss.isnan().tolist() == [i == 2 for i in range(5)]
+        assert grad.isnan().any(1).tolist() == [i == 2 for i in range(5)]
+    torch.testing.assert_close(  # a teacher that no term asks for is not looked at
+        run(z, t, y, backend=backend), run(z, z, y, backend=backend)
+    )
+
+
+def test_sample_weight_of_zero(backend, device):
+    """It switches the distillation of a sample off, be it infinite."""
+    z, t, y = make(device=device)
+    z[2, (y[2] + 1) % 9] = -torch.inf
+    weight = torch.tensor([1.0, 1, 0, 1, 1], device=device)
+    options = {"kd_weight": 1.0, "reduction": "none", "backend": backend}
+    loss, grad = run(z, t, y, sample_weight=weight, **options)
+    plain, wanted = run(z, t, y, **options)
+    assert plain[2].isinf()
+    torch.testing.assert_close(loss[2], F.cross_entropy(z[2], y[2]))
+    torch.testing.assert_close(grad[2], z[2].softmax(0) - F.one_hot(y[2], 9))
+    rows = [0, 1, 3, 4]
+    assert torch.equal(loss[rows], plain[rows])
+    assert torch.equal(grad[rows], wanted[rows])
+
+
+def test_bitwise_repeatable_and_whatever_the_strides(backend, device):
+    z, t, y = make(64, 200, device=device)
+    weight = torch.rand(64, device=device)
+    options = {"temperature": 4.0, "reduction": "none", "backend": backend, **ALL}
+    first = run(z, t, y, sample_weight=weight, **options)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(run(z, t, y, sample_weight=weight, **options), first))
+    views = (z.T.contiguous().T, torch.stack([t, t], 2)[..., 0], y.repeat_interleave(2)[::2])
+    for i, view in enumerate(views):
+        args = [z, t, y]
+        args[i] = view
+        loss, grad = run(*args, sample_weight=torch.stack([weight, weight], 1)[:, 1], **options)
+        torch.testing.assert_close((loss, grad), first, rtol=1e-5, atol=1e-6)
+        assert grad.is_contiguous() or i == 0
+
+
+# As a part of PyTorch -------------------------------------------------------------------------------------
+
+
+def test_second_derivatives_and_forward_mode_raise(backend, device):
+    z, t, y = make(device=device)
+    f = lambda x: zls.distillation_loss(x, t, y, kd_weight=1.0, backend=backend)  # noqa: E731
+    x = z.clone().requires_grad_()
+    (g,) = torch.autograd.grad(f(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated again"):
+        g.pow(2).sum().backward()
+    with pytest.raises(RuntimeError, match="differentiated again"):
+        torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(z)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(f, (z,), (torch.ones_like(z),))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_transforms(backend, device, given):
+    """torch.func.vmap of grad: per-sample gradients, with and without a target and weights."""
+    z, t, y = make(device=device)
+    options = {"ce_weight": 0.5 * given, "kd_weight": 1.0, "temperature": 2.0, "backend": backend}
+    weight = torch.rand(5, device=device) if given else None
+
+    def per_sample(x, s, *more):
+        y, w = (a[None] for a in more) if given else (None, None)
+        return zls.distillation_loss(x[None], s[None], y, sample_weight=w, **options)
+
+    more = (y, weight) if given else ()
+    loss, grad = run(z, t, y if given else None, sample_weight=weight, reduction="none", **options)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(per_sample))(z, t, *more), grad)
+    torch.testing.assert_close(torch.func.vmap(per_sample)(z, t, *more), loss)
+    jacobian = torch.func.jacrev(lambda x: per_sample(x[0], t[0], *(a[0] for a in more)))(z)
+    torch.testing.assert_close(jacobian[0], grad[0])
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_compile_fullgraph_with_a_dynamic_batch(backend, device, given):
+    torch._dynamo.reset()
+    options = {"ce_weight": 0.5 * given, "kd_weight": 1.0, "temperature": 2.0, "backend": backend}
+
+    def f(x, t, y, w):
+        return zls.distillation_loss(x * 2, t, y, sample_weight=w, **options) * 3
+
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=True)
+    for N in (6, 4):
+        z, t, y = make(N, device=device)
+        y, w = (y, torch.rand(N, device=device)) if given else (None, None)
+        grads = []
+        for g in (f, compiled):
+            x = z.clone().requires_grad_()
+            loss = g(x, t, y, w)
+            loss.backward()
+            grads.append((loss.detach(), x.grad))
+        torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_inplace(backend, device):
+    """The same gradient in the memory of the logits; whoever needs them afterwards is told."""
+    for dtype in DTYPES:
+        for reduction in REDUCTIONS:
+            z, t, y = make(dtype=dtype, device=device)
+            options = {"reduction": reduction, "temperature": 2.0, "backend": backend, **ALL}
+            loss, grad = run(z, t, y, **options)
+            logits, seen = z.clone().requires_grad_() * 1, []
+            logits.register_hook(lambda g, seen=seen: seen.append(g.data_ptr()))
+            value = zls.distillation_loss(logits, t, y, inplace=True, **options)
+            assert torch.equal(logits, z)
+            value.sum().backward(retain_graph=True)
+            assert torch.equal(value, loss)
+            assert torch.equal(logits, grad)
+            assert seen == [logits.data_ptr()]
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                value.sum().backward()
+    with pytest.raises(ValueError, match="inplace needs logits that an operation made"):
+        zls.distillation_loss(z.clone().requires_grad_(), t, y, inplace=True, backend=backend)
+
+
+def test_no_gradient_reaches_the_teacher(backend, device):
+    z, t, y = make(device=device)
+    x, s = z.clone().requires_grad_(), t.clone().requires_grad_()
+    zls.distillation_loss(x, s, y, kd_weight=1.0, backend=backend).backward()
+    assert s.grad is None
+    with torch.no_grad():
+        assert not zls.distillation_loss(x, s, y, kd_weight=1.0, backend=backend).requires_grad
+    assert not zls.distillation_loss(z, s, y, kd_weight=1.0, backend=backend).requires_grad
+
+
+def test_float16_mean_does_not_underflow(backend, device):
+    z, t, y = make(64, 2000, torch.float16, device, scale=1.0)
+    x, wide = z.clone().requires_grad_(), z.double().requires_grad_()
+    options = {"kd_weight": 1.0, "temperature": 4.0}
+    (zls.distillation_loss(x, t, y, backend=backend, **options) * 65536).backward()
+    (zls.distillation_loss(wide, t, y, backend="reference", **options) * 65536).backward()
+    assert not ((x.grad == 0) & (wide.grad.abs() > 1e-3)).any()
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=2e-3, atol=1e-3)
+
+
+def test_backends_without_it():
+    """None serves in their place; named, they are refused by name."""
+    z, t, y = make()
+    for backend in zls.backends():
+        if ops.UNSERVED.get((backend, "distill_fwd"), ()) is None:
+            with pytest.raises(
+                RuntimeError, match=f"backend='{backend}' cannot serve this call: it has no kernel"
+            ):
+                zls.distillation_loss(z, t, y, backend=backend)
+            with zls.use_backend(backend), pytest.raises(RuntimeError, match=f"backend='{backend}' cannot"):
+                zls.distillation_loss(z, t, y)
+    torch.testing.assert_close(zls.distillation_loss(z, t, y), F.cross_entropy(z, y))
+
+
+X, T, Y = make()
+W = torch.ones(5)
+BAD = [
+    (lambda: zls.distillation_loss([1.0], T, Y), TypeError, "logits must be a torch.Tensor, got list"),
+    (lambda: zls.distillation_loss(X[:, :1], T, Y), ValueError, "logits must have at least 2 classes"),
+    (lambda: zls.distillation_loss(X, None, Y), TypeError, "teacher must be a torch.Tensor, got NoneType"),
+    (
+        lambda: zls.distillation_loss(X, T[:, :8], Y),
+        ValueError,
+        r"teacher must have the shape of logits, \(5, 9\), ",
+    ),
+    (lambda: zls.distillation_loss(X, T[0], Y), ValueError, r"teacher must .*got \(9,\)"),
+    (lambda: zls.distillation_loss(X, T.long(), Y), TypeError, "teacher must be float32"),
+    (
+        lambda: zls.distillation_loss(X, T.to("meta"), Y),
+        ValueError,
+        "teacher must be on the device of logits",
+    ),
+    (lambda: zls.distillation_loss(X, T, Y[:3]), ValueError, r"target must have shape \(5,\)"),
+    (lambda: zls.distillation_loss(X, T, T), ValueError, r"target must have shape \(5,\)"),
+    (lambda: zls.distillation_loss(X, T, Y.int()), TypeError, "target must be int64"),
+    (lambda: zls.distillation_loss(X, T, Y.to("meta")), ValueError, "target must be on the device of logits"),
+    (
+        lambda: zls.distillation_loss(X, T, None, kd_weight=1),
+        ValueError,
+        "target may be None with kd_weight alone, got None with ce_weight=1.0",
+    ),
+    (
+        lambda: zls.distillation_loss(X, T, None, ce_weight=0, soft_target_weight=2),
+        ValueError,
+        "got None with soft_target_weight=2",
+    ),
+    (lambda: zls.distillation_loss(X, T, Y, temperature=0), ValueError, "temperature must be > 0, got 0"),
+    (lambda: zls.distillation_loss(X, T, Y, temperature=-1), ValueError, "temperature must be > 0, got -1"),
+    (
+        lambda: zls.distillation_loss(X, T, Y, temperature=torch.nan),
+        ValueError,
+        "temperature must be finite, got nan",
+    ),
+    (
+        lambda: zls.distillation_loss(X, T, Y, temperature="4"),
+        TypeError,
+        "temperature must be a number, got str",
+    ),
+    *(
+        (
+            lambda name=name: zls.distillation_loss(X, T, Y, **{name: torch.inf}),
+            ValueError,
+            f"{name} must be finite",
+        )
+        for name in TERMS
+    ),
+    (
+        lambda: zls.distillation_loss(X, T, Y, form="kl"),
+        ValueError,
+        "form must be one of divergence, cross_entropy",
+    ),
+    (lambda: zls.distillation_loss(X, T, Y, reduction="avg"), ValueError, "reduction must be one of"),
+    (lambda: zls.distillation_loss(X, T, Y, ignore_index=1.5), TypeError, "ignore_index must be an int"),
+    (lambda: zls.distillation_loss(X, T, Y, num_items=0), ValueError, "num_items must be positive"),
+    (lambda: zls.distillation_loss(X, T, Y, backend="gpu"), ValueError, "backend must be None or one of"),
+    (
+        lambda: zls.distillation_loss(X, T, Y, sample_weight=W[:4]),
+        ValueError,
+        r"sample_weight must have shape \(5,\), .* got \(4,\)",
+    ),
+    (
+        lambda: zls.distillation_loss(X, T, Y, sample_weight=2.0),
+        TypeError,
+        "sample_weight must be a torch.Tensor",
+    ),
+    (
+        lambda: zls.distillation_loss(X, T, Y, sample_weight=W.long()),
+        TypeError,
+        "sample_weight must be float32",
+    ),
+    (
+        lambda: zls.distillation_loss(X, T, Y, sample_weight=W.to("meta")),
+        ValueError,
+        "sample_weight must be on the device",
+    ),
+    (
+        lambda: zls.distillation_loss(X, T, Y, sample_weight=W.clone().requires_grad_()),
+        RuntimeError,
+        "sample_weight must not require grad",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[m for _, _, m in BAD])
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
