@@ -23,6 +23,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 LOSS = ("tests/test_golden.py", "tests/test_loss.py", "tests/test_autograd.py", "tests/test_api.py")
 DISTILL = ("tests/test_distillation.py",)
+METHODS = ("tests/test_methods.py",)
 LABEL = ("tests/test_golden.py", "tests/test_label.py")
 VOTE = ("tests/test_vote.py",)
 
@@ -42,8 +43,34 @@ REFERENCE = "zipfls_cuda/reference.py"
 AUTOGRAD = "zipfls_cuda/autograd.py"
 LAWS = "zipfls_cuda/labels.py"
 TRITON = "zipfls_cuda/triton_kernels"
+MODULES, PAIRS, SNAPSHOTS = (
+    f"zipfls_cuda/methods/{name}.py" for name in ("distillation", "pairs", "snapshots")
+)
 
 MUTANTS = [
+    Mutant("DKD's warm-up from 0", MODULES, "(self.epoch + 1).double()", "self.epoch.double()", METHODS),
+    Mutant("Tf-KD without 1 / C", MODULES, " / max(logits.shape[-1], 1)", "", METHODS),
+    Mutant(
+        "MrKD's cross-entropy with every copy",
+        MODULES,
+        "target, kd_weight=kd_weight, temperature=T)",
+        "target, ce_weight=1 - self.alpha, kd_weight=kd_weight, temperature=T)",
+        METHODS,
+    ),
+    Mutant(
+        "partners of any class",
+        PAIRS,
+        "self._first + (share * self._size).long()",
+        "(share * M).long()",
+        METHODS,
+    ),
+    Mutant(
+        "the newest copy replaced",
+        SNAPSHOTS,
+        "(taken - 1) % len(self.copies)",
+        "taken % len(self.copies)",
+        METHODS,
+    ),
     Mutant("distillation without T squared", REFERENCE, "T * T * _times(", "T * _times(", DISTILL),
     Mutant("KL without 1 - q_y before NCKD", REFERENCE, "kd_weight * r_v)", "kd_weight)", DISTILL),
     Mutant(

@@ -346,6 +346,37 @@ def distillation_is_refused(rank, world):
     yield "dtensor", differs(f(sharded_z, sharded_t, y, kd_weight=1.0), expected, 1e-6, 1e-6)
 
 
+@check(2)
+def related_methods(rank, world):
+    """Under DDP: snapshots alike on all ranks and like those of one process; pairs that differ by rank."""
+    torch.manual_seed(3)
+    plain = nn.Linear(6, 4)
+    model = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    x, y = torch.randn(8, 6), torch.arange(8) % 4
+    results = []
+    for net, rows in ((plain, slice(None)), (model, slice(4 * rank, 4 * rank + 4))):
+        teacher = zls.methods.SnapshotTeacher(net, every=1, copies=2)
+        criterions = zls.methods.MrKDLoss(0.5, 2.0), zls.methods.DKDLoss(warmup_epochs=3)
+        for epoch in range(3):
+            criterions[1].set_epoch(epoch)
+            logits = net(x[rows])
+            loss = criterions[0](logits, teacher(x[rows]), y[rows])
+            net.zero_grad()
+            (loss + criterions[1](logits, logits.detach().flip(1), y[rows])).backward()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p -= 0.1 * p.grad
+            teacher.step()
+        results.append(torch.cat(teacher(x)))
+    yield "snapshots", differs(*results, 1e-5, 1e-6)
+    yield "alike", alike(results[1])
+    targets = torch.arange(20) % 3
+    firsts = torch.tensor([i for batch in zls.methods.PairSampler(targets, 5) for i in batch[:5]])
+    both = [torch.empty_like(firsts) for _ in range(2)]
+    dist.all_gather(both, firsts)
+    yield "pairs", "" if sorted(torch.cat(both).tolist()) == list(range(20)) else str(both)
+
+
 @check(2, 4)
 def loss_is_alike_and_repeats(rank, world):
     case = make(33, 1003, 49)

@@ -16,12 +16,13 @@ from zipfls_cuda import ops
 
 ROOT = Path(__file__).parent.parent
 ARROWS = {
-    "__init__": {"attach", "checks", "functional", "labels", "modules", "ops"},
+    "__init__": {"attach", "checks", "functional", "labels", "methods", "modules", "ops"},
     "__main__": {"", "check", "extension", "ops"},
     "check": {"", "check_rows", "expected", "ops"},
     "check_rows": {"", "expected", "functional", "ops"},
     "expected": set(),
     "attach": {"checks", "compiling", "functional"},
+    "methods": {"checks", "functional"},
     "modules": {"attach", "checks", "functional", "labels"},
     "functional": {"autograd", "checks", "labels", "ops", "scalars", "sharded"},
     "autograd": {"checks", "ops"},
@@ -60,9 +61,9 @@ def test_imports_follow_the_arrows():
     for path in package.glob("*.py"):
         extra = imports(path) - ARROWS[path.stem]
         assert not extra, f"{path.name} must not import {extra}"
-    for folder, outside in (("attach", ARROWS["attach"]), ("triton_kernels", set())):
+    for folder in ("attach", "methods", "triton_kernels"):
         for path in (package / folder).glob("*.py"):
-            extra = imports(path) - outside - {"", *(p.stem for p in path.parent.glob("*.py"))}
+            extra = imports(path) - ARROWS[folder] - {"", *(p.stem for p in path.parent.glob("*.py"))}
             assert not extra, f"{folder}/{path.name} must not import {extra}"
 
 

@@ -31,6 +31,9 @@ c: Tensor = zls.zipf_head_loss(torch.randn(2, 8, 4, 4), w, None, y, alpha=1.0)
 d: tuple[Tensor, Tensor, Tensor] = zls.zipf_head_loss(torch.randn(2, 8, 4, 4), w, None, y, return_parts=True)
 e: Tensor = zls.distillation_loss(z, z, y, kd_weight=0.5, temperature=4.0)
 f, _, _ = zls.distillation_loss(z, z, None, return_parts=True, ce_weight=0.0)
+kd: Tensor = zls.methods.KDLoss(temperature=4.0)(z, z, y)
+teacher = zls.methods.SnapshotTeacher(model, every=10)
+pairs = zls.methods.PairSampler(y, 128)
 plan: zls.Plan | None = handle.plan
 votes: Tensor = zls.dense_vote(torch.randn(2, 8, 4, 4), w)
 alpha, intercept = zls.fit_zipf(torch.rand(3, 5))
@@ -47,6 +50,7 @@ WRONG = {
     "h: tuple[Tensor, Tensor, Tensor] = zls.zipf_cross_entropy(z, y)": "Incompatible types",
     "i: Tensor = zls.zipf_cross_entropy(z, y, return_parts=True)": "Incompatible types",
     "zls.distillation_loss(z, z, y, kd_wieght=0.1)": "kd_wieght",
+    "zls.methods.DKDLoss(warmup=3)": "warmup",
     "g: tuple[Tensor, Tensor, Tensor] = zls.distillation_loss(z, z, y)": "Incompatible types",
     "zls.ZipfLoss(votes=model)": "incompatible type",
     'zls.zipf_cross_entropy(z, y, alpha="1")': "zipf_cross_entropy",

@@ -6,6 +6,7 @@ with _warnings.catch_warnings():  # torch says at its import that NumPy is missi
     _warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch as _torch  # noqa: F401
 
+from . import methods as methods
 from .attach import Handle, Plan, attach, detach
 from .checks import check_inputs
 from .functional import (

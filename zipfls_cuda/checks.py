@@ -257,15 +257,29 @@ def distillation_inputs(
     return t
 
 
-def distillation_options(weights: dict[str, float], temperature: float, form: str) -> tuple[float | str, ...]:
-    """The ``weights`` of the terms in their order, then ``temperature`` and ``form``."""
+def temperature(x: float) -> float:
+    """``temperature`` > 0."""
+    x = float(number("temperature", x))
+    if x <= 0:
+        raise ValueError(f"temperature must be > 0, got {x:g}")
+    return x
+
+
+def count(name: str, x: int, low: int) -> int:
+    """A whole number that is not below ``low``."""
+    x = scalars.integer(name, x)
+    if x < low:
+        raise ValueError(f"{name} must be at least {low}, got {x}")
+    return x
+
+
+def distillation_options(weights: dict[str, float], T: float, form: str) -> tuple[float | str, ...]:
+    """The ``weights`` of the terms in their order, then ``T``, the temperature, and ``form``."""
     weights = {name: float(number(name, x)) for name, x in weights.items()}
-    temperature = float(number("temperature", temperature))
-    if temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {temperature!r}")
+    T = temperature(T)
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    return *weights.values(), temperature, form
+    return *weights.values(), T, form
 
 
 def target_or_none(t: Tensor | None, weights: dict[str, float]) -> None:
