@@ -87,9 +87,7 @@ MUTANTS = [
         "(q * ratio)",
         DISTILL,
     ),
-    Mutant(
-        "log odds in float32", REFERENCE, "z_y.double() - self.m, t_y.double()", "z_y - self.m, t_y", DISTILL
-    ),
+    Mutant("log odds in float32", REFERENCE, "(x.double().masked_fill(", "(x.masked_fill(", DISTILL),
     Mutant("TCKD left out of the gradient", REFERENCE, "(beta + alpha * (r_u - r_v))", "beta", DISTILL),
     Mutant("soft target at T", REFERENCE, "torch.sigmoid(t_y - f_1.log())", "torch.sigmoid(v)", DISTILL),
     Mutant(

@@ -585,7 +585,8 @@ class DistillRows(NamedTuple):
         """
         T, dtype = self.temperature, z_y.dtype
         e_T, e_1, f_T, f_1, d = sums.double().unbind()
-        z_y, t_y = z_y.double() - self.m, t_y.double() - self.m_t
+        z_y, t_y = (x.double().masked_fill(x == torch.inf, torch.nan) for x in (z_y, t_y))
+        z_y, t_y = z_y - self.m, t_y - self.m_t
         u, v, u_1 = z_y / T - e_T.log(), t_y / T - f_T.log(), z_y - e_1.log()
         zero = torch.zeros_like(z_y)
         one = torch.ones_like(z_y)  # a sum is 0 where all its classes are -inf, and otherwise not below 1
