@@ -73,16 +73,26 @@ inline void check_type(const at::Tensor& x, const char* name, at::ScalarType typ
   TORCH_CHECK_TYPE(x.scalar_type() == type, name, " must be ", type, ", got ", x.scalar_type());
 }
 
+/// logits (N, C); returns N.
+inline int64_t check_logits(const at::Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (N, C), got ", logits.sizes());
+  check_float(logits, "logits");
+  check_num_classes(logits.size(1));
+  return logits.size(0);
+}
+
+inline void check_reduction(std::string_view reduction) {
+  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "none" || reduction == "sum",
+                    "reduction must be mean, sum or none, got ", reduction);
+}
+
 /// logits (N, C); target (N,) int64 or (N, C); log_mass, weight and probabilities in the
 /// accumulation type.
 inline void check_loss(const at::Tensor& logits, const at::Tensor& target,
                        const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
                        const std::optional<at::Tensor>& weight, std::string_view reduction) {
-  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (N, C), got ", logits.sizes());
-  check_float(logits, "logits");
-  const int64_t N = logits.size(0), C = logits.size(1);
+  const int64_t N = check_logits(logits), C = logits.size(1);
   const auto type = accumulation_type(logits.scalar_type());
-  check_num_classes(C);
   if (target.dim() == 2) {
     TORCH_CHECK_VALUE(target.sizes() == logits.sizes(), "target must have shape (", N, ", ", C,
                       "), got ", target.sizes());
@@ -104,8 +114,33 @@ inline void check_loss(const at::Tensor& logits, const at::Tensor& target,
     check_type(*weight, "weight", type);
     check_same_device(*weight, "weight", logits);
   }
-  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "none" || reduction == "sum",
-                    "reduction must be mean, sum or none, got ", reduction);
+  check_reduction(reduction);
+}
+
+/// logits, teacher (N, C); target (N,) int64 or none; sample_weight (N,) in the accumulation type.
+inline void check_distill(const at::Tensor& logits, const at::Tensor& teacher,
+                          const std::optional<at::Tensor>& target,
+                          const std::optional<at::Tensor>& sample_weight, double temperature,
+                          std::string_view form, std::string_view reduction) {
+  const int64_t N = check_logits(logits);
+  check_float(teacher, "teacher");
+  TORCH_CHECK_VALUE(teacher.sizes() == logits.sizes(), "teacher must have shape ", logits.sizes(),
+                    ", got ", teacher.sizes());
+  check_same_device(teacher, "teacher", logits);
+  if (target.has_value()) {
+    check_target(*target, N);
+    check_same_device(*target, "target", logits);
+  }
+  if (sample_weight.has_value()) {
+    TORCH_CHECK_VALUE(sample_weight->dim() == 1 && sample_weight->size(0) == N,
+                      "sample_weight must have shape (", N, ",), got ", sample_weight->sizes());
+    check_type(*sample_weight, "sample_weight", accumulation_type(logits.scalar_type()));
+    check_same_device(*sample_weight, "sample_weight", logits);
+  }
+  TORCH_CHECK_VALUE(temperature > 0, "temperature must be > 0, got ", temperature);
+  TORCH_CHECK_VALUE(form == "divergence" || form == "cross_entropy",
+                    "form must be divergence or cross_entropy, got ", form);
+  check_reduction(reduction);
 }
 
 /// For what is written in place.

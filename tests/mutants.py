@@ -370,6 +370,27 @@ MUTANTS = [
                 ("tests/test_soft.py",),
             ),
             (
+                "a class without mass in the distillation",
+                "cpu/distill_kernel.h",
+                "x[2] > A(0) ? x[2] * (entropy * dt - dz) : V{}",
+                "x[2] * (entropy * dt - dz)",
+                DISTILL,
+            ),
+            (
+                "the fourth power as the square",
+                "cpu/distill_kernel.h",
+                "kPower == 2 ? y : y * y",
+                "y",
+                DISTILL,
+            ),
+            (
+                "an ignored sample's gradient",
+                "cpu/distill_kernel.h",
+                "if (grad_row != nullptr) __builtin_memset",
+                "if (false) __builtin_memset",
+                DISTILL,
+            ),
+            (
                 "exponentials over the logits",
                 "cpu/loss_kernel.h",
                 "static_cast<const void*>(out) != static_cast<const void*>(z)",

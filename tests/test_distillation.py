@@ -164,6 +164,32 @@ def test_formula(backend, device, terms, reduction, form):
             torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.interpreted(1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_width(backend, device, dtype):
+    """Rows of any length that start anywhere, at every T that has a path of its own, against float64."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    ways = itertools.cycle(
+        itertools.product((1.0, 2.0, 4.0, 1.5), REDUCTIONS, ("divergence", "cross_entropy"))
+    )
+    for C in (*range(2, 36), 63, 64, 65, 127, 300, 1003, 33003):
+        T, reduction, form = next(ways)
+        z, t, y = make(5, C + 2, torch.float64, device, scale=4.0)
+        z, t, y = z.to(dtype)[:, 1 : C + 1], t.to(dtype if C % 2 else wide)[:, 2:], y % C
+        y[1], y[3] = C - 1, -100
+        z[2, 0] = t[2, 0] = -torch.inf if y[2] else 0.0
+        weight = torch.rand(5, device=device, dtype=wide) if C % 3 else None
+        options = {"temperature": T, "reduction": reduction, "form": form, **ALL}
+        loss, grad = run(z, t, y, sample_weight=weight, backend=backend, **options)
+        weight = None if weight is None else weight.double()
+        expected, exact = run(z.double(), t.double(), y, sample_weight=weight, backend="reference", **options)
+        size = max(1.0, T) ** 2 * max(1.0, expected.abs().max().item())
+        assert error(loss, expected) <= 16 * torch.finfo(wide).eps * size, (C, T, reduction, form)
+        size = max(1.0, T) * sum(ALL.values()) * torch.finfo(wide).eps * (1 if reduction != "mean" else 0.25)
+        stored = 2 * torch.finfo(dtype).eps * exact.abs().max().item()
+        assert error(grad, exact) <= 16 * size + stored, (C, T, reduction, form)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("teacher", DTYPES, ids=str)
 def test_dtypes(backend, device, dtype, teacher):
@@ -395,8 +421,12 @@ def test_bitwise_repeatable_and_whatever_the_strides(backend, device):
     weight = torch.rand(64, device=device)
     options = {"temperature": 4.0, "reduction": "none", "backend": backend, **ALL}
     first = run(z, t, y, sample_weight=weight, **options)
-    for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(run(z, t, y, sample_weight=weight, **options), first))
+    threads = torch.get_num_threads()
+    for n in (1, 2, threads):
+        torch.set_num_threads(n)
+        again = run(z, t, y, sample_weight=weight, **options)
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
     views = (z.T.contiguous().T, torch.stack([t, t], 2)[..., 0], y.repeat_interleave(2)[::2])
     for i, view in enumerate(views):
         args = [z, t, y]
@@ -479,6 +509,17 @@ def test_inplace(backend, device):
             assert seen == [logits.data_ptr()]
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 value.sum().backward()
+    for teacher in (
+        lambda x: x,
+        lambda x: x[:1].expand_as(x),
+        lambda x: x.view(-1)[9:].repeat(2)[:45].view(5, 9),
+    ):
+        expected = run(z, teacher(z), y, backend=backend, **ALL)[1]
+        logits = z.clone().requires_grad_() * 1
+        zls.distillation_loss(
+            logits, teacher(logits.detach()), y, inplace=True, backend=backend, **ALL
+        ).backward()
+        assert torch.equal(logits, expected), "a teacher in the memory of the logits"
     with pytest.raises(ValueError, match="inplace needs logits that an operation made"):
         zls.distillation_loss(z.clone().requires_grad_(), t, y, inplace=True, backend=backend)
 
@@ -501,6 +542,25 @@ def test_float16_mean_does_not_underflow(backend, device):
     (zls.distillation_loss(wide, t, y, backend="reference", **options) * 65536).backward()
     assert not ((x.grad == 0) & (wide.grad.abs() > 1e-3)).any()
     torch.testing.assert_close(x.grad.double(), wide.grad, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.skipif("cpu" not in zls.backends(), reason="the C++ extension is not built")
+def test_operators_guard_memory():
+    z, t, y = make()
+    w, tail = torch.rand(5), (1.0, 1.0, 0.0, 0.0, 0.0, 2.0, "divergence", -100, "mean")
+    bad = [
+        (z[0], t, y, w), (z, t[:, :8], y, w), (z, t[:4], y, w), (z, t, y[:4], w), (z, t, y.int(), w),
+        (z, t, y, w[:4]), (z, t, y, w.double()), (z.long(), t, y, w),
+        (z, t.long(), y, w), (z, t, y + 9, w), (z, t, y - 9, w),
+    ]  # fmt: skip
+    for args in bad:
+        with pytest.raises((ValueError, TypeError, IndexError)):
+            ops.OPERATORS["distill_fwd", "cpu"](*args, *tail, True)
+    for options in (("kl", -100, "mean"), ("divergence", -100, "avg")):
+        with pytest.raises(ValueError, match="must be"):
+            ops.OPERATORS["distill_fwd", "cpu"](z, t, y, w, *tail[:6], *options, True)
+    with pytest.raises(ValueError, match="logits must be contiguous"):
+        ops.OPERATORS["distill_grad_", "cpu"](torch.randn(5, 18)[:, ::2], t, y, w, *tail)
 
 
 def test_backends_without_it():

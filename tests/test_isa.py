@@ -60,6 +60,29 @@ def losses(backend: str, dtype: torch.dtype, computed: torch.dtype, inplace: boo
     return found
 
 
+def distilled(backend: str, dtype: torch.dtype, computed: torch.dtype) -> list[torch.Tensor]:
+    """loss, ce, distillation, gradient at every T that has a path of its own, with and without a target."""
+    found = []
+    wide = torch.float64 if computed == torch.float64 else torch.float32
+    for i, C in enumerate(CLASSES):
+        case, teacher = make(5, C, dtype=dtype, seed=C), make(5, C, dtype=dtype, seed=C + 1).logits
+        case.target[1] = -100
+        options = {"temperature": (1.0, 2.0, 4.0, 3.0)[i % 4], "reduction": ("mean", "sum", "none")[i % 3]}
+        every = dict.fromkeys(
+            ("ce_weight", "kd_weight", "tckd_weight", "nckd_weight", "soft_target_weight"), 0.5
+        )
+        for target, more in ((case.target, every), (None, {"ce_weight": 0.0, "kd_weight": 1.0})):
+            x = case.logits.to(computed).detach().clone().requires_grad_()
+            t = teacher.to(computed if i % 2 else wide)
+            parts = zls.distillation_loss(
+                x, t, target, form=("divergence", "cross_entropy")[i % 2], return_parts=True, backend=backend,
+                **options, **more,
+            )  # fmt: skip
+            parts[0].sum().backward()
+            found += [*(p.detach() for p in parts), x.grad]
+    return found
+
+
 def labels(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
     found = []
     for i, C in enumerate(CLASSES):
@@ -92,6 +115,7 @@ def everything(path: str) -> None:
     found |= {
         f"losses {dtype} {i}": losses("cpu", dtype, dtype, i) for dtype in DTYPES for i in (False, True)
     }
+    found |= {f"distilled {dtype}": distilled("cpu", dtype, dtype) for dtype in DTYPES}
     found |= {f"labels {dtype}": labels("cpu", dtype) for dtype in (torch.float32, torch.float64)}
     torch.save(found, path)
 
@@ -103,6 +127,7 @@ def expected() -> dict[str, list[torch.Tensor]]:
     for dtype in DTYPES:
         found[f"losses {dtype}"] = losses("reference", dtype, torch.float64, False)
         found[f"plain losses {dtype}"] = losses("reference", dtype, dtype, False)
+        found[f"distilled {dtype}"] = distilled("reference", dtype, torch.float64)
     return found
 
 
@@ -131,6 +156,15 @@ def test_every_instruction_set(isa, tmp_path, expected):
     for dtype, roundings in ((torch.float32, 8), (torch.float64, 128)):  # the second: the reference's own
         for got, exact in zip(found[f"labels {dtype}"], expected["labels"], strict=True):
             torch.testing.assert_close(got.double(), exact, rtol=roundings * torch.finfo(dtype).eps, atol=0)
+    for dtype in DTYPES:
+        for i, (got, exact) in enumerate(
+            zip(found[f"distilled {dtype}"], expected[f"distilled {dtype}"], strict=True)
+        ):
+            wide, size = torch.promote_types(dtype, torch.float32), max(1.0, exact.abs().max().item())
+            budget = (
+                128 * torch.finfo(wide).eps * size + 2 * torch.finfo(got.dtype).eps * exact.abs().max().item()
+            )
+            assert error(got, exact) <= budget, (dtype, i)
     names = ("loss", "ce", "zipf", "gradient")
     for dtype, inplace in itertools.product(DTYPES, (False, True)):
         results = found[f"losses {dtype} {inplace}"], expected[f"losses {dtype}"]
@@ -148,6 +182,9 @@ def test_every_instruction_set(isa, tmp_path, expected):
 @instruction_sets
 def test_suite_over_every_instruction_set(isa):
     """What the suite asks of the CPU kernels."""
-    files = [TESTS / f"test_{name}.py" for name in ("golden", "loss", "soft", "label", "vote", "inplace")]
+    files = [
+        TESTS / f"test_{name}.py"
+        for name in ("golden", "loss", "soft", "label", "vote", "inplace", "distillation")
+    ]
     done = forced(isa, "-m", "pytest", "--backend", "cpu", "-p", "no:cacheprovider", *map(str, files))
     assert done.returncode == 0, done.stdout[-5000:]

@@ -118,7 +118,7 @@ STAGES = tuple(SCHEMAS)
 # What a backend has no kernel for: (backend, stage) -> dtypes, or None for all of them.
 UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...] | None] = {
     ("cuda", "vote_fwd"): (torch.float64,),
-    **{(b, s): None for b in ("cuda", "triton", "cpu") for s in ("distill_fwd", "distill_grad_")},
+    **{(b, s): None for b in ("cuda", "triton") for s in ("distill_fwd", "distill_grad_")},
 }
 
 

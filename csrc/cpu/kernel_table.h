@@ -2,6 +2,7 @@
 // it.
 #pragma once
 
+#include "distill_kernel.h"
 #include "label_kernel.h"
 #include "loss_kernel.h"
 #include "soft_loss_kernel.h"
@@ -18,6 +19,10 @@ constexpr Kernels table(const char* name) {
       name,
       ZIPFLS_EVERY_TYPE(loss_fwd_kernel),
       ZIPFLS_EVERY_TYPE(soft_loss_fwd_kernel),
+      {distill_fwd_kernel<float, float>, distill_fwd_kernel<double, double>,
+       distill_fwd_kernel<bfloat16, bfloat16>, distill_fwd_kernel<float16, float16>},
+      {distill_fwd_kernel<float, float>, distill_fwd_kernel<double, double>,
+       distill_fwd_kernel<bfloat16, float>, distill_fwd_kernel<float16, float>},
       ZIPFLS_EVERY_TYPE(is_correct),
       ZIPFLS_EVERY_TYPE(scale_kernel),
       rank_row,

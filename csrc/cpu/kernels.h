@@ -76,6 +76,29 @@ struct LossFwd {
   double* zipf_rows;       // (N,) float64, unscaled
 };
 
+/// distill_fwd: one call serves rows [begin, end).
+struct DistillFwd {
+  int64_t C;
+  const void* logits;      // (N, C) T
+  int64_t logits_stride;   // elements from row to row
+  const void* teacher;     // (N, C) T or A
+  int64_t teacher_stride;  // elements from row to row
+  const int64_t* target;   // (N,) in [0, C) or ignore_index; null: the teacher's largest class
+  int64_t ignore_index;
+  const void* sample_weight;  // (N,) A, or null
+  double ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight;
+  double temperature;
+  bool cross_entropy;  // without the teacher's entropies
+  double factor;       // what the gradient of a row is multiplied with
+  void* grad;          // (N, C) T, contiguous; null: not wanted
+  double* ce_rows;     // (N,) float64, unweighted
+  double* rest_rows;   // (N,) float64, the loss but for ce_weight * CE
+
+  /// Whether the cross-entropy is wanted, and whether one of the terms at T is.
+  bool hard() const { return ce_weight != 0 || soft_target_weight != 0; }
+  bool distils() const { return kd_weight != 0 || tckd_weight != 0 || nckd_weight != 0; }
+};
+
 /// One table for each instruction set. A function that returns bool tells whether all votes were
 /// below C.
 struct Kernels {
@@ -83,6 +106,9 @@ struct Kernels {
   /// loss and gradient of rows [begin, end), for a target of classes and of probabilities.
   bool (*loss_fwd[kDtypes])(const LossFwd&, const Scratch&, int64_t begin, int64_t end);
   bool (*soft_loss_fwd[kDtypes])(const LossFwd&, const Scratch&, int64_t begin, int64_t end);
+  /// Distillation; teacher in the logits' type, and in the arithmetic's.
+  void (*distill_fwd[kDtypes])(const DistillFwd&, const Scratch&, int64_t begin, int64_t end);
+  void (*distill_fwd_wide[kDtypes])(const DistillFwd&, const Scratch&, int64_t begin, int64_t end);
   /// Whether the target has the largest logit of its row (lowest index on ties).
   bool (*is_correct[kDtypes])(const void* row, int64_t C, int64_t y);
   /// out = in * scale, n elements, the product in A; in == out is allowed.

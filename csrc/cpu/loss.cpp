@@ -1,5 +1,6 @@
 // loss_fwd, loss_grad_, loss_bwd, loss_bwd_: cross-entropy and the Zipf term with their gradient,
-// for a target of classes (N,) or of probabilities (N, C).
+// for a target of classes (N,) or of probabilities (N, C). distill_fwd, distill_grad_:
+// cross-entropy and distillation from a teacher's logits.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -242,6 +243,93 @@ at::Tensor loss_grad__cpu(at::Tensor& logits, const at::Tensor& target,
                                reduction));
 }
 
+/// reference.distill_fwd on CPU tensors; grad as of loss_into.
+Parts distill_into(const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& teacher,
+                   const std::optional<at::Tensor>& target,
+                   const std::optional<at::Tensor>& sample_weight, double ce_weight,
+                   double kd_weight, double tckd_weight, double nckd_weight,
+                   double soft_target_weight, double temperature, std::string_view form,
+                   int64_t ignore_index, std::string_view reduction) {
+  check_distill(logits, teacher, target, sample_weight, temperature, form, reduction);
+  const int64_t N = logits.size(0), C = logits.size(1);
+  const auto type = accumulation_type(logits.scalar_type());
+  const bool mean = reduction == "mean", with_grad = grad.dim() == 2;
+  const bool same_type = teacher.scalar_type() == logits.scalar_type();
+
+  const Dtype dtype = dtype_of(logits);
+  const at::Tensor z = with_contiguous_rows(logits);
+  const at::Tensor t = with_contiguous_rows(same_type ? teacher : teacher.to(type));
+  const at::Tensor y = target.has_value() ? target->contiguous() : at::Tensor();
+  const at::Tensor w = sample_weight.has_value() ? sample_weight->contiguous() : at::Tensor();
+  int64_t samples = N;
+  if (target.has_value()) {
+    const Totals totals = total(y.const_data_ptr<int64_t>(), N, C, ignore_index, std::nullopt);
+    if (!totals.inside) raise_outside(&y, nullptr, C, &ignore_index);
+    samples = totals.samples;
+  }
+  const double mean_scale = mean ? 1 / static_cast<double>(samples) : 1.0;
+  const double scale = held_back(mean_scale, logits.scalar_type(), mean, with_grad);
+  const auto row_losses = std::make_unique_for_overwrite<double[]>(2 * N);  // (2, N) float64
+
+  DistillFwd a{};
+  a.C = C;
+  a.logits = z.const_data_ptr();
+  a.logits_stride = z.stride(0);
+  a.teacher = t.const_data_ptr();
+  a.teacher_stride = t.stride(0);
+  a.target = y.defined() ? y.const_data_ptr<int64_t>() : nullptr;
+  a.ignore_index = ignore_index;
+  a.sample_weight = w.defined() ? w.const_data_ptr() : nullptr;
+  a.ce_weight = ce_weight;
+  a.kd_weight = kd_weight;
+  a.tckd_weight = tckd_weight;
+  a.nckd_weight = nckd_weight;
+  a.soft_target_weight = soft_target_weight;
+  a.temperature = temperature;
+  a.cross_entropy = form == "cross_entropy";
+  a.factor = mean_scale / scale;
+  a.grad = with_grad ? grad.mutable_data_ptr() : nullptr;
+  a.ce_rows = row_losses.get();
+  a.rest_rows = row_losses.get() + N;
+  const auto kernel = same_type ? kernels().distill_fwd[dtype] : kernels().distill_fwd_wide[dtype];
+  at::parallel_for(0, N, grain(3 * C, 0), [&](int64_t begin, int64_t end) {
+    kernel(a, thread_scratch().get(C, 0, type == at::kDouble ? 8 : 4, false), begin, end);
+  });
+
+  const auto options = logits.options().dtype(type);
+  auto [loss, ce, rest] =
+      reduce_parts({a.ce_rows, ce_weight, mean_scale}, {a.rest_rows, 1, mean_scale}, N,
+                   reduction == "none", options);
+  return {loss, ce, rest, grad,
+          grad_scale_of(scale, logits.scalar_type(), mean, with_grad, options)};
+}
+
+Parts distill_fwd_cpu(const at::Tensor& logits, const at::Tensor& teacher,
+                      const std::optional<at::Tensor>& target,
+                      const std::optional<at::Tensor>& sample_weight, double ce_weight,
+                      double kd_weight, double tckd_weight, double nckd_weight,
+                      double soft_target_weight, double temperature, std::string_view form,
+                      int64_t ignore_index, std::string_view reduction, bool with_grad) {
+  return distill_into(gradient_like(logits, with_grad), logits, teacher, target, sample_weight,
+                      ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight,
+                      temperature, form, ignore_index, reduction);
+}
+
+/// As reference.distill_grad_. A teacher in the logits' memory is copied: its rows may be other
+/// ones.
+at::Tensor distill_grad__cpu(at::Tensor& logits, const at::Tensor& teacher,
+                             const std::optional<at::Tensor>& target,
+                             const std::optional<at::Tensor>& sample_weight, double ce_weight,
+                             double kd_weight, double tckd_weight, double nckd_weight,
+                             double soft_target_weight, double temperature, std::string_view form,
+                             int64_t ignore_index, std::string_view reduction) {
+  check_contiguous(logits, "logits");
+  return std::get<4>(distill_into(logits, logits,
+                                  teacher.is_alias_of(logits) ? teacher.clone() : teacher, target,
+                                  sample_weight, ce_weight, kd_weight, tckd_weight, nckd_weight,
+                                  soft_target_weight, temperature, form, ignore_index, reduction));
+}
+
 /// out = in * grad_loss * grad_scale, row by row. in and out may be one tensor, which a scale of 1
 /// leaves alone. One read and one write of the gradient.
 ///
@@ -303,6 +391,8 @@ void loss_bwd__cpu(at::Tensor& grad, const at::Tensor& grad_loss, const at::Tens
 TORCH_LIBRARY_IMPL(zipfls, CPU, m) {
   m.impl("loss_fwd", loss_fwd_cpu);
   m.impl("loss_grad_", loss_grad__cpu);
+  m.impl("distill_fwd", distill_fwd_cpu);
+  m.impl("distill_grad_", distill_grad__cpu);
   m.impl("loss_bwd", loss_bwd_cpu);
   m.impl("loss_bwd_", loss_bwd__cpu);
 }
