@@ -151,7 +151,7 @@ ZIPFLS_INLINE void distill_row(const DistillFwd& a, const Scratch& scratch, int6
     if (kPower == 0 && hard) store(p_1 + c, x[1]);
   });
 
-  // A largest logit is no number to add to NaN: the other losses' answer to +inf.
+  // +inf at the target makes the sample NaN, as it does elsewhere in the row.
   auto above = [](double x, double largest) __attribute__((always_inline)) {
     return x == INFINITY ? static_cast<double>(NAN) : x - largest;
   };

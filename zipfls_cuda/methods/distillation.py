@@ -157,8 +157,8 @@ class DKDLoss(DistillationModule):
                     f"DKDLoss has warmup_epochs={self.warmup_epochs:g} and set_epoch was never called: call "
                     "criterion.set_epoch(epoch), from 0, at the start of every epoch, or give warmup_epochs=0"
                 )
-            warm = ((self.epoch + 1).double() / self.warmup_epochs).clamp(max=1).expand(logits.shape[:1])
-            warm = warm.to(logits.device)
+            warm = ((self.epoch + 1).double() / self.warmup_epochs).clamp(max=1)
+            warm = warm.to(logits.device).expand(logits.shape[:1])
         return self.loss(
             logits, teacher, target, ce_weight=self.ce_weight, tckd_weight=self.alpha, nckd_weight=self.beta,
             temperature=self.temperature, sample_weight=warm,
