@@ -360,6 +360,13 @@ def test_long_rows(drivers, tmp_path, dtype):
         case = make(2, C, P, kind=kind, dtype=dtype)
         for kernel, threads, cluster in [(BLOCK, 64, 1), (CLUSTER, 32, 4 if C > 2500 else 8), (LONG, 512, 1)]:
             calls.append((case, {"shape": (kernel, threads, cluster), "label_smoothing": 0.1}))
+    vector = 16 // dtype.itemsize
+    ragged = make(3, 1600 * vector + 1, 20, dtype=dtype)  # 4 vectors a thread at once, up to a part of one
+    ragged.target[1], ragged.logits[1, 700:] = -100, torch.nan
+    for phase in (0, dtype.itemsize):
+        calls += [
+            (ragged, {"shape": (LONG, 512, 1), "phase": phase, "reduction": r}) for r in ("mean", "none")
+        ]
     masked = make(2, 5000, 30, dtype=dtype)
     masked.target[:] = 4990
     masked.logits[:, :4500] = -torch.inf  # whole warps and blocks of nothing but -inf
@@ -472,6 +479,18 @@ def test_out_of_range(drivers, tmp_path, argument, row, bad):
         if i < 5:
             torch.testing.assert_close(loss[good], expected[0][good])
             torch.testing.assert_close(grad[good], expected[3][good])
+
+
+def test_out_of_range_in_a_long_row(drivers, tmp_path):
+    """The NaN reaches every column, where a thread writes several vectors at once too."""
+    case = make(2, 8200, 4)
+    case.target[0] = 8200
+    call = loss_case(case, shape=SHAPES["long"], reduction="none")
+    ((faults, (loss, _ce, _zipf, grad, _, _)),) = execute(drivers["sanitized"], [call], tmp_path)
+    assert not faults
+    assert loss[0].isnan()
+    assert grad[0].isnan().all()
+    assert grad[1].isfinite().all()
 
 
 # Targets of probabilities -------------------------------------------------------------------------

@@ -10,18 +10,21 @@ namespace zipfls::cuda {
 ///
 /// - Bytes: 2 C itemsize a row of device memory and C itemsize of L2; votes and target as
 ///   loss_fwd_kernel.
-/// - Threads: 512 a row, rows by grid stride.
+/// - Threads: 512 a row, rows by grid stride; four whole vectors (float64: two) at once but at the
+/// row's ends and at
+///   the target.
 /// - The row: in L2.
 /// - Accumulators: a running maximum a thread, sums in float (float64: double) relative to it; sums
 ///   over rows: double.
 /// - Hazard: other threads patch the gradient at the voted classes and the target; a barrier
 ///   precedes the patches.
 template <class T>
-ZIPFLS_KERNEL(kLongBlock)
+ZIPFLS_KERNEL(kLongBlock, 1)
 loss_fwd_long_kernel(LossFwd a) {
   using A = Arithmetic<T>;
   using Group = RowGroup<0>;
-  constexpr int V = kVector<T>, U = 4;  // vectors in flight a thread
+  constexpr int V = kVector<T>, U = sizeof(T) == 8 ? 2 : 4;  // vectors in flight a thread
+  constexpr uint32_t kStep = U * kLongBlock;
   const bool with_grad = a.grad != nullptr;
   const int32_t P = counted_votes(a);
   ZIPFLS_DYNAMIC_SHARED(shared, 16);
@@ -52,44 +55,53 @@ loss_fwd_long_kernel(LossFwd a) {
       __syncwarp(kAllLanes);
     }
 
-    // Statistics: the sums move to a new shift when a larger logit occurs.
+    // Statistics: the sums move to a new shift when a larger logit occurs. Nearly all passes of a
+    // thread are plain: its U vectors are whole, and none holds the target.
     RowStats<A> stats;
-    const uint32_t step = blockDim.x * U, count = sample.live ? row.count : 0;
-    for (uint32_t base = threadIdx.x; base < count; base += step) {
-      uint4 raw[U];
-      A x[U * V];
-#pragma unroll
-      for (int u = 0; u < U; u++) {
-        const uint32_t j = base + u * blockDim.x;
-        if (j < count && row.whole(j)) raw[u] = ptx::ld_global_cg_16(row.logits + row.column(j));
-      }
+    const uint32_t count = sample.live ? row.count : 0, whole_end = row.whole_end();
+    const uint32_t plain_begin = row.phase == 0 ? 0 : 1;
+    const uint32_t behind =
+        kStep - kLongBlock;  // from a pass's first vector of a thread to its last
+    const uint32_t plain_end = whole_end > behind ? whole_end - behind : 0;
+    const uint32_t target_vector = static_cast<uint32_t>(sample.y + row.phase) / V;
+    const uint32_t target_base = target_vector % kLongBlock == threadIdx.x
+                                     ? target_vector / kStep * kStep + threadIdx.x
+                                     : UINT32_MAX;  // first vector of the pass with the target
+    auto move_to = [&](A top) {
+      if (!(top > stats.max)) return;
+      const A lift = shift_of(stats.max) - top;
+      stats.sum_exp *= stats.max == -infinity<A>() ? A(0) : exp_of(lift);
+      if (stats.finite != 0) stats.sum += static_cast<A>(stats.finite) * lift;
+      stats.max = top;
+    };
+#pragma unroll 1
+    for (uint32_t base = threadIdx.x; base < count; base += kStep) {
       A top = -infinity<A>();
+      if (base >= plain_begin && base < plain_end && base != target_base) {
+        uint4 raw[U];
+        A x[U * V];
 #pragma unroll
-      for (int u = 0; u < U; u++) {
-        const uint32_t j = base + u * blockDim.x;
-        if (j < count) {
-          if (!row.whole(j)) raw[u] = row.load_edge(j);
-          unpack<T>(raw[u], x + u * V);
-        }
-        const int v_target = sample.y - row.column(j);
+        for (int u = 0; u < U; u++)
+          raw[u] = ptx::ld_global_cg_16(row.vector(base) + u * kLongBlock);
+#pragma unroll
+        for (int u = 0; u < U; u++) unpack<T>(raw[u], x + u * V);
+#pragma unroll
+        for (int e = 0; e < U * V; e++) top = larger(top, x[e]);
+        move_to(top);
+        add_vector<T, U * V>(x, shift_of(stats.max), stats);
+        continue;
+      }
+#pragma unroll 1
+      for (uint32_t j = base; j < count && j < base + kStep; j += kLongBlock) {
+        A x[V];
+        row.load(j, x);
 #pragma unroll
         for (int v = 0; v < V; v++) {
-          if (j >= count || v == v_target) x[u * V + v] = -infinity<A>();
-          top = larger(top, x[u * V + v]);
+          if (row.column(j) + v == sample.y) x[v] = -infinity<A>();
+          top = larger(top, x[v]);
         }
-      }
-      if (top > stats.max) {
-        const A lift = shift_of(stats.max) - top;
-        stats.sum_exp *= stats.max == -infinity<A>() ? A(0) : exp_of(lift);
-        if (stats.finite != 0) stats.sum += static_cast<A>(stats.finite) * lift;
-        stats.max = top;
-      }
-      const A shift = shift_of(stats.max);
-#pragma unroll
-      for (int u = 0; u < U; u++) {
-        const uint32_t j = base + u * blockDim.x;
-        if (j >= count) continue;
-        add_vector<T>(x + u * V, shift, stats);
+        move_to(top);
+        add_vector<T>(x, shift_of(stats.max), stats);
       }
     }
     const RareSums<A> rare{smooth_weight, look_for_misclassified, sample.y, z_target};
@@ -115,23 +127,32 @@ loss_fwd_long_kernel(LossFwd a) {
     const Finished<A> f = *area.finished;
 
     if (with_grad) {
-      const uint32_t passes = (row.count + step - 1) / step;
+      const uint32_t passes = (row.count + kStep - 1) / kStep;
+      const bool all_plain = sample.live && !f.fill && f.smooth_step == 0;
+#pragma unroll 1
       for (uint32_t pass = passes; pass-- > 0;) {
-        const uint32_t base = pass * step + threadIdx.x;
-        uint4 raw[U];
+        const uint32_t base = pass * kStep + threadIdx.x;
+        if (all_plain && base >= plain_begin && base < plain_end) {
+          uint4 raw[U];
 #pragma unroll
-        for (int u = 0; u < U; u++) {
-          const uint32_t j = base + u * blockDim.x;
-          if (j < count && row.whole(j)) raw[u] = ptx::ld_global_cs_16(row.logits + row.column(j));
+          for (int u = 0; u < U; u++)
+            raw[u] = ptx::ld_global_cs_16(row.vector(base) + u * kLongBlock);
+#pragma unroll
+          for (int u = 0; u < U; u++) {
+            A x[V];
+            unpack<T>(raw[u], x);
+#pragma unroll
+            for (int v = 0; v < V; v++)
+              x[v] = exp_element<T>(x[v] - f.shift) * f.per_exp - f.constant;
+            ptx::st_global_cg_16(row.grad_vector(base) + u * kLongBlock, pack<T>(x));
+          }
+          continue;
         }
-#pragma unroll
-        for (int u = 0; u < U; u++) {
-          const uint32_t j = base + u * blockDim.x;
-          if (j >= row.count) continue;
+#pragma unroll 1
+        for (uint32_t j = base; j < row.count && j < base + kStep; j += kLongBlock) {
           A x[V] = {};
           if (sample.live) {
-            if (!row.whole(j)) raw[u] = row.load_edge(j);
-            unpack<T>(raw[u], x);
+            row.load(j, x);
 #pragma unroll
             for (int v = 0; v < V; v++) x[v] = exp_element<T>(x[v] - f.shift);
           }

@@ -66,30 +66,29 @@ ZIPFLS_DEVICE RowStats<A> merge_lanes(RowStats<A> x, bool weighted, bool misclas
   return all;
 }
 
-/// Adds a vector of V logits to the sums, whose shift is given, and turns x into exp(x - shift).
-/// Elements that the sums leave out are -inf: the target, and columns outside the row.
-template <class T, class A>
+/// Adds COUNT logits to the sums, whose shift is given, and turns x into exp(x - shift). Elements
+/// that the sums leave out are -inf: the target, and columns outside the row.
+template <class T, int COUNT = kVector<T>, class A>
 ZIPFLS_DEVICE void add_vector(A* x, A shift, RowStats<A>& stats) {
-  constexpr int V = kVector<T>;
-  A above[V], vector_sum = 0, vector_exp = 0;
+  A above[COUNT], vector_sum = 0, vector_exp = 0;
 #pragma unroll
-  for (int v = 0; v < V; v++) {
+  for (int v = 0; v < COUNT; v++) {
     above[v] = x[v] - shift;
     x[v] = exp_element<T>(above[v]);
     vector_exp += x[v];
     vector_sum += above[v];
   }
   stats.sum_exp += vector_exp;
-  if (vector_sum == -infinity<A>()) {  // rare, and so one test for all V
+  if (vector_sum == -infinity<A>()) {  // rare, and so one test for all
     vector_sum = 0;
 #pragma unroll
-    for (int v = 0; v < V; v++) {
+    for (int v = 0; v < COUNT; v++) {
       if (above[v] == -infinity<A>()) continue;
       vector_sum += above[v];
       stats.finite++;
     }
   } else {
-    stats.finite += V;
+    stats.finite += COUNT;
   }
   stats.sum += vector_sum;
 }
@@ -342,10 +341,19 @@ struct RowVectors {
     return row;
   }
   ZIPFLS_DEVICE int32_t column(uint32_t j) const { return static_cast<int32_t>(j * V) - phase; }
+  /// Vector j of the logits and of the gradient, where it is whole.
+  ZIPFLS_DEVICE const uint4* vector(uint32_t j) const {
+    return reinterpret_cast<const uint4*>(logits - phase) + j;
+  }
+  ZIPFLS_DEVICE uint4* grad_vector(uint32_t j) const {
+    return reinterpret_cast<uint4*>(grad - phase) + j;
+  }
   ZIPFLS_DEVICE bool has(int32_t c) const {
     return static_cast<uint32_t>(c) < static_cast<uint32_t>(C);
   }
   ZIPFLS_DEVICE bool whole(uint32_t j) const { return column(j) >= 0 && column(j) + V <= C; }
+  /// Vectors from 0 up to this one are whole, but for vector 0 of a row with a phase.
+  ZIPFLS_DEVICE uint32_t whole_end() const { return static_cast<uint32_t>(phase + C) / V; }
 
   /// A vector of which only some columns exist; the others become -inf.
   ZIPFLS_DEVICE uint4 load_edge(uint32_t j) const {
@@ -356,6 +364,10 @@ struct RowVectors {
       x[v] = c >= 0 && c < C ? to_float(logits[c]) : -infinity<Arithmetic<T>>();
     }
     return pack<T>(x);
+  }
+  /// Vector j, whole or not.
+  ZIPFLS_DEVICE void load(uint32_t j, Arithmetic<T>* x) const {
+    unpack<T>(whole(j) ? ptx::ld_global_cg_16(logits + column(j)) : load_edge(j), x);
   }
   /// The same, element by element to shared memory, to (V,) T.
   ZIPFLS_DEVICE void copy_edge(uint32_t j, T* to) const {
