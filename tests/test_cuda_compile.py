@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import nvcc_report  # noqa: E402
 
-DEAR = ("loss", "loss_general", "vote_mma_sm80")  # to compile
+DEAR = ("loss", "loss_distill", "loss_general", "vote_mma_sm80")  # to compile
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc to compile the CUDA sources with")
@@ -45,7 +45,7 @@ def test_source_compiles_without_spills_and_with_16_byte_accesses(tmp_path, sour
         if "loss" in row.kernel:  # the gradient may be written over the logits
             assert row.read_only == 0, f"{row.kernel} for sm_{row.arch} reads past coherence"
         empty = row.arch == "80" and "cluster" in row.kernel
-        if re.match(r"loss_(fwd|bwd|general)", row.kernel) and not empty:
+        if re.match(r"loss_(fwd|bwd|general|distill)", row.kernel) and not empty:
             assert row.wide_loads > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte load"
             assert row.wide_stores > 0, f"{row.kernel} for sm_{row.arch} has no 16-byte store"
 
@@ -54,6 +54,7 @@ def test_no_source_is_left_out():
     assert {path.stem for path in nvcc_report.SOURCES} >= {
         "label",
         "loss",
+        "loss_distill",
         "loss_general",
         "vote_mma_sm80",
         "vote_wgmma_sm90",

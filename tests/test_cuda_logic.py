@@ -14,6 +14,7 @@ import re
 import struct
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -69,15 +70,26 @@ HEADER = [
     *("kernel", "threads", "cluster", "blocks", "totals", "multiprocessors", "clusters"),
     *("order", "fill", "seed", "late", "R", "grad_loss_stride", "in_place", "repeats"),
 ]
-LOSS, BACKWARD, RANK, LABEL, FAULT, SOFT_LOSS = range(6)
+LOSS, BACKWARD, RANK, LABEL, FAULT, SOFT_LOSS, DISTILL = range(7)
 DEFAULTS = {"kernel": -1, "multiprocessors": 132, "clusters": 1, "repeats": 1, "ignore_index": -100}
 
 
 def pack(numbers=(0.0, 0.0, 0.0), arrays=(), **header) -> bytes:
     assert not set(header) - set(HEADER), set(header) - set(HEADER)
     values = [int(header.get(name, DEFAULTS.get(name, 0))) for name in HEADER]
-    raw = [a.contiguous().view(torch.uint8).numpy().tobytes() if a.numel() else b"" for a in arrays]
-    return struct.pack(f"{len(HEADER)}q3d", *values, *numbers) + b"".join(raw)
+    return struct.pack(f"{len(HEADER)}q3d", *values, *numbers) + raw(arrays)
+
+
+def raw(arrays) -> bytes:
+    return b"".join(a.contiguous().view(torch.uint8).numpy().tobytes() for a in arrays if a.numel())
+
+
+def spaced(x: torch.Tensor, gap: int) -> torch.Tensor:
+    """Rows (N, C) with a gap after each but the last."""
+    N, C = x.shape
+    rows = torch.full((N, C + gap), 7.0, dtype=x.dtype)
+    rows[:, :C] = x
+    return rows.flatten()[: max(0, N * (C + gap) - gap)]
 
 
 class Case:
@@ -136,13 +148,7 @@ def loss_case(
     law = law or zls.Zipf(1.0)
     mass = dense if dense is not None else labels.log_mass(law, N, C, P, A, logits.device)
     gap = header.get("row_gap", 0)
-
-    def spaced(x: torch.Tensor) -> torch.Tensor:
-        rows = torch.full((N, C + gap), 7.0, dtype=x.dtype)
-        rows[:, :C] = x
-        return rows.flatten()[: max(0, N * (C + gap) - gap)]
-
-    arrays = [spaced(logits), spaced(target.to(A)) if soft else target]
+    arrays = [spaced(logits, gap), spaced(target.to(A), gap) if soft else target]
     arrays += ([] if votes is None else [votes.to(votes_dtype)]) + [mass.to(A)]
     arrays += [] if weight is None else [weight.to(A)]
     if shape is not None:
@@ -169,9 +175,14 @@ def loss_case(
         R=mass.shape[0],
         **header,
     )
-    results = (N,) if reduction == "none" else ()
-    outputs = [(A, results)] * 3 + [(dtype, (N, C) if with_grad else (0,)), (A, ()), (torch.int64, (4,))]
-    return Case(data, outputs)
+    return Case(data, outputs_of(logits, reduction, with_grad))
+
+
+def outputs_of(logits, reduction: str, with_grad: bool) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """loss, ce, zipf, grad, grad_scale, and what the driver chose."""
+    A, results = reference.accumulation_dtype(logits.dtype), logits.shape[:1] if reduction == "none" else ()
+    grad = logits.shape if with_grad else (0,)
+    return [(A, results)] * 3 + [(logits.dtype, grad), (A, ()), (torch.int64, (4,))]
 
 
 def by_reference(case, dtype, **options):
@@ -196,7 +207,12 @@ def by_reference(case, dtype, **options):
 
 def check_loss(program, tmp_path, calls: list[tuple]) -> None:
     """Each (case, options) against float64, within twice plain PyTorch's error, and without a fault."""
-    cases = [loss_case(case, **options) for case, options in calls]
+    check(program, tmp_path, calls, loss_case, by_reference)
+
+
+def check(program, tmp_path, calls: list[tuple], make_case, by_reference) -> None:
+    """``check_loss`` of any loss: make_case and by_reference take a case and its options."""
+    cases = [make_case(case, **options) for case, options in calls]
     for (case, options), (faults, got) in zip(calls, execute(program, cases, tmp_path)):
         assert not faults, f"{options}: {faults}"
         loss, ce, zipf, grad, scale, chosen = got
@@ -613,6 +629,264 @@ def test_soft_vote_out_of_range(drivers, tmp_path, dense):
             torch.testing.assert_close(got[3][others], expected[3][others])
 
 
+# Distillation -------------------------------------------------------------------------------------
+
+
+class Taught(NamedTuple):
+    logits: torch.Tensor  # (N, C)
+    teacher: torch.Tensor  # (N, C), of the same type or of the accumulation type
+    target: torch.Tensor | None  # (N,) int64
+    sample_weight: torch.Tensor | None  # (N,)
+
+
+def taught(N=5, C=12, dtype=torch.float32, *, wide=False, seed=0, scale=2.0) -> Taught:
+    case, other = (make(N, C, 1, seed=seed + i, scale=scale, dtype=torch.float64) for i in range(2))
+    to = reference.accumulation_dtype(dtype) if wide else dtype
+    return Taught(case.logits.to(dtype), other.logits.to(to), case.target, None)
+
+
+TERMS = ("ce_weight", "kd_weight", "tckd_weight", "nckd_weight", "soft_target_weight")
+ALL = dict(zip(TERMS, (0.7, 0.3, 1.1, 2.0, 0.4)))
+DISTILLATION = dict.fromkeys(TERMS, 0.0) | {"temperature": 1.0, "form": "divergence", "ignore_index": -100}
+DISTILLATION |= {"reduction": "mean", "with_grad": True}
+
+
+def split(options: dict) -> tuple[dict, dict]:
+    """distill_fwd's options, all of them in its order, and the driver's."""
+    given = DISTILLATION | {k: v for k, v in options.items() if k in DISTILLATION}
+    return given, {k: v for k, v in options.items() if k not in DISTILLATION}
+
+
+def distill_case(case: Taught, **options) -> Case:
+    """A call of distill_fwd, as register.cpp would make it."""
+    o, header = split(options)
+    z, t, target, weight = case
+    A = reference.accumulation_dtype(z.dtype)
+    mean = o["reduction"] == "mean"
+    gap = header.get("row_gap", 0)
+    data = pack(
+        (o["ce_weight"], 1.0, 0.0),
+        [],
+        op=DISTILL,
+        dtype=DTYPES[z.dtype],
+        N=z.shape[0],
+        C=z.shape[1],
+        ce=o["ce_weight"] != 0,
+        zipf=True,
+        ignore_index=o["ignore_index"],
+        reduction=("none", "sum", "mean").index(o["reduction"]),
+        with_grad=o["with_grad"],
+        scaled=o["with_grad"] and z.dtype == torch.float16 and mean,
+        **header,
+    )
+    flags = (t.dtype != z.dtype, target is not None, weight is not None, o["form"] == "divergence")
+    data += struct.pack("4q5d", *flags, *(o[term] for term in TERMS[1:]), o["temperature"])
+    arrays = [spaced(z, gap), spaced(t, gap)]
+    arrays += [x for x in (target, None if weight is None else weight.to(A)) if x is not None]
+    return Case(data + raw(arrays), outputs_of(z, o["reduction"], o["with_grad"]))
+
+
+def distill_by_reference(case: Taught, dtype, **options) -> tuple[torch.Tensor, ...]:
+    o, _ = split(options)
+    A = reference.accumulation_dtype(dtype)
+    weight = None if case.sample_weight is None else case.sample_weight.to(A)
+    values = list(o.values())
+    *parts, grad, scale = reference.distill_fwd(
+        case.logits.to(dtype), case.teacher.to(A), case.target, weight, *values
+    )
+    return *parts, grad.to(A) * scale if scale.numel() else grad
+
+
+def check_distill(program, tmp_path, calls: list[tuple]) -> None:
+    check(program, tmp_path, calls, distill_case, distill_by_reference)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_distillation(drivers, tmp_path, dtype):
+    """Each term, both types of teacher, rows held, of several parts (here by few threads) and ragged."""
+    calls = []
+    for C, terms, T in itertools.product((2, 9, 100), [*({term: 1.3} for term in TERMS), ALL], (1.0, 4.0)):
+        calls.append((taught(5, C, dtype, wide=len(calls) % 3 == 0), {"temperature": T, **terms}))
+    vector = 16 // dtype.itemsize
+    for C in [*range(2, 2 * vector + 3), 61, 64, 65, 700]:
+        case = taught(3, C, dtype, wide=C % 2 == 0, seed=C)
+        options = {"phase": len(calls) % vector * dtype.itemsize, "temperature": 2.5, **ALL}
+        calls += [(case, options), (case, options | {"row_gap": 2 * vector})]
+    for C in (900, 2049, 5003):
+        case = taught(2, C, dtype, wide=C == 2049)
+        masked = taught(2, C, dtype)
+        masked.logits[:, 600:] = masked.teacher[:, 600:] = -torch.inf  # parts and threads without a class
+        masked.teacher[:, 300:350] = -1e4
+        late = taught(2, C, dtype)
+        late.logits[:, 800:] += 300  # the maxima grow from part to part
+        late.teacher[:, 850:] += 200
+        without = taught(
+            2, C, dtype
+        )  # threads and parts where the teacher has no mass, the student none but 0
+        without.logits[:, : C * 2 // 3], without.teacher[:, : C * 2 // 3] = -torch.inf, -1e4
+        for chosen in (case, masked, late, without):
+            calls.append((chosen, {"temperature": 2.0, "blocks": 1, "phase": dtype.itemsize, **ALL}))
+            calls.append((chosen._replace(target=None), {"kd_weight": 1.0, "blocks": 1}))
+    for i, (_, options) in enumerate(calls):
+        options |= {"threads": 32 * (i % 3)} | SCHEDULES[i % 4]  # 0: as planned
+    check_distill(drivers["plain"], tmp_path, calls)
+
+
+def test_distillation_options(drivers, tmp_path):
+    case = taught(9, 41, seed=3)
+    case.target[[1, 8]] = 4
+    weight = torch.rand(9, generator=torch.Generator().manual_seed(1))
+    weight[2] = 0
+    kd = {"kd_weight": 1.0, "temperature": 4.0}
+    dkd = {"ce_weight": 1.0, "tckd_weight": 1.0, "nckd_weight": 8.0, "temperature": 4.0}
+    nkd = {"ce_weight": 1.0, "soft_target_weight": 1.0, "nckd_weight": 1.5, "temperature": 1.0}
+    calls = []
+    for terms, reduction, form, w, given, totals in itertools.product(
+        (kd, {"ce_weight": 0.1, **kd}, dkd, nkd, {"ce_weight": 1.0}, {"soft_target_weight": 1.0}, ALL),
+        ("mean", "sum", "none"),
+        ("divergence", "cross_entropy"),
+        (None, weight),
+        (True, False),
+        (0, 2),
+    ):
+        if not given and (terms is not kd or totals):
+            continue
+        options = {"reduction": reduction, "form": form, "ignore_index": 4, "totals": totals, **terms}
+        chosen = case._replace(sample_weight=w, target=case.target if given else None)
+        calls.append((chosen, options | {"blocks": 2} | SCHEDULES[len(calls) % 4]))
+    calls += [(case, options | {"with_grad": False}) for case, options in calls[::7]]
+    check_distill(drivers["plain"], tmp_path, calls)
+
+
+def distill_corners(dtype) -> list[Taught]:
+    """Infinities, NaN, masked classes and rows, targets far ahead and behind, in either row or both."""
+    inf, cases = torch.inf, []
+    base = taught(6, 30, dtype)
+    base.target[:] = 4
+    for change, which in itertools.product(range(14), ((0,), (1,), (0, 1))):
+        case = base._replace(logits=base.logits.clone(), teacher=base.teacher.clone())
+        case = case._replace(target=base.target.clone())
+        for z in (case[i] for i in which):
+            if change == 0:
+                z[:3, 10:], z[3:, 5::3] = -inf, -inf
+            elif change == 1:
+                z[1, 7] = inf
+            elif change == 2:
+                z[1, 7] = torch.nan
+            elif change == 3:
+                z[:, 4] = torch.tensor([30.0, 1e4, -1e4, inf, -inf, torch.nan])
+            elif change == 4:
+                z[:, 5:], z[:, :4] = -inf, -inf
+            elif change == 5:
+                z[:] = -inf
+            elif change == 6:
+                z[:, :28] = -10000.0
+            elif change == 7:
+                z.add_(8192)
+            elif change == 8:
+                z[2] = inf
+            elif change == 9:
+                z[2] = torch.nan
+            elif change == 10:
+                z[0, :4], z[3] = -inf, 0.0
+            elif change == 11:
+                case.target[:] = -100
+            elif change == 12:
+                case.target[[0, 5]] = -100
+                z[0] = torch.nan
+            elif change == 13:
+                z[1:4, 4] = z[1:4].amax(1)  # a tie
+        cases.append(case)
+    return cases
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_distillation_corners(drivers, tmp_path, dtype):
+    calls, zero = [], torch.tensor([0.0, 1, 0, 1, 0, 1])
+    for case in distill_corners(dtype):
+        for options in (
+            {"temperature": 2.0, **ALL},
+            {"form": "cross_entropy", **ALL},
+            {"kd_weight": 1.0},
+            {"tckd_weight": 1.0, "temperature": 4.0},
+            {"nckd_weight": 1.0, "temperature": 4.0},
+            {"ce_weight": 1.0},
+            {"soft_target_weight": 1.0},
+        ):
+            calls.append((case, {"reduction": "none", **options}))
+        calls.append((case._replace(sample_weight=zero), {"reduction": "none", **ALL}))
+        calls.append((case._replace(target=None), {"reduction": "none", "kd_weight": 1.0}))
+        calls.append((case, {"reduction": "mean", "temperature": 2.0, **ALL}))
+    for i, (_, options) in enumerate(calls):
+        options |= {"threads": 32 * (i % 3)} | SCHEDULES[i % 4]
+    check_distill(drivers["plain"], tmp_path, calls)
+
+
+def test_distillation_out_of_range(drivers, tmp_path):
+    """That sample is NaN, the others are unchanged, and AddressSanitizer reports nothing."""
+    for row, bad in ((1, 9), (2, -1), (0, 2**40)):
+        case = taught(5, 9)
+        expected = distill_by_reference(case, torch.float32, reduction="none", **ALL)
+        good = [i for i in range(5) if i != row]
+        case.target[row] = bad
+        given = [distill_case(case, reduction=r, phase=4, **ALL) for r in ("none", "mean")]
+        (faults, got), (more, mean) = execute(drivers["sanitized"], given, tmp_path)
+        assert not faults
+        assert not more
+        for a, b in zip(got[:4], expected):
+            assert a[row].isnan().all()
+            torch.testing.assert_close(a[good], b[good])
+        assert mean[0].isnan()
+        assert mean[3][row].isnan().all()
+        assert mean[3][good].isfinite().all()
+
+
+def test_distillation_of_no_sample(drivers, tmp_path):
+    for reduction, given in itertools.product(("mean", "sum", "none"), (True, False)):
+        case = taught(0, 12)
+        case = case._replace(target=case.target if given else None)
+        data = distill_case(case, reduction=reduction, kd_weight=1.0, blocks=1)
+        ((faults, got),) = execute(drivers["plain"], [data], tmp_path)
+        assert not faults
+        if reduction != "none":
+            assert got[0].isnan() if reduction == "mean" else got[0] == 0
+
+
+def hard_distillations(dtypes, **header) -> list[Case]:
+    """Every path through the kernel, small: for the builds that look at every access."""
+    cases = []
+    for dtype, wide, threads in itertools.product(dtypes, (False, True), (0, 32)):
+        case = taught(5, 41, dtype, wide=wide)
+        case.target[2], case.target[3] = -100, 41
+        weight = torch.rand(5, generator=torch.Generator().manual_seed(1))
+        long = taught(3, 2200, dtype, wide=wide)
+        for given, options in (
+            (case, ALL),
+            (case._replace(sample_weight=weight), ALL | {"temperature": 4.0, "reduction": "none"}),
+            (case._replace(target=None), {"kd_weight": 1.0}),
+            (case, {"ce_weight": 1.0, "reduction": "sum", "totals": 2}),
+            (long, ALL | {"temperature": 2.0, "blocks": 1}),
+            (long._replace(target=None), {"kd_weight": 1.0, "blocks": 1, "with_grad": False}),
+        ):
+            schedule = SCHEDULES[len(cases) % 4] | header | {"threads": threads, "phase": dtype.itemsize}
+            cases.append(distill_case(given, **({"blocks": 2} | options | schedule)))
+    return cases
+
+
+def test_distillation_repeats_bitwise(drivers, tmp_path):
+    """Whatever the order of threads and blocks, what fresh memory holds, and how often it is launched."""
+    case, options = taught(11, 900, torch.bfloat16), {"threads": 64, "blocks": 3, **ALL}
+    orders = [{"order": o, "fill": f, "seed": s} for o, f, s in [(0, 0, 1), (1, 1, 2), (2, 2, 3), (3, 0, 4)]]
+    cases = [distill_case(case, **options, **order) for order in orders]
+    (_, first), *others = execute(
+        drivers["plain"], [*cases, distill_case(case, repeats=3, **options)], tmp_path
+    )
+    for faults, got in others:
+        assert not faults
+        for a, b in zip(got[:4], first[:4]):
+            assert torch.equal(a, b)
+
+
 # Labels, ranks, backward --------------------------------------------------------------------------
 
 
@@ -727,7 +1001,7 @@ def hard_cases(dtypes=(torch.float32, torch.bfloat16), **header) -> list[Case]:
             schedule = SCHEDULES[len(cases) % 4] | header | {"threads": threads, "phase": dtype.itemsize}
             cases.append(loss_case(case, **options, **schedule))
         cases.append(loss_case(wide, blocks=1, **schedule))
-    return cases
+    return cases + hard_distillations(dtypes, **header)
 
 
 @pytest.mark.parametrize("build", ["sanitized", "races"])
@@ -815,6 +1089,7 @@ BARRIERS = {  # file -> barriers of which each is needed, how many they are, a c
         {"shape": SHAPES["cluster"], "in_place": True},
     ),
     "soft targets": ("loss_general.cuh", r"^ +__syncthreads\(\);.*$", 3, {"threads": 64}),
+    "distillation": ("loss_distill.cuh", r"^ +__sync(?:threads|warp)\(.*\);.*$", 2, {"threads": 64}),
 }
 
 
@@ -837,9 +1112,21 @@ def test_missing_barrier_in_a_loss_kernel_is_caught(tmp_path, barriers, number):
     (root / "csrc" / "cuda" / file).write_text(mutant)
     program = compiled("loss", "races", root, ("-DZIPFLS_DTYPES=1",))
     case = make(3, 41, 20)
-    case = loss_case(with_target(case, "mixup") if "general" in file else case, blocks=1, **options)
+    if "distill" in file:
+        case = distill_case(taught(3, 41), blocks=1, **options, **ALL)
+    else:
+        case = loss_case(with_target(case, "mixup") if "general" in file else case, blocks=1, **options)
     ((faults, _),) = execute(program, [case], tmp_path)
     assert "without a barrier between" in faults or "uninitialised" in faults, barrier.group()
+
+
+@pytest.mark.slow
+def test_teacher_read_past_its_row_is_caught(tmp_path):
+    root = copy_sources(tmp_path)
+    plant(root, "loss_math.cuh", "row.has(first + v) ? to_float(beside", "true ? to_float(beside")
+    program = compiled("loss", "sanitized", root, ("-DZIPFLS_DTYPES=1",))
+    with pytest.raises(AssertionError, match="heap-buffer-overflow"):
+        execute(program, [distill_case(taught(3, 41), **ALL)], tmp_path)
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ STAGES = tuple(SCHEMAS)
 # What a backend has no kernel for: (backend, stage) -> dtypes, or None for all of them.
 UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...] | None] = {
     ("cuda", "vote_fwd"): (torch.float64,),
-    **{(b, s): None for b in ("cuda", "triton") for s in ("distill_fwd", "distill_grad_")},
+    **{("triton", stage): None for stage in ("distill_fwd", "distill_grad_")},
 }
 
 
@@ -192,12 +192,13 @@ OPERATORS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # (stage, backend)
 
 for _stage, _schema in SCHEMAS.items():
     for _suffix, _names in (("", ("cuda", "cpu")), ("_triton", ("triton",)), ("_reference", ("reference",))):
-        if all(UNSERVED.get((_backend, _stage), ()) is None for _backend in _names):
+        _serving = [b for b in _names if UNSERVED.get((b, _stage), ()) is not None]
+        if not _serving:
             continue
         _name = f"{_stage}{_suffix}"
         if not _registered(_name, _schema):
             _register(_name, _stage, _schema)
-        for _backend in _names:
+        for _backend in _serving:
             OPERATORS[_stage, _backend] = getattr(torch.ops.zipfls, _name).default
 
 # The loss with its gradient attached by C++ (csrc/autograd.cpp), for eager calls that NATIVE_LOSS_FWD serves.

@@ -71,6 +71,18 @@ struct LossGeneral : LossFwd {
   bool dense;                    // log_mass is (N, C)
 };
 
+/// distill_fwd: LossFwd with a teacher's row in the place of the label. What is Zipf's in LossFwd
+/// is the distillation's; votes, log_mass, weight, correct and label_smoothing are not read.
+struct DistillFwd : LossFwd {
+  const void* teacher;  // (N, C) T, or A where wide; rows at the same element of a 16-byte vector
+                        // as logits'. LossFwd::target null: its largest class, lowest on ties
+  int64_t teacher_stride;  // elements from row to row
+  bool wide;
+  const void* sample_weight;  // (N,) A, or null
+  double kd_weight, tckd_weight, nckd_weight, soft_target_weight, temperature;
+  bool divergence;  // form; else "cross_entropy"
+};
+
 /// loss_totals: partial sums of the denominators, (3, blocks) float64.
 struct LossTotals {
   Denominators of;

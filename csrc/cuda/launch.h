@@ -48,6 +48,10 @@ LossPlan plan_loss_general(const LossGeneral& a, Dtype dtype, const Device& devi
 cudaError_t loss_general_cuda(const LossGeneral& a, Dtype dtype, const LossPlan& plan,
                               cudaStream_t stream);
 
+LossPlan plan_distill(const DistillFwd& a, Dtype dtype, const Device& device);
+cudaError_t distill_fwd_cuda(const DistillFwd& a, Dtype dtype, const LossPlan& plan,
+                             cudaStream_t stream);
+
 /// Blocks of loss_totals, whose partials are (3, blocks) float64; 0: loss_fwd adds the targets up.
 inline int totals_blocks(int64_t N) { return N > kScanRows ? kTotalsBlocks : 0; }
 cudaError_t loss_totals_cuda(const LossTotals& a, Dtype dtype, int blocks, cudaStream_t stream);

@@ -21,6 +21,8 @@
 // log_mass (N, C).
 #pragma once
 
+#include <type_traits>
+
 #include "loss_rows.cuh"
 
 namespace zipfls::cuda {
@@ -48,80 +50,6 @@ struct GeneralArea {
     area.tables = VoteTables<A>::allocate(smem, P, a.C, a.grad != nullptr);
     area.unlabelled = smem.allocate<int32_t>(P + 1);
     return area;
-  }
-};
-
-/// A thread's share of a row, in registers: logits and, of probabilities, the target. Of a row with
-/// more vectors than the block holds at once, one part of it at a time.
-template <class T, bool PROBABILITIES>
-struct RowShare {
-  using A = Arithmetic<T>;
-  static constexpr int V = kVector<T>, U = kGeneralVectors;
-  RowVectors<T> row;
-  const A* target;                     // (C,) A
-  uint4 logits[U];                     // V T each
-  A share[PROBABILITIES ? U * V : 1];  // of the target
-
-  ZIPFLS_DEVICE uint32_t vector(uint32_t part, int u) const {
-    return (part * U + u) * blockDim.x + threadIdx.x;
-  }
-  ZIPFLS_DEVICE uint32_t parts() const {
-    return (row.count + U * blockDim.x - 1) / (U * blockDim.x);
-  }
-  ZIPFLS_DEVICE A share_of(int u, int v) const {
-    if constexpr (PROBABILITIES) return share[u * V + v];
-    return 0;
-  }
-
-  ZIPFLS_DEVICE void load(uint32_t part) {
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-      const uint32_t j = vector(part, u);
-      if (j >= row.count) continue;
-      const int32_t column = row.column(j);
-      if (row.whole(j)) {
-        logits[u] = ptx::ld_global_cg_16(row.logits + column);
-        if constexpr (PROBABILITIES) {
-#pragma unroll
-          for (int v = 0; v < V; v += kVector<A>)
-            unpack<A>(ptx::ld_global_cg_16(target + column + v), share + u * V + v);
-        }
-      } else {
-        logits[u] = row.load_edge(j);
-        if constexpr (PROBABILITIES) {
-#pragma unroll
-          for (int v = 0; v < V; v++)
-            share[u * V + v] = row.has(column + v) ? target[column + v] : A(0);
-        }
-      }
-    }
-  }
-
-  /// Calls visit(u, vector's index, its logits (V,)) for all vectors of this thread.
-  template <class Visit>
-  ZIPFLS_DEVICE void for_vectors(Visit visit) {
-    const uint32_t n = parts();
-#pragma unroll 1
-    for (uint32_t part = 0; part < n; part++) {
-      if (n > 1) load(part);
-#pragma unroll
-      for (int u = 0; u < U; u++) {
-        const uint32_t j = vector(part, u);
-        if (j >= row.count) continue;
-        A x[V];
-        unpack<T>(logits[u], x);
-        visit(u, j, x);
-      }
-    }
-  }
-  /// Calls visit(class, its logit, its share of the target) for all classes of this thread.
-  template <class Visit>
-  ZIPFLS_DEVICE void for_classes(Visit visit) {
-    for_vectors([&](int u, uint32_t j, const A* x) {
-#pragma unroll
-      for (int v = 0; v < V; v++)
-        if (row.has(row.column(j) + v)) visit(row.column(j) + v, x[v], share_of(u, v));
-    });
   }
 };
 
@@ -313,13 +241,15 @@ loss_general_kernel(LossGeneral a) {
 
   for (int64_t i = blockIdx.x; i < a.N; i += gridDim.x) {
     Sample sample = Target::sample(a, i);
-    RowShare<T, kProbabilities> x;
-    x.row = RowVectors<T>::of(a, sample);
-    const uint32_t vectors = x.row.count;
-    if (!sample.live) x.row.count = 0;  // no logit is read
-    x.target = static_cast<const A*>(a.probabilities) + i * a.probabilities_stride;
+    const A* const probabilities =  // (C,) A
+        static_cast<const A*>(a.probabilities) + i * a.probabilities_stride;
     const A* const log_mass =  // (C,) A, or (R,) by rank
         static_cast<const A*>(a.log_mass) + (kByRank ? 0 : i * a.C);
+    RowShare<T, std::conditional_t<kProbabilities, A, void>, kGeneralVectors> x;
+    x.row = RowVectors<T>::of(a, sample);
+    x.beside = probabilities;
+    const uint32_t vectors = x.row.count;
+    if (!sample.live) x.row.count = 0;  // no logit is read
     if (x.parts() == 1) x.load(0);
     Target target(a, sample, x.row.logits);
 
@@ -345,7 +275,7 @@ loss_general_kernel(LossGeneral a) {
 #pragma unroll 1
       for (int32_t k = threadIdx.x; k < K; k += blockDim.x) {
         const int32_t slot = t.voted[k], c = t.class_of(slot);
-        if (target.in_s(c, x.target[c])) continue;
+        if (target.in_s(c, probabilities[c])) continue;
         atomicAdd(&area.unlabelled[0], 1);
         atomicAdd(&area.unlabelled[t.counts[slot]], 1);
       }
@@ -394,8 +324,8 @@ loss_general_kernel(LossGeneral a) {
       });
       __syncwarp(kAllLanes);  // lanes read one another's labels
       const auto logit = [&](int32_t c) { return to_float(x.row.logits[c]); };
-      const auto voted = voted_sums<Group>(a, i, true, t, shift, logit,
-                                           [&](int32_t c) { return target.in_s(c, x.target[c]); });
+      const auto voted = voted_sums<Group>(
+          a, i, true, t, shift, logit, [&](int32_t c) { return target.in_s(c, probabilities[c]); });
       const A q = t.label[0];
       f.zipf = sum_p_log_p - (q * s_sum + voted.cross) + log_of(s_exp);
       if (absent - voted.absent > A(0.5) && q > 0) f.zipf += infinity<A>();
@@ -403,7 +333,7 @@ loss_general_kernel(LossGeneral a) {
 #pragma unroll 1
         for (int32_t k = Group::lane(); k < K; k += kWarp) {
           const int32_t slot = t.voted[k], c = t.class_of(slot);
-          t.patch[k] = target.gradient(c, logit(c), x.target[c], t.label[t.counts[slot]]);
+          t.patch[k] = target.gradient(c, logit(c), probabilities[c], t.label[t.counts[slot]]);
         }
       }
     }
@@ -422,18 +352,17 @@ loss_general_kernel(LossGeneral a) {
           x.row.store(j, g);
         }
       }
-      x.for_vectors([&](int u, uint32_t j, const A* z) {
+      x.for_vectors([&](uint32_t j, const A* z, const A* p) {
         A g[V];
 #pragma unroll
         for (int v = 0; v < V; v++) {
           const int32_t c = x.row.column(j) + v;
           g[v] = not_a_number<A>();
           if (!x.row.has(c)) continue;
-          const A p = x.share_of(u, v);
           A label = q;
-          if (!kByRank && labelled && target.in_s(c, p))
+          if (!kByRank && labelled && target.in_s(c, p[v]))
             label = exp_of(relative_log_mass(log_mass[c], top[1])) / mass;
-          g[v] = target.gradient(c, z[v], p, label);
+          g[v] = target.gradient(c, z[v], p[v], label);
         }
         x.row.store(j, g);
       });

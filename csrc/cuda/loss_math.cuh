@@ -13,6 +13,7 @@
 //                                             block or a cluster
 //   loss_fwd_long_kernel                      loss_long.cuh: a row that is read twice
 //   loss_general_kernel, loss_correct_kernel  loss_general.cuh: targets and labels class by class
+//   loss_distill_kernel                       loss_distill.cuh: a teacher's row for a label
 //   loss_totals_kernel                        loss_reduce.cuh: what a mean divides by
 //   loss_bwd_kernel                           loss_bwd.cuh: the upstream gradient
 //
@@ -20,6 +21,8 @@
 // (or cluster), and a barrier separates the row's last read of a logit that another thread
 // overwrites from its first gradient. No pointer is __restrict__.
 #pragma once
+
+#include <type_traits>
 
 #include "loss_reduce.cuh"
 #include "tables.cuh"
@@ -391,6 +394,99 @@ struct RowVectors {
       const int32_t c = column(j) + v;
       if (c >= 0 && c < C) from_float(g[v], grad + c);
     }
+  }
+};
+
+/// A thread's share of a row of logits, and of a second row of C elements beside it (probabilities,
+/// a teacher's logits; Beside: their type, void for none), in registers: U vectors of logits and
+/// the other row's elements of the same classes. Of a row with more vectors than the block holds at
+/// once, one part of it at a time.
+template <class T, class Beside, int U>
+struct RowShare {
+  using A = Arithmetic<T>;
+  static constexpr bool kPair = !std::is_void_v<Beside>;
+  static constexpr int V = kVector<T>, kWide = std::is_same_v<Beside, T> ? 1 : V / kVector<A>;
+  RowVectors<T> row;
+  const Beside* beside;                 // (C,) at the same element of a vector as the logits
+  uint4 logits[U];                      // V T each
+  uint4 others[kPair ? U * kWide : 1];  // V Beside for each of them
+
+  ZIPFLS_DEVICE uint32_t vector(uint32_t part, int u) const {
+    return (part * U + u) * blockDim.x + threadIdx.x;
+  }
+  ZIPFLS_DEVICE uint32_t parts() const {
+    return (row.count + U * blockDim.x - 1) / (U * blockDim.x);
+  }
+
+  ZIPFLS_DEVICE void load(uint32_t part) {
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      const uint32_t j = vector(part, u);
+      if (j >= row.count) continue;
+      const int32_t column = row.column(j);
+      const bool whole = row.whole(j);
+      logits[u] = whole ? ptx::ld_global_cg_16(row.logits + column) : row.load_edge(j);
+      if constexpr (kPair) {
+        constexpr int W = kVector<Beside>;
+#pragma unroll
+        for (int w = 0; w < kWide; w++) {
+          const int32_t first = column + w * W;
+          if (whole) {
+            others[u * kWide + w] = ptx::ld_global_cg_16(beside + first);
+          } else {
+            A x[W];
+#pragma unroll
+            for (int v = 0; v < W; v++)
+              x[v] = row.has(first + v) ? to_float(beside[first + v]) : -infinity<A>();
+            others[u * kWide + w] = pack<Beside>(x);
+          }
+        }
+      }
+    }
+  }
+
+  /// Calls visit(part) for each part of the row, loaded.
+  template <class Visit>
+  ZIPFLS_DEVICE void for_parts(Visit visit) {
+    const uint32_t n = parts();
+#pragma unroll 1
+    for (uint32_t part = 0; part < n; part++) {
+      if (n > 1) load(part);
+      visit(part);
+    }
+  }
+  /// Calls visit(vector's index, its logits (V,) A, the other row's elements (V,) A) for the
+  /// vectors of this thread in a part that is loaded. Elements outside the row are -inf.
+  template <class Visit>
+  ZIPFLS_DEVICE void for_loaded(uint32_t part, Visit visit) const {
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      const uint32_t j = vector(part, u);
+      if (j >= row.count) continue;
+      A x[V], y[V] = {};
+      unpack<T>(logits[u], x);
+      if constexpr (kPair) {
+#pragma unroll
+        for (int w = 0; w < kWide; w++)
+          unpack<Beside>(others[u * kWide + w], y + w * kVector<Beside>);
+      }
+      visit(j, x, y);
+    }
+  }
+  /// The same for all vectors of this thread.
+  template <class Visit>
+  ZIPFLS_DEVICE void for_vectors(Visit visit) {
+    for_parts([&](uint32_t part) { for_loaded(part, visit); });
+  }
+  /// Calls visit(class, its logit, the other row's element) for all classes of this thread, in
+  /// ascending order.
+  template <class Visit>
+  ZIPFLS_DEVICE void for_classes(Visit visit) {
+    for_vectors([&](uint32_t j, const A* x, const A* y) {
+#pragma unroll
+      for (int v = 0; v < V; v++)
+        if (row.has(row.column(j) + v)) visit(row.column(j) + v, x[v], y[v]);
+    });
   }
 };
 

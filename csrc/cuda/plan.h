@@ -30,7 +30,7 @@ inline int resident_blocks(int64_t items, int threads, const Device& device) {
 // Losses ------------------------------------------------------------------------------------------
 
 struct LossPlan {
-  enum Kernel { kLanes8, kLanes32, kBlock, kCluster, kLong, kGeneral } kernel;
+  enum Kernel { kLanes8, kLanes32, kBlock, kCluster, kLong, kGeneral, kDistill } kernel;
   int threads;       // of a block
   int cluster;       // blocks a row
   uint32_t vectors;  // 16-byte vectors of shared memory for each row (or slice of a row) of a block

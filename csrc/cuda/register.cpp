@@ -142,24 +142,77 @@ uint32_t* counters_of(const Tensor& counters) {
 
 enum class Gradient { kNone, kNew, kInPlace };
 
+/// Sizes and pointers of a loss's logits and results; the results, allocated, and grad over the
+/// logits where that is asked for.
+Parts allocate_results(LossFwd& a, const Tensor& logits, std::string_view reduction_name,
+                       Gradient gradient) {
+  const int64_t N = logits.size(0), C = logits.size(1);
+  const Reduction reduction = reduction_of(reduction_name);
+  const auto options = logits.options().dtype(accumulation_type(logits.scalar_type()));
+  const auto shape = reduction == kNone ? at::DimVector({N}) : at::DimVector();
+  const bool with_grad = gradient != Gradient::kNone;
+  const bool scaled = with_grad && logits.scalar_type() == at::kHalf && reduction == kMean;
+  const Tensor loss = at::empty(shape, options), ce = at::empty(shape, options),
+               zipf = at::empty(shape, options);
+  const Tensor grad =
+      gradient == Gradient::kInPlace ? logits
+      : with_grad ? at::empty({N, C}, logits.options().memory_format(at::MemoryFormat::Contiguous))
+                  : at::empty({0}, logits.options());
+  const Tensor grad_scale = scaled ? at::empty({}, options) : at::empty({0}, options);
+  a.logits = logits.const_data_ptr();
+  a.logits_stride = logits.stride(0);
+  a.N = N;
+  a.C = static_cast<int32_t>(C);
+  a.reduction = reduction;
+  a.scaled = scaled;
+  a.loss = loss.mutable_data_ptr();
+  a.ce_out = ce.mutable_data_ptr();
+  a.zipf_out = zipf.mutable_data_ptr();
+  a.grad = with_grad && N > 0 ? grad.mutable_data_ptr() : nullptr;
+  a.grad_scale = scaled ? grad_scale.mutable_data_ptr() : nullptr;
+  return {loss, ce, zipf, grad, grad_scale};
+}
+
+/// What a mean over class indices divides by: the memory of partial sums, where a launch of its own
+/// precedes.
+Tensor prepare_denominators(LossFwd& a, const Tensor& logits, cudaStream_t stream) {
+  a.denominators = {a.target, a.weight, a.correct, nullptr, 0, a.N, a.C, a.ignore_index};
+  const int blocks = totals_blocks(a.N);
+  if (blocks == 0) return {};
+  const Tensor partials = at::empty({3, blocks}, logits.options().dtype(at::kDouble));
+  C10_CUDA_CHECK(loss_totals_cuda({a.denominators, partials.mutable_data_ptr<double>()},
+                                  dtype_of(logits.scalar_type()), blocks, stream));
+  a.denominators.partials = partials.const_data_ptr<double>();
+  a.denominators.num_partials = blocks;
+  return partials;
+}
+
+/// Memory for sums over blocks, to be held until the launch: (2, blocks) float64 and a counter.
+std::pair<Tensor, Tensor> prepare_sums(LossFwd& a, const LossPlan& plan, const Tensor& logits,
+                                       const c10::cuda::CUDAStream& stream) {
+  if (a.reduction == kNone) return {};
+  const Tensor sums = at::empty({2, plan.blocks}, logits.options().dtype(at::kDouble));
+  const Tensor counter = tile_counters(stream, 1);
+  a.sums = sums.mutable_data_ptr<double>();
+  a.tile_counter = counters_of(counter);
+  return {sums, counter};
+}
+
 /// reference.loss_fwd on CUDA tensors: (loss, ce, zipf, grad, grad_scale). In place, the logits are
 /// contiguous and aligned, and grad is the same memory.
 Parts loss_parts(const Tensor& given_logits, const Tensor& given_target,
                  const OptionalTensor& given_votes, const Tensor& given_log_mass,
                  const OptionalTensor& given_weight, double ce_weight, double zipf_weight,
                  double label_smoothing, bool only_correct, int64_t ignore_index,
-                 std::string_view reduction_name, Gradient gradient) {
-  check_loss(given_logits, given_target, given_votes, given_log_mass, given_weight, reduction_name);
+                 std::string_view reduction, Gradient gradient) {
+  check_loss(given_logits, given_target, given_votes, given_log_mass, given_weight, reduction);
   const int64_t N = given_logits.size(0), C = given_logits.size(1);
-  const auto type = accumulation_type(given_logits.scalar_type());
   const bool soft = given_target.dim() == 2;  // probabilities
-  const Reduction reduction = reduction_of(reduction_name);
   const c10::cuda::CUDAGuard guard(given_logits.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
 
   // Inputs, as the kernels take them.
   const Dtype dtype = dtype_of(given_logits.scalar_type());
-  const auto options = given_logits.options().dtype(type);
   const Tensor logits = with_aligned_rows(given_logits);
   const Tensor target = soft ? with_aligned_rows(given_target) : given_target.contiguous();
   const OptionalTensor votes = with_contiguous_rows(given_votes);
@@ -174,20 +227,7 @@ Parts loss_parts(const Tensor& given_logits, const Tensor& given_target,
                               ? dense_log_mass(given_log_mass, votes, logits, C)
                               : given_log_mass.contiguous();
 
-  // Outputs.
-  const auto shape = reduction == kNone ? at::DimVector({N}) : at::DimVector();
-  const bool with_grad = gradient != Gradient::kNone;
-  const bool scaled = with_grad && dtype == kFloat16 && reduction == kMean;
-  const Tensor loss = at::empty(shape, options), ce = at::empty(shape, options),
-               zipf = at::empty(shape, options);
-  const Tensor grad =
-      gradient == Gradient::kInPlace ? logits
-      : with_grad ? at::empty({N, C}, logits.options().memory_format(at::MemoryFormat::Contiguous))
-                  : at::empty({0}, logits.options());
-  const Tensor grad_scale = scaled ? at::empty({}, options) : at::empty({0}, options);
-
-  a.logits = logits.const_data_ptr();
-  a.logits_stride = logits.stride(0);
+  const Parts results = allocate_results(a, logits, reduction, gradient);
   if (soft) {
     a.probabilities = target.const_data_ptr();
     a.probabilities_stride = target.stride(0);
@@ -197,48 +237,25 @@ Parts loss_parts(const Tensor& given_logits, const Tensor& given_target,
   a.votes = votes_of(votes);
   a.log_mass = log_mass.const_data_ptr();
   a.weight = data_or_null(weight);
-  a.N = N;
-  a.C = static_cast<int32_t>(C);
   a.ignore_index = ignore_index;
   a.ce = ce_weight != 0;
   a.only_correct = only_correct;
   a.ce_weight = ce_weight;
   a.zipf_weight = zipf_weight;
   a.label_smoothing = label_smoothing;
-  a.reduction = reduction;
-  a.scaled = scaled;
-  a.loss = loss.mutable_data_ptr();
-  a.ce_out = ce.mutable_data_ptr();
-  a.zipf_out = zipf.mutable_data_ptr();
-  a.grad = with_grad && N > 0 ? grad.mutable_data_ptr() : nullptr;
-  a.grad_scale = scaled ? grad_scale.mutable_data_ptr() : nullptr;
 
   // Which samples count, and what a mean divides by, where a launch of its own must precede.
-  Tensor correct, partials, sums, counter;
-  if (only_correct && a.zipf && (soft || reduction == kMean)) {
-    correct = at::empty({N}, options.dtype(at::kInt));
+  Tensor correct, partials;
+  if (only_correct && a.zipf && (soft || a.reduction == kMean)) {
+    correct = at::empty({N}, logits.options().dtype(at::kInt));
     C10_CUDA_CHECK(loss_correct_cuda(a, dtype, correct.mutable_data_ptr<int32_t>(), stream));
     a.correct = correct.const_data_ptr<int32_t>();
   }
-  if (reduction == kMean && !soft) {
-    a.denominators = {a.target, a.weight, a.correct, nullptr, 0, N, a.C, ignore_index};
-    if (const int blocks = totals_blocks(N); blocks > 0) {
-      partials = at::empty({3, blocks}, options.dtype(at::kDouble));
-      C10_CUDA_CHECK(loss_totals_cuda({a.denominators, partials.mutable_data_ptr<double>()}, dtype,
-                                      blocks, stream));
-      a.denominators.partials = partials.const_data_ptr<double>();
-      a.denominators.num_partials = blocks;
-    }
-  }
+  if (a.reduction == kMean && !soft) partials = prepare_denominators(a, logits, stream);
   const LossPlan plan = plan_loss(a, dtype, current_device());
-  if (reduction != kNone) {
-    sums = at::empty({2, plan.blocks}, options.dtype(at::kDouble));
-    counter = tile_counters(stream, 1);
-    a.sums = sums.mutable_data_ptr<double>();
-    a.tile_counter = counters_of(counter);
-  }
-  if (N > 0 || reduction != kNone) C10_CUDA_CHECK(loss_fwd_cuda(a, dtype, plan, stream));
-  return {loss, ce, zipf, grad, grad_scale};
+  const auto held = prepare_sums(a, plan, logits, stream);
+  if (N > 0 || a.reduction != kNone) C10_CUDA_CHECK(loss_fwd_cuda(a, dtype, plan, stream));
+  return results;
 }
 
 Parts loss_fwd(const Tensor& logits, const Tensor& target, const OptionalTensor& votes,
@@ -250,18 +267,124 @@ Parts loss_fwd(const Tensor& logits, const Tensor& target, const OptionalTensor&
                     with_grad ? Gradient::kNew : Gradient::kNone);
 }
 
+/// Writes a gradient over the logits, by compute(where it goes), and returns grad_scale.
+template <class Compute>
+Tensor over_logits(Tensor& logits, Compute compute) {
+  const bool aligned = reinterpret_cast<uintptr_t>(logits.const_data_ptr()) % 16 == 0;
+  const bool in_place = logits.is_contiguous() && aligned;
+  const Parts parts = compute(in_place ? Gradient::kInPlace : Gradient::kNew);
+  if (!in_place) logits.copy_(std::get<3>(parts));
+  return std::get<4>(parts);
+}
+
 /// loss_fwd's gradient over the logits; returns grad_scale.
 Tensor loss_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& votes,
                   const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
                   double zipf_weight, double label_smoothing, bool only_correct,
                   int64_t ignore_index, std::string_view reduction) {
-  const bool aligned = reinterpret_cast<uintptr_t>(logits.const_data_ptr()) % 16 == 0;
-  const bool in_place = logits.is_contiguous() && aligned;
-  const Parts parts = loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
-                                 label_smoothing, only_correct, ignore_index, reduction,
-                                 in_place ? Gradient::kInPlace : Gradient::kNew);
-  if (!in_place) logits.copy_(std::get<3>(parts));
-  return std::get<4>(parts);
+  return over_logits(logits, [&](Gradient gradient) {
+    return loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
+                      label_smoothing, only_correct, ignore_index, reduction, gradient);
+  });
+}
+
+/// teacher (N, C) of a float type; target (N,) int64 where one is given; sample_weight (N,) in the
+/// accumulation type.
+void check_distill(const Tensor& logits, const Tensor& teacher, const OptionalTensor& target,
+                   const OptionalTensor& sample_weight, std::string_view form,
+                   std::string_view reduction) {
+  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (N, C), got ", logits.sizes());
+  check_float(logits, "logits");
+  const int64_t N = logits.size(0);
+  check_num_classes(logits.size(1));
+  TORCH_CHECK_VALUE(teacher.sizes() == logits.sizes(), "teacher must have shape ", logits.sizes(),
+                    ", got ", teacher.sizes());
+  check_float(teacher, "teacher");
+  check_same_device(teacher, "teacher", logits);
+  if (target.has_value()) {
+    check_target(*target, N);
+    check_same_device(*target, "target", logits);
+  }
+  if (sample_weight.has_value()) {
+    TORCH_CHECK_VALUE(sample_weight->dim() == 1 && sample_weight->size(0) == N,
+                      "sample_weight must have shape (", N, ",), got ", sample_weight->sizes());
+    check_type(*sample_weight, "sample_weight", accumulation_type(logits.scalar_type()));
+    check_same_device(*sample_weight, "sample_weight", logits);
+  }
+  TORCH_CHECK_VALUE(form == "divergence" || form == "cross_entropy",
+                    "form must be divergence or cross_entropy, got ", form);
+  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "none" || reduction == "sum",
+                    "reduction must be mean, sum or none, got ", reduction);
+}
+
+/// reference.distill_fwd on CUDA tensors: (loss, ce, distillation, grad, grad_scale). A teacher of
+/// another type than the logits is first converted to the accumulation type.
+Parts distill_parts(const Tensor& given_logits, const Tensor& given_teacher,
+                    const OptionalTensor& given_target, const OptionalTensor& given_weight,
+                    double ce_weight, double kd_weight, double tckd_weight, double nckd_weight,
+                    double soft_target_weight, double temperature, std::string_view form,
+                    int64_t ignore_index, std::string_view reduction, Gradient gradient) {
+  check_distill(given_logits, given_teacher, given_target, given_weight, form, reduction);
+  const c10::cuda::CUDAGuard guard(given_logits.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Dtype dtype = dtype_of(given_logits.scalar_type());
+  const bool wide = given_teacher.scalar_type() != given_logits.scalar_type();
+
+  const Tensor logits = with_aligned_rows(given_logits);
+  const Tensor teacher = with_aligned_rows(
+      wide ? given_teacher.to(accumulation_type(given_logits.scalar_type())) : given_teacher);
+  OptionalTensor target, weight;
+  if (given_target.has_value()) target = given_target->contiguous();
+  if (given_weight.has_value()) weight = given_weight->contiguous();
+  DistillFwd a = {};
+  const Parts results = allocate_results(a, logits, reduction, gradient);
+  a.target = target.has_value() ? target->const_data_ptr<int64_t>() : nullptr;
+  a.ignore_index = ignore_index;
+  a.ce = ce_weight != 0;
+  a.zipf = true;
+  a.ce_weight = ce_weight;
+  a.zipf_weight = 1;
+  a.teacher = teacher.const_data_ptr();
+  a.teacher_stride = teacher.stride(0);
+  a.wide = wide;
+  a.sample_weight = data_or_null(weight);
+  a.kd_weight = kd_weight;
+  a.tckd_weight = tckd_weight;
+  a.nckd_weight = nckd_weight;
+  a.soft_target_weight = soft_target_weight;
+  a.temperature = temperature;
+  a.divergence = form == "divergence";
+
+  Tensor partials;
+  if (a.reduction == kMean && a.target != nullptr)
+    partials = prepare_denominators(a, logits, stream);
+  const LossPlan plan = plan_distill(a, dtype, current_device());
+  const auto held = prepare_sums(a, plan, logits, stream);
+  if (a.N > 0 || a.reduction != kNone) C10_CUDA_CHECK(distill_fwd_cuda(a, dtype, plan, stream));
+  return results;
+}
+
+Parts distill_fwd(const Tensor& logits, const Tensor& teacher, const OptionalTensor& target,
+                  const OptionalTensor& sample_weight, double ce_weight, double kd_weight,
+                  double tckd_weight, double nckd_weight, double soft_target_weight,
+                  double temperature, std::string_view form, int64_t ignore_index,
+                  std::string_view reduction, bool with_grad) {
+  return distill_parts(logits, teacher, target, sample_weight, ce_weight, kd_weight, tckd_weight,
+                       nckd_weight, soft_target_weight, temperature, form, ignore_index, reduction,
+                       with_grad ? Gradient::kNew : Gradient::kNone);
+}
+
+/// distill_fwd's gradient over the logits; returns grad_scale.
+Tensor distill_grad_(Tensor& logits, const Tensor& teacher, const OptionalTensor& target,
+                     const OptionalTensor& sample_weight, double ce_weight, double kd_weight,
+                     double tckd_weight, double nckd_weight, double soft_target_weight,
+                     double temperature, std::string_view form, int64_t ignore_index,
+                     std::string_view reduction) {
+  return over_logits(logits, [&](Gradient gradient) {
+    return distill_parts(logits, teacher, target, sample_weight, ce_weight, kd_weight, tckd_weight,
+                         nckd_weight, soft_target_weight, temperature, form, ignore_index,
+                         reduction, gradient);
+  });
 }
 
 /// out = grad * grad_loss * grad_scale, all on one device; out may be grad.
@@ -448,6 +571,8 @@ Tensor vote_fwd(const Tensor& features, const Tensor& weight, const OptionalTens
 TORCH_LIBRARY_IMPL(zipfls, CUDA, m) {
   m.impl("loss_fwd", TORCH_FN(loss_fwd));
   m.impl("loss_grad_", TORCH_FN(loss_grad_));
+  m.impl("distill_fwd", TORCH_FN(distill_fwd));
+  m.impl("distill_grad_", TORCH_FN(distill_grad_));
   m.impl("loss_bwd", TORCH_FN(loss_bwd));
   m.impl("loss_bwd_", TORCH_FN(loss_bwd_));
   m.impl("rank_fwd", TORCH_FN(rank_fwd));

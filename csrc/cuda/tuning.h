@@ -104,6 +104,21 @@ constexpr int kGeneralResident = 2;  // bounds the registers at 128
 /// blocks, and as many here.
 constexpr int kGeneralLeast = 64;
 
+// A teacher's row for a label ---------------------------------------------------------------------
+
+/// 16-byte vectors of logits that a thread of loss_distill holds, with the teacher's row: 32
+/// registers where both rows have one type.
+constexpr int kDistillVectors = 4;
+/// Most threads of its blocks: 640 reach C = 10240 in float32, 512 reach 16384 in 16-bit types;
+/// longer rows are read twice. They bound the registers, at 96 and 128, as low as the compiled code
+/// goes without spilling.
+template <class T>
+constexpr int kDistillBlock = sizeof(T) == 2   ? 512
+                              : sizeof(T) == 4 ? 640
+                                               : 256;
+template <class T>
+constexpr int kDistillRegisters = sizeof(T) == 4 ? 96 : 128;
+
 // Backward, labels --------------------------------------------------------------------------------
 
 /// Elements a warp of loss_bwd takes at a time: 32 lanes, 4 vectors of 16-bit elements.

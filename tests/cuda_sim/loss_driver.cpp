@@ -14,6 +14,7 @@
 // The launchers and their kernels, unchanged.
 #include "../../csrc/cuda/label.cu"
 #include "../../csrc/cuda/loss.cu"
+#include "../../csrc/cuda/loss_distill.cu"
 #include "../../csrc/cuda/loss_general.cu"
 
 #include "faults.cuh"
@@ -22,7 +23,7 @@ using namespace zipfls::cuda;
 
 namespace {
 
-enum Operator { kLoss, kBackward, kRank, kLabel, kFault, kSoftLoss };
+enum Operator { kLoss, kBackward, kRank, kLabel, kFault, kSoftLoss, kDistill };
 
 struct Header {
   int64_t op, dtype, N, C, P, wide, has_votes, dense, has_weight, ce, zipf, only_correct,
@@ -36,6 +37,12 @@ struct Header {
 };
 struct Numbers {
   double ce_weight, zipf_weight, label_smoothing;
+};
+
+/// What follows for a distillation.
+struct DistillHeader {
+  int64_t wide, has_target, has_sample_weight, divergence;
+  double kd_weight, tckd_weight, nckd_weight, soft_target_weight, temperature;
 };
 
 FILE* in;
@@ -102,33 +109,20 @@ size_t results_of(const Header& h) { return h.reduction == kNone ? h.N : 1; }
 /// Elements of N rows of C, with a gap after each but the last.
 size_t elements(const Header& h) { return h.N > 0 ? (h.N - 1) * (h.C + h.row_gap) + h.C : 0; }
 
-/// The arguments of loss_fwd from the file, and memory for its results.
+/// What every loss has: its logits from the file, options, and memory for its results.
 template <class T>
-LossGeneral read_loss(const Header& h, const Numbers& x) {
+void read_common(const Header& h, const Numbers& x, LossFwd& a) {
   using A = Arithmetic<T>;
-  LossGeneral a = {};
-  a.logits_stride = a.probabilities_stride = h.C + h.row_gap;
   unsigned char* const logits = read_array(elements(h) * sizeof(T), "logits", h.phase);
   a.logits = logits;
-  if (h.op == kSoftLoss) {
-    const size_t phase = h.phase / sizeof(T) * sizeof(A) % 16;
-    a.probabilities = read_array(elements(h) * sizeof(A), "target", phase);
-  } else {
-    a.target = reinterpret_cast<int64_t*>(read_array(h.N * 8, "target"));
-  }
-  a.votes = read_votes(h);
-  a.dense = h.dense != 0;
-  a.log_mass = read_array((a.dense ? h.N * h.C : h.R) * sizeof(A), "log_mass");
-  if (h.has_weight != 0) a.weight = read_array(h.C * sizeof(A), "weight");
+  a.logits_stride = h.C + h.row_gap;
   a.N = h.N;
   a.C = static_cast<int32_t>(h.C);
   a.ignore_index = h.ignore_index;
   a.ce = h.ce != 0;
   a.zipf = h.zipf != 0;
-  a.only_correct = h.only_correct != 0;
   a.ce_weight = x.ce_weight;
   a.zipf_weight = x.zipf_weight;
-  a.label_smoothing = x.label_smoothing;
   a.reduction = static_cast<int32_t>(h.reduction);
   a.scaled = h.scaled != 0;
   const size_t results = results_of(h);
@@ -142,18 +136,74 @@ LossGeneral read_loss(const Header& h, const Numbers& x) {
   a.tile_counter = reinterpret_cast<uint32_t*>(arrays.back()->data());
   *a.tile_counter = 0;
   sim::watch(a.tile_counter, 4, true, "tile_counter");
+}
+
+/// The phase of a row of A beside logits of type T, at the same element of a 16-byte vector.
+template <class T>
+size_t phase_of_wide(const Header& h) {
+  return h.phase / sizeof(T) * sizeof(Arithmetic<T>) % 16;
+}
+
+/// The arguments of loss_fwd.
+template <class T>
+LossGeneral read_loss(const Header& h, const Numbers& x) {
+  using A = Arithmetic<T>;
+  LossGeneral a = {};
+  read_common<T>(h, x, a);
+  a.probabilities_stride = a.logits_stride;
+  if (h.op == kSoftLoss) {
+    a.probabilities = read_array(elements(h) * sizeof(A), "target", phase_of_wide<T>(h));
+  } else {
+    a.target = reinterpret_cast<int64_t*>(read_array(h.N * 8, "target"));
+  }
+  a.votes = read_votes(h);
+  a.dense = h.dense != 0;
+  a.log_mass = read_array((a.dense ? h.N * h.C : h.R) * sizeof(A), "log_mass");
+  if (h.has_weight != 0) a.weight = read_array(h.C * sizeof(A), "weight");
+  a.only_correct = h.only_correct != 0;
+  a.label_smoothing = x.label_smoothing;
   return a;
+}
+
+/// The arguments of distill_fwd.
+template <class T>
+DistillFwd read_distill(const Header& h, const Numbers& x) {
+  using A = Arithmetic<T>;
+  DistillHeader d;
+  if (std::fread(&d, sizeof d, 1, in) != 1) std::abort();
+  DistillFwd a = {};
+  read_common<T>(h, x, a);
+  a.wide = d.wide != 0;
+  a.teacher = read_array(elements(h) * (a.wide ? sizeof(A) : sizeof(T)), "teacher",
+                         a.wide ? phase_of_wide<T>(h) : h.phase);
+  a.teacher_stride = a.logits_stride;
+  if (d.has_target != 0) a.target = reinterpret_cast<int64_t*>(read_array(h.N * 8, "target"));
+  if (d.has_sample_weight != 0) a.sample_weight = read_array(h.N * sizeof(A), "sample_weight");
+  a.kd_weight = d.kd_weight;
+  a.tckd_weight = d.tckd_weight;
+  a.nckd_weight = d.nckd_weight;
+  a.soft_target_weight = d.soft_target_weight;
+  a.temperature = d.temperature;
+  a.divergence = d.divergence != 0;
+  return a;
+}
+
+Device device_of(const Header& h) {
+  return {h.clusters != 0 ? 9 : 8, 0, static_cast<int>(h.multiprocessors), 227 * 1024};
+}
+
+/// A plan whose threads and blocks a case may choose.
+LossPlan chosen(const Header& h, LossPlan plan) {
+  if (h.threads != 0) plan.threads = static_cast<int>(h.threads);
+  plan.blocks = h.blocks != 0 ? static_cast<int>(h.blocks) : 2;
+  return plan;
 }
 
 template <class T>
 LossPlan plan_case(const Header& h, const LossGeneral& a, Dtype dtype) {
-  const Device device{h.clusters != 0 ? 9 : 8, 0, static_cast<int>(h.multiprocessors), 227 * 1024};
+  const Device device = device_of(h);
   LossPlan plan = plan_loss(a, dtype, device);
-  if (plan.kernel == LossPlan::kGeneral) {
-    if (h.threads != 0) plan.threads = static_cast<int>(h.threads);
-    plan.blocks = h.blocks != 0 ? static_cast<int>(h.blocks) : 2;
-    return plan;
-  }
+  if (plan.kernel == LossPlan::kGeneral) return chosen(h, plan);
   if (h.kernel >= 0) {  // a kernel of the test's choice, laid out as the plan would
     plan.kernel = static_cast<LossPlan::Kernel>(h.kernel);
     plan.threads = static_cast<int>(h.threads);
@@ -170,31 +220,25 @@ LossPlan plan_case(const Header& h, const LossGeneral& a, Dtype dtype) {
   return plan;
 }
 
-/// The launches of a call, as register.cpp makes them.
-template <class T>
-void run_loss(const Header& h, const Numbers& x) {
+void prepare_denominators(const Header& h, LossFwd& a) {
+  a.denominators = {a.target, a.weight, a.correct, nullptr, 0, a.N, a.C, a.ignore_index};
+  if (h.totals == 0) return;
+  LossTotals t{a.denominators, reinterpret_cast<double*>(new_array(3 * h.totals * 8, "totals"))};
+  if (loss_totals_cuda(t, static_cast<Dtype>(h.dtype), static_cast<int>(h.totals), nullptr) !=
+      cudaSuccess)
+    std::abort();
+  a.denominators.partials = t.partials;
+  a.denominators.num_partials = static_cast<int32_t>(h.totals);
+}
+
+/// The launch, as often as the case says, and its results.
+template <class T, class F>
+void run_planned(const Header& h, LossFwd& a, const LossPlan& plan, F launch) {
   using A = Arithmetic<T>;
-  const auto dtype = static_cast<Dtype>(h.dtype);
-  LossGeneral a = read_loss<T>(h, x);
-  const bool soft = a.probabilities != nullptr;
-  if (a.only_correct && a.zipf && (soft || a.reduction == kMean)) {
-    auto* const correct = reinterpret_cast<int32_t*>(new_array(h.N * 4, "correct"));
-    with_blocks(3, [&] { return loss_correct_cuda(a, dtype, correct, nullptr); });
-    a.correct = correct;
-  }
-  if (!soft) a.denominators = {a.target, a.weight, a.correct, nullptr, 0, a.N, a.C, a.ignore_index};
-  if (h.totals != 0) {
-    LossTotals t{a.denominators, reinterpret_cast<double*>(new_array(3 * h.totals * 8, "totals"))};
-    if (loss_totals_cuda(t, dtype, static_cast<int>(h.totals), nullptr) != cudaSuccess)
-      std::abort();
-    a.denominators.partials = t.partials;
-    a.denominators.num_partials = static_cast<int32_t>(h.totals);
-  }
-  const LossPlan plan = plan_case<T>(h, a, dtype);
   if (h.reduction != kNone)
     a.sums = reinterpret_cast<double*>(new_array(2 * plan.blocks * 8, "sums"));
   for (int64_t r = 0; r < h.repeats; r++)
-    if (loss_fwd_cuda(a, dtype, plan, nullptr) != cudaSuccess) std::abort();
+    if (launch() != cudaSuccess) std::abort();
   const size_t results = results_of(h);
   const int64_t chosen[4] = {plan.kernel, plan.threads, plan.cluster, *a.tile_counter};
   write_result({{a.loss, results * sizeof(A)},
@@ -203,6 +247,31 @@ void run_loss(const Header& h, const Numbers& x) {
                 {a.grad, h.with_grad != 0 ? h.N * h.C * sizeof(T) : 0},
                 {a.grad_scale, sizeof(A)},
                 {chosen, sizeof chosen}});
+}
+
+/// The launches of a call, as register.cpp makes them.
+template <class T>
+void run_loss(const Header& h, const Numbers& x) {
+  const auto dtype = static_cast<Dtype>(h.dtype);
+  LossGeneral a = read_loss<T>(h, x);
+  const bool soft = a.probabilities != nullptr;
+  if (a.only_correct && a.zipf && (soft || a.reduction == kMean)) {
+    auto* const correct = reinterpret_cast<int32_t*>(new_array(h.N * 4, "correct"));
+    with_blocks(3, [&] { return loss_correct_cuda(a, dtype, correct, nullptr); });
+    a.correct = correct;
+  }
+  if (!soft) prepare_denominators(h, a);
+  const LossPlan plan = plan_case<T>(h, a, dtype);
+  run_planned<T>(h, a, plan, [&] { return loss_fwd_cuda(a, dtype, plan, nullptr); });
+}
+
+template <class T>
+void run_distill(const Header& h, const Numbers& x) {
+  const auto dtype = static_cast<Dtype>(h.dtype);
+  DistillFwd a = read_distill<T>(h, x);
+  if (a.target != nullptr) prepare_denominators(h, a);
+  const LossPlan plan = chosen(h, plan_distill(a, dtype, device_of(h)));
+  run_planned<T>(h, a, plan, [&] { return distill_fwd_cuda(a, dtype, plan, nullptr); });
 }
 
 template <class T>
@@ -258,6 +327,8 @@ int main(int argc, char** argv) {
     const auto dtype = static_cast<Dtype>(h.dtype);
     if (h.op == kLoss || h.op == kSoftLoss) {
       with_type(dtype, [&](auto t) { run_loss<decltype(t)>(h, x); });
+    } else if (h.op == kDistill) {
+      with_type(dtype, [&](auto t) { run_distill<decltype(t)>(h, x); });
     } else if (h.op == kBackward) {
       with_type(dtype, [&](auto t) { run_backward<decltype(t)>(h); });
     } else if (h.op == kFault) {

@@ -1,0 +1,40 @@
+// Launchers of loss_distill.cuh's kernel.
+#include "launch.cuh"
+#include "loss_distill.cuh"
+
+namespace zipfls::cuda {
+
+LossPlan plan_distill(const DistillFwd& a, Dtype dtype, const Device& device) {
+  return with_type(dtype, [&](auto x) {
+    using T = decltype(x);
+    SmemAllocator smem{nullptr};
+    BlockArea<Arithmetic<T>>::allocate(smem);
+    DistillArea<T>::allocate(smem);
+    const uint32_t vectors = vectors_of(a.C, kVector<T>);
+    const int64_t warps = int64_t{device.multiprocessors} * (kThreadsPerMultiprocessor / kWarp);
+    const int wanted = a.N * 2 >= warps ? kFullDeviceVectors : kIdleDeviceVectors;
+    LossPlan plan = {};
+    plan.kernel = LossPlan::kDistill;
+    plan.threads = std::min(kDistillBlock<T>, round_up((vectors + wanted - 1) / wanted, kWarp));
+    plan.cluster = 1;
+    plan.groups = a.N;
+    plan.shared = smem.used;
+    // As many blocks as are resident: see loss.cu's complete.
+    const int by_threads = kThreadsPerMultiprocessor / std::max(plan.threads, kGeneralLeast);
+    const int by_registers = kRegistersPerMultiprocessor / (kDistillRegisters<T> * plan.threads);
+    const int64_t resident = int64_t{std::min(by_threads, by_registers)} * device.multiprocessors;
+    plan.blocks = static_cast<int>(std::max<int64_t>(1, std::min(a.N, resident)));
+    return plan;
+  });
+}
+
+cudaError_t distill_fwd_cuda(const DistillFwd& a, Dtype dtype, const LossPlan& plan,
+                             cudaStream_t stream) {
+  return with_type(dtype, [&](auto x) {
+    using T = decltype(x);
+    const auto kernel = a.wide ? loss_distill_kernel<T, Arithmetic<T>> : loss_distill_kernel<T, T>;
+    return launch(kernel, {plan.blocks, plan.threads, plan.shared}, stream, a);
+  });
+}
+
+}  // namespace zipfls::cuda
