@@ -569,7 +569,8 @@ def test_backends_without_it():
     for backend in zls.backends():
         if ops.UNSERVED.get((backend, "distill_fwd"), ()) is None:
             with pytest.raises(
-                RuntimeError, match=f"backend='{backend}' cannot serve this call: it has no kernel"
+                RuntimeError,
+                match=f"backend='{backend}' cannot serve this call: it (has no kernel|serves cuda)",
             ):
                 zls.distillation_loss(z, t, y, backend=backend)
             with zls.use_backend(backend), pytest.raises(RuntimeError, match=f"backend='{backend}' cannot"):

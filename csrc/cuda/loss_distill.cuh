@@ -230,9 +230,8 @@ struct DistillArea {
 /// - Threads: 32 to 640 a row, rows by grid stride.
 /// - The rows: in registers, kDistillVectors 16-byte vectors of logits and the teacher's same
 ///   classes a thread; longer rows in parts.
-/// - Accumulators: float (float64: double), rebased from part to part; then, four lanes for the
-/// four
-///   log odds and one for the rest, double. Sums over rows: double. All in a fixed order.
+/// - Accumulators: float (float64: double), rebased from part to part. Then double: the log odds by
+///   a lane each, the rest by one thread. Sums over rows: double. All in a fixed order.
 /// - Hazards: factors are published, and z_y and t_y read, before the gradient, which may overwrite
 ///   the logits (and so a teacher that is the same memory); the next row's reductions separate its
 ///   factors from this row's.
