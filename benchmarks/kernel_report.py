@@ -41,6 +41,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from zipfls_cuda import triton_kernels
+from zipfls_cuda.triton_kernels import distill as distill_file
 from zipfls_cuda.triton_kernels import launch_cache
 from zipfls_cuda.triton_kernels import loss as loss_file
 from zipfls_cuda.triton_kernels import vote as vote_file
@@ -141,6 +142,41 @@ def loss_case(
     return Case(name, call, kernels)
 
 
+def distill_case(
+    N: int,
+    C: int,
+    dtype: torch.dtype = BF16,
+    label: str = "",
+    *,
+    teacher: torch.dtype | None = None,
+    target: bool = True,
+    weight: bool = False,
+    quick: bool = False,
+    **options,
+) -> Case:
+    """A call of distill_fwd, by default for DKD at T = 4; ``label`` says what is special about it."""
+
+    def call() -> object:
+        settings = {
+            "ce_weight": 1.0 if target else 0.0, "kd_weight": 0.0 if target else 1.0,
+            "tckd_weight": 1.0 if target else 0.0, "nckd_weight": 8.0 if target else 0.0,
+            "soft_target_weight": 0.0, "temperature": 4.0, "form": "divergence", "ignore_index": -100,
+            "reduction": "mean", "with_grad": True,
+        }  # fmt: skip
+        settings |= options
+        return triton_kernels.distill_fwd(
+            torch.empty(N, C, dtype=dtype),
+            torch.empty(N, C, dtype=teacher or dtype),
+            torch.empty(N, dtype=torch.int64) if target else None,
+            torch.empty(N, dtype=FP64 if dtype == FP64 else FP32) if weight else None,
+            *settings.values(),
+        )
+
+    return Case(
+        f"distill {N}x{C} {NAMES[dtype]} {label}".rstrip(), call, ("distill_fwd_kernel",), quick=quick
+    )
+
+
 def vote_case(
     shape: tuple[int, ...], C: int, dtype: torch.dtype = BF16, label: str = "", *, upsample: int = 1,
     kernels: tuple[str, ...] = VOTE,
@@ -169,7 +205,8 @@ def vote_case(
 def cases() -> list[Case]:
     """Every kernel in every configuration of the tables, by calls that lead there."""
     hard, soft = loss_cases(soft=False), loss_cases(soft=True)
-    return [*hard, *hard_cases(), *soft, *backward_and_label_cases(), *vote_cases()]
+    others = (*distill_cases(), *backward_and_label_cases(), *vote_cases())
+    return [*hard, *hard_cases(), *soft, *others]
 
 
 def loss_cases(soft: bool) -> Iterator[Case]:
@@ -219,6 +256,34 @@ def hard_cases() -> Iterator[Case]:
     yield loss_case(32768, 1000, label="totals", kernels=("totals_kernel",))
     for C in (1000, 1024):
         yield loss_case(256, C, BF16, None, "ranked by logits", kernels=("logits_mass_kernel",))
+
+
+def distill_cases() -> Iterator[Case]:
+    """Rows of every length and alignment, every type, and what changes the sums."""
+    longest = distill_file.LONGEST_ROW
+    everything = {"kd_weight": 0.5, "soft_target_weight": 0.5, "weight": True}
+    C = 16
+    while longest >= C:
+        yield distill_case(256, C)
+        for dtype in (BF16, FP32):
+            yield distill_case(loss_file.FEW_ROWS, C, dtype)
+        C *= 2
+    for C in (1000, 997, longest - 9, 10000, 21841):
+        for dtype in (BF16, FP32):
+            yield distill_case(8192, C, dtype, quick=C in (1000, 21841) and dtype == BF16)
+    for C in (1000, longest // 2 - 9, 10000, 21841):
+        yield distill_case(256, C, FP64)
+        yield distill_case(256, C, FP64, "everything", **everything)
+    for C in (1000, longest - 9, 21841):
+        yield distill_case(256, C, FP16)
+        yield distill_case(256, C, label="everything", **everything)
+        yield distill_case(256, C, FP32, "everything", reduction="none", **everything)
+        yield distill_case(256, C, label="T=1", temperature=1.0, form="cross_entropy", soft_target_weight=1.0)
+        yield distill_case(256, C, label="no target", target=False)
+        yield distill_case(256, C, label="plain CE", tckd_weight=0.0, nckd_weight=0.0, reduction="sum")
+        yield distill_case(256, C, label="float32 teacher", teacher=FP32)
+        yield distill_case(256, C, FP32, "bfloat16 teacher", teacher=BF16)
+    yield distill_case(256, 1000, label="no gradient", with_grad=False)
 
 
 def backward_and_label_cases() -> Iterator[Case]:

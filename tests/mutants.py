@@ -312,6 +312,35 @@ MUTANTS = [
         )
     ),
     *(
+        Mutant(f"Triton: {name}", f"{TRITON}/distill_math.py", old, new, (f"tests/test_{test}",), "triton")
+        for name, old, new, test in (
+            (
+                "teacher's sums not rescaled",
+                "f *= factor_t",
+                "f *= 1.0",
+                "triton.py::test_distill_kernels",
+            ),
+            (
+                "teacher's largest class in the last tile",
+                "wins = (top > best) |",
+                "wins = (top == top) |",
+                "triton.py::test_distill_finds_the_teachers_largest_class",
+            ),
+            (
+                "TCKD as a difference of large logarithms",
+                "tl.where(v.u > 0, likely, unlikely)",
+                "tl.where(v.u > 0, unlikely, likely)",
+                "distillation.py::test_what_is_small_keeps_its_digits",
+            ),
+            (
+                "target's gradient of two probabilities near 1",
+                "tl.where(u.u > 0, v.r - u.r, u.p - v.p)",
+                "(u.p - v.p)",
+                "distillation.py::test_what_is_small_keeps_its_digits",
+            ),
+        )
+    ),
+    *(
         Mutant(f"C++: {name}", f"csrc/{file}", old, new, tests, "cpu")
         for name, file, old, new, tests in (
             ("rank by >= instead of >", "label.h", "return 1 + above;", "return above;", LABEL),

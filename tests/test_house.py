@@ -34,7 +34,7 @@ ARROWS = {
     "reference": set(),
     "labels": {"scalars"},
     "scalars": set(),
-    "triton_kernels": {"vote", "label", "loss"},
+    "triton_kernels": {"distill", "vote", "label", "loss"},
 }
 
 

@@ -59,7 +59,7 @@ def test_report_of_each_kind_is_clean():
     for row in rows:
         tensor, wide = row[-2], int(row[-4].split("/")[0])
         assert (tensor == "-") == (not row[0].startswith("vote_fwd")), row
-        if row[0].startswith(("loss_fwd", "loss_bwd")):
+        if row[0].startswith(("loss_fwd", "loss_bwd", "distill_fwd")):
             assert wide >= 2, row
 
 
@@ -179,6 +179,7 @@ def test_gradient_may_lie_over_the_logits():
     """
     names = ["loss 8192x997 bf16 P=49", "loss 4096x21841 bf16 P=49"]
     names += ["soft 8192x997 bf16 P=49", "soft 8192x21841 bf16 P=49"]
+    names += ["distill 8192x997 bf16", "distill 8192x21841 bf16"]
     program = (
         f"import sys; sys.path[:0] = {[str(ROOT / 'benchmarks'), str(ROOT)]}; import kernel_report as k\n"
         f"for case in (case for case in k.cases() if case.name in {names}):\n"
@@ -192,4 +193,5 @@ def test_gradient_may_lie_over_the_logits():
     lines = done.stdout.splitlines()
     assert len(lines) == len(names)
     for line in lines:
-        assert re.fullmatch(r"L+B(L?S)+BSB", accesses(ast.literal_eval(line)))
+        again, patches = ("(LL)?", "") if "distill_fwd_kernel" in line else ("L?", "BS")
+        assert re.fullmatch(rf"L+B({again}S)+{patches}B", accesses(ast.literal_eval(line)))

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from zipfls_cuda import reference, triton_kernels
+from zipfls_cuda.triton_kernels import distill as distill_file
 from zipfls_cuda.triton_kernels import label as label_file
 from zipfls_cuda.triton_kernels import launch_cache, loss_reduce
 from zipfls_cuda.triton_kernels import loss as loss_file
@@ -272,6 +273,208 @@ def test_loss_out_of_range_poisons_its_row_alone(row_kernel, zipf):
         torch.testing.assert_close(x[:2].cpu(), y[:2])
     args[10] = "mean"
     assert triton_kernels.loss_fwd(*args)[0].isnan()
+
+
+# Distillation --------------------------------------------------------------------------------------------
+
+EVERY_TERM = (0.7, 0.3, 1.1, 2.0, 0.4)  # ce, kd, tckd, nckd, soft target
+
+
+def distill_args(
+    N,
+    C,
+    dtype=torch.float32,
+    teacher_dtype=None,
+    *,
+    logits=None,
+    teacher=None,
+    target=True,
+    weight=False,
+    terms=EVERY_TERM,
+    temperature=2.5,
+    form="divergence",
+    reduction="mean",
+    with_grad=True,
+):
+    """Arguments of distill_fwd: random, with one ignored sample from N = 3 on."""
+    z, t = (2 * torch.randn(N, C, dtype=torch.float64) for _ in range(2))
+    z = z.to(dtype) if logits is None else logits
+    t = t.to(teacher_dtype or dtype) if teacher is None else teacher
+    y = torch.randint(0, C, (N,))
+    if N > 2:
+        y[1] = -100
+    w = torch.rand(N, dtype=reference.accumulation_dtype(dtype)) if weight else None
+    terms = terms if target else (0.0, 0.9, 0.0, 0.0, 0.0)
+    args = map(placed, (z, t, y if target else None, w))
+    return (*args, *terms, temperature, form, -100, reduction, with_grad)
+
+
+def assert_distilled(args):
+    """triton_kernels.distill_fwd equals reference.distill_fwd, and distill_grad_ its gradient, bit by bit."""
+    tolerance = TOLERANCE[args[0].dtype]
+    ours, theirs = triton_kernels.distill_fwd(*args), reference.distill_fwd(*on_cpu(args))
+    for name, x, y in zip(("loss", "ce", "distillation", "grad", "scale"), ours, theirs, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), name
+        torch.testing.assert_close(
+            x.cpu().double(),
+            y.double(),
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    if args[-1]:
+        z = args[0].clone(memory_format=torch.contiguous_format)
+        scale = triton_kernels.distill_grad_(z, *args[1:-1])
+        torch.testing.assert_close((z, scale), ours[3:], rtol=0, atol=0, equal_nan=True)
+    return ours
+
+
+@pytest.fixture(params=["held", "streamed"])
+def distill_kernel(request, monkeypatch):
+    """Held and streamed, the same rows: from 33 classes, 32 at a time."""
+    if request.param == "streamed":
+        monkeypatch.setattr(distill_file, "LONGEST_ROW", 32)
+        monkeypatch.setattr(distill_file, "LONG_TILE", (32, 4))
+
+
+@pytest.mark.parametrize(
+    "dtype,teacher",
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float64),
+        (torch.float16, torch.float16),
+    ],
+    ids=str,
+)
+def test_distill_kernels(distill_kernel, dtype, teacher):
+    for C in (64, 77):
+        assert_distilled(distill_args(5, C, dtype, teacher, weight=True))
+
+
+@pytest.mark.parametrize("C", [2, 16, 31, 32, 33, 63, 65])
+def test_distill_tile_boundaries(distill_kernel, C):
+    assert_distilled(distill_args(3, C, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"form": "cross_entropy"},
+        {"temperature": 1.0, "reduction": "none"},
+        {"terms": (0.0, 0.0, 1.0, 8.0, 0.0), "temperature": 4.0, "weight": True},
+        {"terms": (0.0, 0.0, 0.0, 1.5, 1.0), "temperature": 1.0, "form": "cross_entropy"},
+        {"terms": (1.0, 0.0, 0.0, 0.0, 0.0), "reduction": "sum"},
+        {"terms": (0.0, 0.0, 0.0, 0.0, 1.0)},
+        {"terms": (0.0, 0.0, 0.0, 0.0, 0.0)},
+        {"target": False},
+        {"target": False, "temperature": 1.0, "reduction": "none", "weight": True},
+        {"with_grad": False},
+    ],
+    ids=str,
+)
+def test_distill_options(distill_kernel, options):
+    assert_distilled(distill_args(3, 83, torch.float64, **options))
+
+
+@pytest.mark.parametrize("R", [1, 16])
+def test_distill_several_rows_per_program(monkeypatch, R):
+    """R rows at once, groups of rows walked through, and partial sums combined."""
+    monkeypatch.setattr(distill_file, "INTERPRET", False)
+    monkeypatch.setattr(distill_file, "FEW_ROWS", 0 if R == 16 else 99)
+    monkeypatch.setattr(distill_file, "PROGRAMS", 2)
+    for N in (1, 19):
+        args = distill_args(N, 10, torch.float64)
+        assert distill_file.cut_rows(args[0]).R == R
+        assert_distilled(args)
+
+
+def test_distill_totals_from_partial_sums(monkeypatch):
+    monkeypatch.setattr(loss_reduce, "SCAN_ROWS", 2)
+    for target in (True, False):
+        assert_distilled(distill_args(6, 20, torch.float64, target=target))
+
+
+@pytest.mark.parametrize("C", [2048, 2049, 5003])
+def test_distill_as_tuned(C):
+    assert_distilled(distill_args(2, C, torch.bfloat16, torch.float32))
+    assert_distilled(distill_args(2, C, torch.float32, target=False))
+
+
+@pytest.mark.parametrize("view", ["rows", "columns", "unaligned", "expanded", "transposed", "same phase"])
+def test_distill_views(distill_kernel, view):
+    """Rows of either network at any distance and alignment."""
+    x = (2 * torch.randn(8, 101)).bfloat16()
+    x = {
+        "rows": lambda: x[:4:2, :72],
+        "columns": lambda: x[:2, ::2],
+        "unaligned": lambda: x[:2, 3:100],
+        "expanded": lambda: x[:1, :66].expand(2, 66),
+        "transposed": lambda: x.t()[:2],
+        "same phase": lambda: x[:2, 5:98],
+    }[view]()
+    for given in ({"logits": x}, {"teacher": x}, {"logits": x, "teacher": x}):
+        assert_distilled(distill_args(*x.shape, torch.bfloat16, **given))
+
+
+@pytest.mark.parametrize(
+    "at,terms,form",
+    [
+        ("student", EVERY_TERM, "divergence"),
+        ("teacher", EVERY_TERM, "cross_entropy"),
+        ("both", (0.0, 0.5, 0.0, 0.0, 0.0), "divergence"),
+        ("both", (0.0, 0.0, 1.0, 2.0, 0.0), "divergence"),
+    ],
+)
+def test_distill_corners(distill_kernel, at, terms, form):
+    """-inf, +inf and NaN anywhere; targets far ahead; tiles and vectors without any class."""
+    x, y = corner_rows(48)
+    given = {"student": {"logits": x}, "teacher": {"teacher": x}, "both": {"logits": x, "teacher": x}}[at]
+    args = list(distill_args(12, 48, torch.float64, terms=terms, form=form, reduction="none", **given))
+    args[2] = y.to(DEVICE)
+    assert_distilled(args)
+
+
+def test_distill_of_a_row_without_vectors_of_mass(distill_kernel):
+    """-inf in whole tiles of both rows, the largest in the edges, then in the first tile."""
+    z, t = torch.randn(4, 77, dtype=torch.float64), torch.randn(4, 77, dtype=torch.float64)
+    z[0, :70] = t[0, :70] = z[1, 5:] = t[1, 5:] = -INF
+    z[2, 76] = t[2, 0] = 90.0
+    z[3, 0] = t[3, 76] = 90.0
+    for target in (True, False):
+        assert_distilled(
+            distill_args(4, 77, torch.float64, logits=z, teacher=t, target=target, reduction="none")
+        )
+
+
+@pytest.mark.parametrize("where", [0, 1, 31, 32, 63, 64, 75, 76])
+def test_distill_finds_the_teachers_largest_class(distill_kernel, where):
+    """KL does not depend on the class that is left out, but its digits do, where one is 20 ahead."""
+    z, t = torch.randn(4, 77), torch.randn(4, 77)
+    z[:, where] = t[:, where] = 20.0
+    args = distill_args(4, 77, logits=z, teacher=t, target=False, temperature=1.0, reduction="none")
+    loss = triton_kernels.distill_fwd(*args)[0]
+    wide = reference.distill_fwd(z.double(), t.double(), *on_cpu(args)[2:])[0]
+    torch.testing.assert_close(loss.cpu().double(), wide, rtol=1e-5, atol=0)
+
+
+def test_distill_out_of_range_poisons_its_row_alone(distill_kernel):
+    args = list(distill_args(5, 40, torch.float64, reduction="none"))
+    expected = reference.distill_fwd(*on_cpu(args))
+    args[2][2:] = torch.tensor([-7, 40, 2**40])
+    ours = triton_kernels.distill_fwd(*args)
+    for x, y in zip(ours[:4], expected[:4], strict=True):
+        assert x[2:].isnan().all()
+        torch.testing.assert_close(x[:2].cpu(), y[:2])
+    args[-2] = "mean"
+    assert triton_kernels.distill_fwd(*args)[0].isnan()
+
+
+def test_distill_float16_mean_leaves_the_denominator_to_backward():
+    grad, scale = assert_distilled(distill_args(5, 40, torch.float16))[3:]
+    assert scale.item() == 0.25
+    assert grad.abs().max() > 0.1
 
 
 # The loss with targets of probabilities -----------------------------------------------------------------

@@ -118,7 +118,6 @@ STAGES = tuple(SCHEMAS)
 # What a backend has no kernel for: (backend, stage) -> dtypes, or None for all of them.
 UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...] | None] = {
     ("cuda", "vote_fwd"): (torch.float64,),
-    **{("triton", stage): None for stage in ("distill_fwd", "distill_grad_")},
 }
 
 

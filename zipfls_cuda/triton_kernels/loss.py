@@ -108,14 +108,14 @@ class Rows(NamedTuple):
     B: int  # elements of a tile's row
     R: int  # rows of a tile
     warps: int
-    P2: int
-    pairwise: bool
-    hashed: bool
     steps: int  # groups of R rows a program
     programs: int
     V: int  # elements a vector
     edges: bool  # whether rows have elements outside vectors
     stride: int  # distance of rows
+    P2: int = 0
+    pairwise: bool = False
+    hashed: bool = False
 
 
 def cut_rows(logits: Tensor, P: int, label: int, soft: bool) -> Rows:
@@ -133,23 +133,41 @@ def cut_rows(logits: Tensor, P: int, label: int, soft: bool) -> Rows:
         (B, warps), R = long_tile(C, itemsize, label, soft), 1
         if P2 > 512:  # votes live in registers too
             warps = max(warps, 16 if P2 > 2048 else 8)
+    steps, programs = share_rows(N, R, HASHING_PROGRAMS if hashed else PROGRAMS)
+    return Rows(held, B, R, warps, steps, programs, *row_layout(logits), P2, pairwise, hashed)
+
+
+def share_rows(N: int, R: int, most: int) -> tuple[int, int]:
+    """(groups of R rows a program, programs), at most ``most`` of them."""
     groups = -(-N // R)
-    steps = max(1, -(-groups // (HASHING_PROGRAMS if hashed else PROGRAMS)))
-    programs = max(1, -(-groups // steps))
-    V, stride = 16 // itemsize, logits.stride(0)
+    steps = max(1, -(-groups // most))
+    return steps, max(1, -(-groups // steps))
+
+
+def row_layout(logits: Tensor) -> tuple[int, bool, int]:
+    """(elements a vector, whether rows have elements outside vectors, distance of rows)."""
+    N, C = logits.shape
+    V, stride = 16 // logits.element_size(), logits.stride(0)
     # Rows of logits and of the gradient are not aligned alike, or hardly longer than their edges.
     if ((stride - C) % V and N > 1) or (C < 4 * V and C % V):
         V = 1
     edges = C % V != 0 or (stride % V != 0 and N > 1)
     if not edges:
         stride = stride // V * V  # of a single row it may be anything
-    return Rows(held, B, R, warps, P2, pairwise, hashed, steps, programs, V, edges, stride)
+    return V, edges, stride
 
 
 # Launchers -----------------------------------------------------------------------------------------
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 NO_GRADIENT, GRADIENT, IN_PLACE = 0, 1, 2
+
+
+def second_rows(x: Tensor, logits: Tensor) -> Tensor:
+    """``x`` (N, C), or a copy of it if its rows are not contiguous or not aligned as those of the logits."""
+    if x.stride(1) != 1 or (x.stride(0) - logits.stride(0)) % (16 // logits.element_size()):
+        return x.contiguous()  # whose rows are aligned as the gradient's
+    return x
 
 
 class Plan(NamedTuple):
@@ -178,31 +196,45 @@ class Plan(NamedTuple):
         )
 
 
+def is_scaled(logits: Tensor, reduction: str, gradient: int) -> bool:
+    """Whether the gradient is stored without the mean's denominator: see loss_reduce.gradient_scales."""
+    return reduction == "mean" and gradient != NO_GRADIENT and logits.dtype == torch.float16
+
+
+def plan_of(
+    kernel: triton.JITFunction, rows: Rows, constants: tuple, logits: Tensor, dtype: torch.dtype,
+    reduction: str, gradient: int,
+) -> Plan:  # fmt: skip
+    """The plan of a loss, whose results but the gradient have the type ``dtype``."""
+    N, C = logits.shape
+    device = logits.device
+    return Plan(
+        Launch(kernel, (rows.programs, 1, 1), rows.warps),
+        rows,
+        constants,
+        template((N,) if reduction == "none" else (), dtype, device),
+        template((N, C) if gradient == GRADIENT else (0,), logits.dtype, device),
+        template(() if is_scaled(logits, reduction, gradient) else (0,), dtype, device),
+        N == 0 and reduction == "none",
+    )
+
+
 def _plan(
     logits: Tensor, soft: bool, votes: Tensor | None, log_mass: Tensor, weighted: bool, ce_weight: float,
     zipf_weight: float, label_smoothing: float, only_correct: bool, reduction: str, gradient: int,
 ) -> Plan:  # fmt: skip
-    N, C = logits.shape
-    dtype, device = log_mass.dtype, logits.device
+    N, dtype = logits.shape[0], log_mass.dtype
     label = log_mass.dim() if zipf_weight != 0 else 0
     rows = cut_rows(logits, 0 if votes is None else votes.shape[1], label, soft)
     with_grad = gradient != NO_GRADIENT
-    scaled = reduction == "mean" and with_grad and logits.dtype == torch.float16
+    scaled = is_scaled(logits, reduction, gradient)
     totals = 0 if reduction != "mean" else 3 if soft else 1 if N <= loss_reduce.SCAN_ROWS else 2
     constants = (
         soft, ce_weight != 0, label, votes is not None, weighted, label_smoothing > 0, only_correct,
         REDUCTIONS[reduction], totals, scaled, with_grad,
         rows.P2, rows.pairwise, PAIRWISE_BLOCK, rows.V, rows.edges, rows.held, rows.R, rows.B,
     )  # fmt: skip
-    return Plan(
-        Launch(loss_fwd_kernel, (rows.programs, 1, 1), rows.warps),
-        rows,
-        constants,
-        template((N,) if reduction == "none" else (), dtype, device),
-        template((N, C) if gradient == GRADIENT else (0,), logits.dtype, device),
-        template(() if scaled else (0,), dtype, device),
-        N == 0 and reduction == "none",
-    )
+    return plan_of(loss_fwd_kernel, rows, constants, logits, dtype, reduction, gradient)
 
 
 def _loss(
@@ -213,8 +245,7 @@ def _loss(
     logits = with_unit_stride(logits)
     soft = target.dim() == 2
     if soft:
-        if target.stride(1) != 1 or (target.stride(0) - logits.stride(0)) % (16 // logits.element_size()):
-            target = target.contiguous()  # whose rows are aligned as the gradient's
+        target = second_rows(target, logits)
         only_correct = only_correct and zipf_weight != 0
         ignore_index = 0
     if log_mass.dim() == 1:
