@@ -151,7 +151,6 @@ def distill_case(
     teacher: torch.dtype | None = None,
     target: bool = True,
     weight: bool = False,
-    quick: bool = False,
     **options,
 ) -> Case:
     """A call of distill_fwd, by default for DKD at T = 4; ``label`` says what is special about it."""
@@ -172,9 +171,7 @@ def distill_case(
             *settings.values(),
         )
 
-    return Case(
-        f"distill {N}x{C} {NAMES[dtype]} {label}".rstrip(), call, ("distill_fwd_kernel",), quick=quick
-    )
+    return Case(f"distill {N}x{C} {NAMES[dtype]} {label}".rstrip(), call, ("distill_fwd_kernel",))
 
 
 def vote_case(
@@ -270,7 +267,7 @@ def distill_cases() -> Iterator[Case]:
         C *= 2
     for C in (1000, 997, longest - 9, 10000, 21841):
         for dtype in (BF16, FP32):
-            yield distill_case(8192, C, dtype, quick=C in (1000, 21841) and dtype == BF16)
+            yield distill_case(8192, C, dtype)
     for C in (1000, longest // 2 - 9, 10000, 21841):
         yield distill_case(256, C, FP64)
         yield distill_case(256, C, FP64, "everything", **everything)
