@@ -215,7 +215,11 @@ MUTANTS = [
             ("classes of the least probability counted from one", "(~at_target).sum(1) >= 2", "~bad"),
             ("class weights forgotten", "u = u if weight is None else u * weight", "pass"),
             ("probabilities taken to sum to 1", "(prob * total - u)", "(prob - u)"),
-            ("only_correct by the logits' own argmax", "_argmax_lowest(t).long()", "logits.argmax(1)"),
+            (
+                "only_correct by the logits' own argmax",
+                "is_correct(logits, _argmax_lowest(t).long()",
+                "is_correct(logits, logits.argmax(1)",
+            ),
         )
     ),
     Mutant(
