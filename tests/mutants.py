@@ -291,28 +291,78 @@ MUTANTS = [
         LABEL,
     ),
     *(
-        Mutant(f"Triton: {name}", f"{TRITON}/{file}.py", old, new, ("tests/test_triton.py",), "triton")
-        for name, file, old, new in (
+        Mutant(f"Triton: {name}", f"{TRITON}/{file}.py", old, new, (f"tests/test_{test}",), "triton")
+        for name, file, old, new, test in (
             (
                 "rank by >= instead of >",
                 "label",
                 "rank_at = 1 + classes_from - classes_at",
                 "rank_at = 1 + classes_from",
+                "triton.py::test_ranks_and_label",
             ),
-            ("target left in the label", "label", "live & ~at_target, count", "live, count"),
-            ("binary of another alignment", "launch_cache", "(x.dtype, x.data_ptr() & 15)", "x.dtype"),
-            ("plan of another alignment", "launch_cache", "x.stride(), x.data_ptr() & 15", "x.stride()"),
+            (
+                "target left in the label",
+                "label",
+                "live & ~at_target, count",
+                "live, count",
+                "triton.py::test_loss_kernels",
+            ),
+            (
+                "binary of another alignment",
+                "launch_cache",
+                "(x.dtype, x.data_ptr() & 15)",
+                "x.dtype",
+                "triton.py::test_launch_remembers_binaries_by_all_that_decides",
+            ),
+            (
+                "plan of another alignment",
+                "launch_cache",
+                "x.stride(), x.data_ptr() & 15",
+                "x.stride()",
+                "triton.py::test_plans_are_kept_apart_by_alignment",
+            ),
             (
                 "S not begun anew",
                 "loss_math",
                 "kept = a.base.least == base.least",
                 "kept = a.base.least >= base.least",
+                "triton.py::test_soft_least_classes_anywhere",
             ),
-            ("one class is enough for a rank", "loss_kernel", "members >= 2", "members >= 1"),
-            ("argmax of the target to the highest class", "loss_reduce", "(c < winner))", "(c > winner))"),
-            ("sum not rescaled to a new maximum", "loss_math", "t = tl.fma(finite, shift, t)", "t = t + 0"),
-            ("classes past the end vote", "vote", 'other=float("nan")).to(SCORES)', "other=0).to(SCORES)"),
-            ("ties to the highest class tile", "vote", "(score > top)", "(score >= top)"),
+            (
+                "one class is enough for a rank",
+                "loss_kernel",
+                "members >= 2",
+                "members >= 1",
+                "triton.py::test_soft_corners",
+            ),
+            (
+                "argmax of the target to the highest class",
+                "loss_reduce",
+                "(c < winner))",
+                "(c > winner))",
+                "triton.py::test_soft_only_correct_beyond_a_tile",
+            ),
+            (
+                "sum not rescaled to a new maximum",
+                "loss_math",
+                "t = tl.fma(finite, shift, t)",
+                "t = t + 0",
+                "triton.py::test_loss_kernels",
+            ),
+            (
+                "classes past the end vote",
+                "vote",
+                'other=float("nan")).to(SCORES)',
+                "other=0).to(SCORES)",
+                "triton.py::test_vote_what_lies_outside_the_classes_never_wins",
+            ),
+            (
+                "ties to the highest class tile",
+                "vote",
+                "(score > top)",
+                "(score >= top)",
+                "triton.py::test_vote_tiles_and_types",
+            ),
         )
     ),
     *(

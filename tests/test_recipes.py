@@ -150,10 +150,11 @@ SHRINK = {
     "Hugging Face": small_transformers,
     "accelerate": small_accelerate,
 }
+DISTILLATION = "Distillation"  # which has no votes
 
 
 def test_no_snippet_is_forgotten():
-    assert list(SNIPPETS) == list(SHRINK)
+    assert list(SNIPPETS) == [*SHRINK, DISTILLATION]
     assert PAGE.count("```python") == len(SNIPPETS)
     for name, code in SNIPPETS.items():
         lines = [line for line in code.splitlines() if line.strip()]
@@ -175,6 +176,29 @@ def test_snippet(name, given, steps, monkeypatch):
         assert step["grad"] > 0
     first, last = (torch.tensor([step["loss"] for step in part]).mean() for part in (steps[:4], steps[-4:]))
     assert last < 0.8 * first, (first, last)
+
+
+def test_distillation(given, monkeypatch):
+    """The student comes to say what the teacher says, and the teacher is as before."""
+    small_timm(monkeypatch)
+    timm, create, losses = sys.modules["timm"], sys.modules["timm"].create_model, []
+
+    def opinionated(name, **options):
+        model = create(name, **options)
+        with torch.no_grad():
+            model.fc.weight.mul_(20 if name == "resnet101" else 1)  # a teacher with something to say
+        return model
+
+    monkeypatch.setattr(timm, "create_model", opinionated)
+    forward = zls.methods.KDLoss.forward
+    monkeypatch.setattr(
+        zls.methods.KDLoss, "forward", lambda *args: losses.append(forward(*args)) or losses[-1]
+    )
+    exec(compile(SNIPPETS[DISTILLATION], "docs/RECIPES.md, distillation", "exec"), given)
+    assert not given["teacher"].training
+    assert all(p.grad is None for p in given["teacher"].parameters())
+    first, last = (torch.stack(part).mean() for part in (losses[:4], losses[-4:]))
+    assert last < 0.5 * first, (first, last)
 
 
 @pytest.mark.slow
