@@ -144,10 +144,12 @@ def error(actual: Tensor, exact: Tensor) -> float:
     """Largest difference, as float64; NaN and infinity must agree in place and sign, and do not count."""
     actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
-    odd = ~exact.isfinite()
-    assert torch.equal(actual[odd].nan_to_num(nan=7.0), exact[odd].nan_to_num(nan=7.0)), "NaN or inf differ"
-    assert actual[~odd].isfinite().all(), "NaN or inf where a finite value belongs"
-    return (actual - exact)[~odd].abs().max().item() if (~odd).any() else 0.0
+    special = ~exact.isfinite()
+    assert torch.equal(actual[special].nan_to_num(nan=7.0), exact[special].nan_to_num(nan=7.0)), (
+        "NaN or inf differ"
+    )
+    assert actual[~special].isfinite().all(), "NaN or inf where a finite value belongs"
+    return (actual - exact)[~special].abs().max().item() if (~special).any() else 0.0
 
 
 def rms(actual: Tensor, exact: Tensor) -> float:

@@ -127,7 +127,7 @@ struct Kernels {
                         int64_t D, void* to);
   void (*pack_wide[kDtypes])(const void* from, int64_t along_p, int64_t along_d, int64_t count,
                              int64_t D, void* to);
-  /// argmax of rows of scores, folded into (best, index): float, double.
+  /// argmax of rows of scores, combined with (best, index): float, double.
   void (*argmax[2])(const void* scores, int64_t rows, int64_t Q, int64_t first_class,
                     const void* bias, void* best, int32_t* index);
   /// The same over one image's scores (H * W, Q), bilinearly doubled: (2H * 2W) pairs.

@@ -42,7 +42,7 @@ void pack_kernel(const void* from, int64_t along_p, int64_t along_d, int64_t cou
 // argmax
 // ----------------------------------------------------------------------------------------------
 
-/// Folds the scores of one position into its pair. score(offset) gives W of them; what it gives
+/// Combines the scores of one position with its pair. score(offset) gives W of them; what it gives
 /// beyond Q does not count.
 template <class A, class Score>
 ZIPFLS_INLINE void fold_position(int64_t Q, int64_t first_class, Score score, A& best,
@@ -92,7 +92,7 @@ ZIPFLS_INLINE void fold_position(int64_t Q, int64_t first_class, Score score, A&
   index = static_cast<int32_t>(first_class + at);
 }
 
-/// scores (rows, Q), bias (Q,) or null, both with W to spare behind; folded into best (rows,),
+/// scores (rows, Q), bias (Q,) or null, both with W to spare behind; combined with best (rows,),
 /// index (rows,).
 template <class A>
 void argmax_kernel(const void* scores, int64_t rows, int64_t Q, int64_t first_class,
@@ -119,7 +119,7 @@ ZIPFLS_INLINE V quarter_way(V x, V y) {
   return x + (y - x) * 0.25f;
 }
 
-/// scores (H, W, Q) of one image, folded into best (2H, 2W) and index (2H, 2W): bilinear,
+/// scores (H, W, Q) of one image, combined with best (2H, 2W) and index (2H, 2W): bilinear,
 /// align_corners=False, so that a doubled position lies a quarter of the way to a neighbour in each
 /// direction; at the edges it is its own neighbour. Rows first, then columns; the bias after both.
 /// Scores, bias and line have W lanes to spare behind.
