@@ -54,7 +54,7 @@ SUITE += ("properties", "reliability")
 
 # Kernels of ours, as the sanitizer names them: C++ by its namespace, Triton by the function.
 OWN = re.compile(
-    r"zipfls|\b((soft_)?(loss|correct)\w*|(rank|label|vote)_\w+|logits_mass|totals|transpose)_kernel\b"
+    r"zipfls|\b((soft_)?(loss|correct)\w*|(rank|label|vote|distill)_\w+|logits_mass|totals|transpose)_kernel\b"
 )
 FILTERS = {"cuda": "zipfls", "triton": "_kernel"}  # what their names have in common
 
