@@ -305,7 +305,7 @@ MUTANTS = [
                 "label",
                 "live & ~at_target, count",
                 "live, count",
-                "triton.py::test_loss_kernels",
+                "triton.py::test_ranks_and_label",
             ),
             (
                 "binary of another alignment",
@@ -333,7 +333,7 @@ MUTANTS = [
                 "loss_kernel",
                 "members >= 2",
                 "members >= 1",
-                "triton.py::test_soft_corners",
+                "triton.py::test_soft_least_classes_anywhere",
             ),
             (
                 "argmax of the target to the highest class",
@@ -354,7 +354,7 @@ MUTANTS = [
                 "vote",
                 'other=float("nan")).to(SCORES)',
                 "other=0).to(SCORES)",
-                "triton.py::test_vote_what_lies_outside_the_classes_never_wins",
+                "triton.py::test_vote_tiles_and_types",
             ),
             (
                 "ties to the highest class tile",
