@@ -177,8 +177,8 @@ def votes_label(
     Returns:
         v (R, P2): the votes' classes; share (R, P2): 1 / (votes of that class), and 0 where the label is no
         exception (no vote, or the target's), so that a sum over voted non-target classes is sum_i share_i
-        x_i; log_p (R, P2): log of the label of v; log_q, rest (R,): log of the label and number of the
-        non-target classes without a vote; bad (R,): a vote is >= C.
+        x_i; log_p, p (R, P2): log of the label of v, and the label; log_q, q, rest (R,): the same of the
+        non-target classes without a vote, and their number; bad (R,): a vote is >= C.
     """
     v, live, count, rank, K, bad = rank_of_votes(
         votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, scratch, R, P2, PAIRWISE, BLOCK
@@ -186,15 +186,18 @@ def votes_label(
     at_target = v.to(tl.int64) == y[:, None]
     target_voted = tl.max((live & at_target).to(tl.int32), 1)
     rest = C - 1 - (K - target_voted)
-    share, log_p, log_q = label_of_ranks(log_mass, table_length, live & ~at_target, count, rank, K, rest)
-    return v, share, log_p, log_q, rest, bad
+    share, log_p, log_q, p, q = label_of_ranks(
+        log_mass, table_length, live & ~at_target, count, rank, K, rest
+    )
+    return v, share, log_p, log_q, p, q, rest, bad
 
 
 @triton.jit
 def label_of_ranks(log_mass, table_length, exception, count, rank, K, rest):
-    """share, log_p (R, P2) and log_q (R,) of votes_label.
+    """share, log_p (R, P2), log_q (R,), p (R, P2) and q (R,) of votes_label.
 
-    ``exception`` (R, P2): the vote is for a class of the label; rest (R,): number of its other classes.
+    ``exception`` (R, P2): the vote is for a class of the label; rest (R,): number of its other classes. p is
+    not exp(log_p): log_p, rounded, is off by its size times 2^-24.
     """
     dtype: tl.constexpr = log_mass.dtype.element_ty
     log_p = tl.load(log_mass + tl.minimum(rank, table_length) - 1, mask=exception, other=-float("inf"))
@@ -207,9 +210,10 @@ def label_of_ranks(log_mass, table_length, exception, count, rank, K, rest):
     log_q = tl.where(massless, tl.zeros_like(log_q), log_q - top)
     count = tl.maximum(count, 1).to(dtype)
     share = tl.where(exception, tl.full(count.shape, 1, dtype) / count, tl.zeros_like(log_p))
-    total = tl.sum(share * tl.exp(log_p), 1) + rest.to(dtype) * tl.exp(log_q)
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    total = tl.sum(share * p, 1) + rest.to(dtype) * q
     log_total = tl.log(total)
-    return share, log_p - log_total[:, None], log_q - log_total
+    return share, log_p - log_total[:, None], log_q - log_total, p / total[:, None], q / total
 
 
 # Kernels -------------------------------------------------------------------------------------------
@@ -307,7 +311,7 @@ def label_fwd_kernel(
                 totals += tl.where(counted, tl.exp(a), tl.zeros_like(a))
             total = tl.sum(totals, 1)
         else:
-            v, share, log_p, log_q, _, bad_votes = votes_label(
+            v, share, _, _, exceptions, constant, _, bad_votes = votes_label(
                 votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row < N, y, C, P, scratch,
                 1, P2, PAIRWISE, PAIR_BLOCK,
             )  # fmt: skip
@@ -320,12 +324,12 @@ def label_fwd_kernel(
                 a = tl.where(massless[:, None], tl.zeros_like(a), a - top[:, None])
                 p = tl.exp(a) / total[:, None]
             else:
-                p = tl.exp(log_q)[:, None] + tl.zeros([1, BLOCK], dtype)
+                p = constant[:, None] + tl.zeros([1, BLOCK], dtype)
             p = tl.where(c == y[:, None], tl.zeros_like(p), p)
             tl.store(label + start + c, tl.where((bad | ignored)[:, None], invalid_value, p), mask=c < C)
         if not DENSE:
             tl.debug_barrier()
-            tl.store(label + start + v, tl.exp(log_p), mask=(share > 0) & ~(bad | ignored)[:, None])
+            tl.store(label + start + v, exceptions, mask=(share > 0) & ~(bad | ignored)[:, None])
 
 
 @triton.jit

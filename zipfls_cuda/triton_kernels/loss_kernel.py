@@ -102,13 +102,14 @@ def label_over_s(
         dtype: tl.constexpr = log_mass.dtype.element_ty
         share = tl.where(in_s, tl.full(count.shape, 1, dtype) / tl.maximum(count, 1).to(dtype), 0.0)
         rest = members - (tl.sum(share, 1) + 0.5).to(tl.int32)  # each vote stands for 1/count of a class
-        share, log_p, log_q = label_of_ranks(log_mass, table_length, in_s, count, rank, K, rest)
+        share, log_p, log_q, _, _ = label_of_ranks(log_mass, table_length, in_s, count, rank, K, rest)
         return v, share, log_p, log_q, rest, bad
     else:
-        return votes_label(
+        v, share, log_p, log_q, _, _, rest, bad = votes_label(
             votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row_ok, y, C, P, scratch,
             R, P2, PAIRWISE, BLOCK,
         )  # fmt: skip
+        return v, share, log_p, log_q, rest, bad
 
 
 @triton.jit
@@ -224,7 +225,7 @@ def loss_fwd_kernel(
 
         # The label of a held row comes first where it can: later, more would live through it.
         if LABEL == VOTES_LABEL and LABEL_FIRST:
-            v, share, log_p, log_q, rest, bad_votes = votes_label(
+            v, share, log_p, log_q, _, _, rest, bad_votes = votes_label(
                 votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row_ok, y, C, P, scratch,
                 R, P2, PAIRWISE, PAIR_BLOCK,
             )  # fmt: skip
