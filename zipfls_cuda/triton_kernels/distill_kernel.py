@@ -11,9 +11,9 @@ from .distill_math import (
     Options,
     Temperature,
     add,
+    argmax_combine,
     but_target,
     exponentials,
-    fold_argmax,
     join_lanes,
     losses_of,
     merge,
@@ -139,13 +139,13 @@ def distill_fwd_kernel(
             best = tl.full([G], -float("inf"), D)
             lowest = tl.full([G], NO_COLUMN, tl.int32)
             if HELD:
-                best, lowest = fold_argmax(best, lowest, whole, False, o)
+                best, lowest = argmax_combine(best, lowest, whole, False, o)
             else:
                 for first in range(0, C // V * V, B):
                     seen = load_tile(
                         logits, teacher, start, teacher_start, first + offset, head, body, row_ok, D, o
                     )
-                    best, lowest = fold_argmax(best, lowest, teacher_in(seen, D, o), True, o)
+                    best, lowest = argmax_combine(best, lowest, teacher_in(seen, D, o), True, o)
             row_best, y = best, lowest
             if not HELD:
                 row_best = tl.max(best, 0, keep_dims=True)
@@ -154,7 +154,7 @@ def distill_fwd_kernel(
                 ends = load_edges(
                     logits, teacher, row, stride, teacher_stride, head, body, row_ok, C, V, D, o
                 )
-                row_best, y = fold_argmax(row_best, y, teacher_in(ends, D, o), False, o)
+                row_best, y = argmax_combine(row_best, y, teacher_in(ends, D, o), False, o)
             y = tl.where(y < C, y, 0).to(tl.int64)
         # Beside an int64 class ptxas keeps what all threads of a streamed row share in uniform registers.
         if HELD:

@@ -114,7 +114,7 @@ def but_target(tile, y, o: tl.constexpr):
 
 
 @triton.jit
-def fold_argmax(best, lowest, tile, VECTORS: tl.constexpr, o: tl.constexpr):
+def argmax_combine(best, lowest, tile, VECTORS: tl.constexpr, o: tl.constexpr):
     """The teacher's largest logit and its lowest column so far, with those of a tile; NaN is skipped."""
     top = tl.max(tl.where(tile.t == tile.t, tile.t, -float("inf")), 1)
     there = tile.inside & (tile.t == of_groups(top, VECTORS, o))
