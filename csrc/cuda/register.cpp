@@ -288,35 +288,6 @@ Tensor loss_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& vo
   });
 }
 
-/// teacher (N, C) of a float type; target (N,) int64 where one is given; sample_weight (N,) in the
-/// accumulation type.
-void check_distill(const Tensor& logits, const Tensor& teacher, const OptionalTensor& target,
-                   const OptionalTensor& sample_weight, std::string_view form,
-                   std::string_view reduction) {
-  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (N, C), got ", logits.sizes());
-  check_float(logits, "logits");
-  const int64_t N = logits.size(0);
-  check_num_classes(logits.size(1));
-  TORCH_CHECK_VALUE(teacher.sizes() == logits.sizes(), "teacher must have shape ", logits.sizes(),
-                    ", got ", teacher.sizes());
-  check_float(teacher, "teacher");
-  check_same_device(teacher, "teacher", logits);
-  if (target.has_value()) {
-    check_target(*target, N);
-    check_same_device(*target, "target", logits);
-  }
-  if (sample_weight.has_value()) {
-    TORCH_CHECK_VALUE(sample_weight->dim() == 1 && sample_weight->size(0) == N,
-                      "sample_weight must have shape (", N, ",), got ", sample_weight->sizes());
-    check_type(*sample_weight, "sample_weight", accumulation_type(logits.scalar_type()));
-    check_same_device(*sample_weight, "sample_weight", logits);
-  }
-  TORCH_CHECK_VALUE(form == "divergence" || form == "cross_entropy",
-                    "form must be divergence or cross_entropy, got ", form);
-  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "none" || reduction == "sum",
-                    "reduction must be mean, sum or none, got ", reduction);
-}
-
 /// reference.distill_fwd on CUDA tensors: (loss, ce, distillation, grad, grad_scale). A teacher of
 /// another type than the logits is first converted to the accumulation type.
 Parts distill_parts(const Tensor& given_logits, const Tensor& given_teacher,
@@ -324,7 +295,8 @@ Parts distill_parts(const Tensor& given_logits, const Tensor& given_teacher,
                     double ce_weight, double kd_weight, double tckd_weight, double nckd_weight,
                     double soft_target_weight, double temperature, std::string_view form,
                     int64_t ignore_index, std::string_view reduction, Gradient gradient) {
-  check_distill(given_logits, given_teacher, given_target, given_weight, form, reduction);
+  check_distill(given_logits, given_teacher, given_target, given_weight, temperature, form,
+                reduction);
   const c10::cuda::CUDAGuard guard(given_logits.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const Dtype dtype = dtype_of(given_logits.scalar_type());
