@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .common import UsageError, notice
+from .fonts import Distortions, load_typefaces
 from .fractals import load_fractals
 
 
@@ -26,7 +28,7 @@ class DataError(UsageError):
 class Split:
     """Images in memory, with their classes."""
 
-    images: torch.Tensor  # (N, channels, size, size) uint8
+    images: torch.Tensor  # (N, channels, H, W) uint8
     labels: torch.Tensor  # (N,) int64
 
     def __len__(self) -> int:
@@ -53,6 +55,8 @@ class Data:
     test: Split
     classes: list[str]  # C names
     mirror: bool  # does a mirrored image keep its class?
+    distortions: Distortions | None = None  # in the place of random crops
+    digest: str = ""  # SHA-256 of the files that it was made from, where a record should tell
 
     @cached_property
     def mean_and_std(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,15 +70,23 @@ class Data:
         return mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1)
 
 
-def load_data(source: str, size: int, cache: Path, limit: int | None = None, skip_bad: bool = False) -> Data:
+def load_data(
+    source: str,
+    size: int,
+    cache: Path,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    fonts: Sequence[Path] = (),
+) -> Data:
     """Load what --data names.
 
     Args:
         source: the name of the data, with its argument after a colon.
-        size: height and width of the images in pixels.
+        size: height and width of the images in pixels; words are twice as wide.
         cache: folder where generated data is kept.
         limit: images of each set at most.
         skip_bad: leave out the images of a folder that cannot be read.
+        fonts: folders of the font files; none: the system's.
     """
     kind, _, argument = source.partition(":")
     path = Path(argument).expanduser()
@@ -87,6 +99,8 @@ def load_data(source: str, size: int, cache: Path, limit: int | None = None, ski
     elif kind == "fractals":
         train, test = (Split(*part) for part in load_fractals(int(argument or 100), size, cache))
         data = Data(train, test, [f"fractal {i}" for i in range(100)], mirror=False)
+    elif kind in TYPEFACES:
+        data = load_fonts(source, size, cache, fonts)
     else:
         data = load_digits(size)
     if limit:
@@ -121,6 +135,30 @@ def load_digits(size: int) -> Data:
         Split(images[test], labels[test]),
         [str(digit) for digit in range(10)],
         mirror=False,
+    )
+
+
+TYPEFACES = ("typefaces", "typefaces-validation")  # judged on the test words, or on the validation words
+
+
+def load_fonts(source: str, size: int, cache: Path, fonts: Sequence[Path]) -> Data:
+    """Words, the class being their typeface: typefaces[:FACES[:WORDS]], 100 and 25 where not given."""
+    kind, *counts = source.split(":")
+    faces, words = map(int, (*counts, *(100, 25)[len(counts) :]))
+    found = load_typefaces(faces, words, size, cache, fonts)
+    judged = "validation" if kind.endswith("validation") else "test"
+    train, test = found.images["train"], found.images[judged]
+    distortions, generator = Distortions(), torch.Generator().manual_seed(zlib.crc32(judged.encode()))
+    classes = torch.arange(faces)
+    shown = test.flatten(0, 1)
+    shown = distortions.apply(shown, *distortions.draw(len(shown), shown.shape[1:], generator))
+    return Data(
+        Split(train.flatten(0, 1), classes.repeat_interleave(train.shape[1])),
+        Split(shown, classes.repeat_interleave(test.shape[1])),
+        found.names,
+        mirror=False,
+        distortions=distortions,
+        digest=found.digest,
     )
 
 

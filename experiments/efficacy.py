@@ -119,7 +119,7 @@ TINY = Plan(
 def run_one(run: dict, cache: Path) -> dict:
     """Train one network; returns its record."""
     args = parse_arguments(make_parser(), [*shlex.split(run["command"]), "--cache", str(cache)])
-    free = {"cache", "data", "loss", "out", "preset", "resume", "seed", "skip_bad_images"}
+    free = {"cache", "data", "loss", "out", "preset", "resume", "seed", "skip_bad_images", "fonts"}
     with (
         tempfile.TemporaryDirectory() as out,
         open(os.devnull, "w") as nowhere,

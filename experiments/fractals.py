@@ -5,14 +5,12 @@ wandering point, which traces the attractor. A relative moves the family's maps 
 of one attractor.
 """
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .common import OutError, atomic_file, notice
+from .cache import cached
 
 FAMILIES, RELATIVES, MAPS = 20, 5, 4
 KINSHIP = np.array([0.06, 0.06, 0.015, 0.015, 0.04, 0.04])  # how far relatives are from each other
@@ -32,36 +30,13 @@ def load_fractals(per_class: int, size: int, cache: Path) -> list[tuple[torch.Te
     """
     count = per_class + max(1, per_class // 5)
     file = cache / f"fractals-v{FRACTALS_VERSION}-{size}px-{per_class}.npz"
-    images = read_cached(file, (FAMILIES * RELATIVES, count, 3, size, size))
-    if images is None:
-        images = make_fractals(count, size)
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with atomic_file(file) as out:
-                np.savez(out, images=images)
-        except (OSError, OutError) as error:
-            notice(f"cannot keep the fractals in {cache}: {error}")
+    images = cached(file, (FAMILIES * RELATIVES, count, 3, size, size), lambda: make_fractals(count, size))
     parts = images[:, :per_class], images[:, per_class:]
     classes = torch.arange(len(images))
     return [
         (torch.from_numpy(part.reshape(-1, 3, size, size)), classes.repeat_interleave(part.shape[1]))
         for part in parts
     ]
-
-
-def read_cached(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The images of a cached file, or None where it is missing or damaged."""
-    try:
-        with np.load(file, allow_pickle=False) as content:
-            images = content["images"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        images = None
-    if images is None or images.dtype != np.uint8 or images.shape != shape:
-        notice(f"{file} is damaged: making it again")
-        return None
-    return images
 
 
 def make_fractals(per_class: int, size: int, seed: int = 0) -> np.ndarray:

@@ -38,16 +38,17 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """The CIFAR ResNet of He et al.: depth 6n+2, three stages, the last map a quarter of the input.
 
-    Images (N, channels, size, size) -> logits (N, C).
+    With S stages the depth is 2Sn+2, and the last map is smaller than the input by 2 ** (S - 1).
+    Images (N, channels, H, W) -> logits (N, C).
     """
 
-    def __init__(self, depth: int, channels: int, num_classes: int, width: int = 16):
+    def __init__(self, depth: int, channels: int, num_classes: int, width: int = 16, stages: int = 3):
         super().__init__()
-        blocks = (depth - 2) // 6
+        blocks = (depth - 2) // (2 * stages)
         conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         layers = [conv, nn.BatchNorm2d(width), nn.ReLU()]
         inputs = width
-        for stage in range(3):
+        for stage in range(stages):
             for block in range(blocks):
                 outputs = width * 2**stage
                 layers.append(Block(inputs, outputs, stride=2 if stage and not block else 1))
@@ -58,10 +59,10 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         # The last module of each stage, as timm's models tell it.
-        self.feature_info = [{"module": f"body.{2 + (stage + 1) * blocks}"} for stage in range(3)]
+        self.feature_info = [{"module": f"body.{2 + (stage + 1) * blocks}"} for stage in range(stages)]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.body(images)  # (N, D, size/4, size/4): the dense map, before pooling
+        features = self.body(images)  # (N, D, H/4, W/4) with 3 stages: the dense map, before pooling
         return self.fc(features.mean((2, 3)))
 
 
@@ -74,7 +75,7 @@ class ModelError(UsageError):
 def make_network(args: argparse.Namespace, channels: int, num_classes: int) -> nn.Module:
     """The network that --model names."""
     if args.model == "resnet":
-        return ResNet(args.depth, channels, num_classes, args.width)
+        return ResNet(args.depth, channels, num_classes, args.width, args.stages)
     try:
         import timm
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from .common import OutError, UsageError, atomic_file, join_processes, speaks
-from .data import load_data
+from .data import TYPEFACES, load_data
 from .model import LOSSES, MIN_WIDTH, make_law
 from .trainer import Run, by_loss, prepare, train
 
@@ -70,7 +70,10 @@ def make_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--preset", choices=PRESETS, help="a set of options; others beside it override its values")
     add("--data", type=data_source, default="digits", metavar="SOURCE",
-        help="digits, fractals[:PER_CLASS], folder:PATH, cifar100:PATH, tinyimagenet:PATH (default: digits)")
+        help="digits, fractals[:PER_CLASS], typefaces[:FACES[:WORDS]], folder:PATH, cifar100:PATH, "
+        "tinyimagenet:PATH (default: digits); typefaces-validation is judged on other words")
+    add("--fonts", type=Path, nargs="+", default=(), metavar="FOLDER",
+        help="where typefaces are looked for (default: the system's folders)")
     add("--loss", type=loss_list, default="zipf", metavar="LIST",
         help="of ce, ls and zipf, with commas: they are compared (default: zipf)")
     add("--zipf-weight", type=number(float, 0), default=0.1, metavar="X",
@@ -97,11 +100,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="(default: 0.0005)")
     add("--model", type=model_name, default="resnet", metavar="NAME",
         help="resnet, the one of experiments/model.py, or timm:NAME (default: resnet)")
-    add("--depth", type=depth, default=20, metavar="6n+2", help="of resnet (default: 20)")
+    add("--depth", type=number(int, 8), default=20, metavar="6n+2",
+        help="of resnet with 3 stages; 2 SN+2 with S (default: 20)")
+    add("--stages", type=number(int, 2, 5), default=3, metavar="S",
+        help="of resnet; each but the first halves the map (default: 3)")
     add("--width", type=number(int, MIN_WIDTH), default=16, metavar="N",
         help=f"channels of resnet's first stage, at least {MIN_WIDTH} (default: 16)")
     add("--size", type=number(int, 16), default=32, metavar="PIXELS",
-        help="height and width of the images (default: 32)")
+        help="height and width of the images, half the width of words (default: 32)")
     add("--limit", type=number(int, 2), metavar="N", help="use N images of each set at most")
     add("--skip-bad-images", action="store_true", help="leave out the images of a folder that cannot be read")
     add("--seed", type=seed_list, default="0", metavar="LIST",
@@ -130,6 +136,9 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         parser.error("argument --ranking: logits takes no votes, so it needs --no-deep and --upsample 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda is not available here")
+    if args.model == "resnet" and (args.depth - 2) % (2 * args.stages):
+        some = ", ".join(str(2 * args.stages * n + 2) for n in (1, 2, 3))
+        parser.error(f"argument --depth: {args.depth} is not {2 * args.stages}n+2, such as {some}")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % processes:
         parser.error(f"argument --batch-size: {args.batch_size} does not divide by {processes}")
@@ -167,15 +176,23 @@ def seed_list(text: str) -> list[int]:
 
 
 def data_source(text: str) -> str:
-    """The type of --data: digits, fractals[:PER_CLASS], folder:PATH, cifar100:PATH or tinyimagenet:PATH."""
+    """The type of --data."""
     kind, colon, argument = text.partition(":")
     paths = "folder", "cifar100", "tinyimagenet"
     if kind in paths and not argument:
         raise argparse.ArgumentTypeError(f"{text!r} lacks its path: --data {kind}:PATH")
     if kind == "fractals" and colon:
         number(int, 1)(argument)
+    elif kind in TYPEFACES:
+        for count, most in zip(argument.split(":") if colon else (), (math.inf, 30), strict=False):
+            number(int, 2 if most == math.inf else 1, most)(count)
+        if argument.count(":") > 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}[:FACES[:WORDS]]")
     elif kind not in ("fractals", *paths) and text != "digits":
-        known = "digits, fractals, fractals:PER_CLASS, " + ", ".join(f"{kind}:PATH" for kind in paths)
+        known = (
+            "digits, fractals[:PER_CLASS], typefaces[:FACES[:WORDS]], typefaces-validation[:FACES[:WORDS]], "
+        )
+        known += ", ".join(f"{kind}:PATH" for kind in paths)
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}")
     return text
 
@@ -186,14 +203,6 @@ def model_name(text: str) -> str:
     if text != "resnet" and not (kind == "timm" and name):
         raise argparse.ArgumentTypeError(f"{text!r} is neither resnet nor timm:NAME")
     return text
-
-
-def depth(text: str) -> int:
-    """The type of --depth: 6n+2."""
-    value = number(int, 8)(text)
-    if value % 6 != 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 6n+2, such as 8, 14, 20, 32 or 56")
-    return value
 
 
 def print_table(runs: Sequence[Run]) -> None:
@@ -248,7 +257,7 @@ def train_all(args: argparse.Namespace) -> list[Run]:
     with join_processes(args.device) as place:
 
         def load():
-            return load_data(args.data, args.size, args.cache, args.limit, args.skip_bad_images)
+            return load_data(args.data, args.size, args.cache, args.limit, args.skip_bad_images, args.fonts)
 
         place.first(lambda: make_folder(args.out))
         data = place.first(load) or load()  # the other processes find in the cache what the first one made

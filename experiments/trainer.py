@@ -37,7 +37,7 @@ class Loader:
         self.batch_size = whole - whole % place.processes
         if not self.batch_size:
             raise DataError(f"{whole} training images are too few for {place.processes} processes")
-        self.place, self.mirror = place, data.mirror
+        self.place, self.augmentation = place, data.distortions or Crops(data.mirror)
         self.generator = torch.Generator().manual_seed(seed)
         self.mean, self.std = (x.to(place.device) for x in data.mean_and_std)
 
@@ -45,17 +45,30 @@ class Loader:
         return len(self.labels) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield images (n, channels, size, size) float32 and labels (n,) int64."""
-        margin = self.images.shape[-1] // 8
+        """Yield images (n, channels, H, W) float32 and labels (n,) int64."""
         order = torch.randperm(len(self.labels), generator=self.generator)
         mine = slice(self.place.rank, None, self.place.processes)
         for index in order[: len(self) * self.batch_size].view(len(self), self.batch_size):
-            corner = torch.randint(2 * margin + 1, (2, self.batch_size), generator=self.generator)
-            mirror = torch.rand(self.batch_size, generator=self.generator) < 0.5
-            drawn = index[mine], corner[:, mine], mirror[mine] & self.mirror
-            index, corner, mirror = (x.to(self.place.device) for x in drawn)
-            images = crop(self.images[index], corner, mirror, margin)
+            drawn = self.augmentation.draw(self.batch_size, self.images.shape[1:], self.generator)
+            index, *drawn = (x[mine].to(self.place.device) for x in (index, *drawn))
+            images = self.augmentation.apply(self.images[index], *drawn)
             yield normalise(images, self.mean, self.std), self.labels[index]
+
+
+@dataclass
+class Crops:
+    """Images padded by an eighth and cut at random, flipped at random where that keeps the class."""
+
+    mirror: bool
+
+    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """What is random about `count` images of a shape: corners (count, 2) int64, flips (count,) bool."""
+        corner = torch.randint(2 * (shape[-1] // 8) + 1, (2, count), generator=generator)
+        return corner.T, (torch.rand(count, generator=generator) < 0.5) & self.mirror
+
+    def apply(self, images: torch.Tensor, corner: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
+        """Crop images (n, channels, size, size) uint8 as drawn."""
+        return crop(images, corner.T, mirror, images.shape[-1] // 8)
 
 
 def crop(images: torch.Tensor, corner: torch.Tensor, mirror: torch.Tensor, margin: int) -> torch.Tensor:
@@ -148,7 +161,11 @@ class Trainer:
         return torch.cat(logits)
 
     def evaluate(self, test: Split) -> dict[str, float]:
-        """Cross-entropy and accuracy on a test set, which the processes share out."""
+        """Cross-entropy, accuracy and calibration error on a test set, which the processes share out.
+
+        The expected calibration error is that of Guo et al. (ICML 2017): the mean distance, weighted by
+        count, of accuracy and confidence in 15 equal bins of the confidence.
+        """
         if self.place.processes > 1:  # each has seen other batches: the first one's averages count
             for buffer in self.net.buffers():
                 dist.broadcast(buffer, 0)
@@ -156,9 +173,14 @@ class Trainer:
         logits = self.predict(test.images[mine])
         labels = test.labels[mine].to(logits.device)
         cross_entropy = F.cross_entropy(logits, labels, reduction="sum").double()
-        correct = (logits.argmax(1) == labels).sum()
-        means = self.place.sum(torch.stack([cross_entropy, correct])) / len(test)
-        return dict(zip(("test_cross_entropy", "test_accuracy"), means.tolist(), strict=True))
+        confidence, predicted = logits.softmax(1).double().max(1)
+        correct = predicted == labels
+        excess = confidence.new_zeros(15)
+        excess.index_add_(0, (15 * confidence).ceil().long().clamp(1, 15) - 1, confidence - correct.double())
+        sums = self.place.sum(torch.cat([torch.stack([cross_entropy, correct.sum()]), excess])) / len(test)
+        values = [*sums[:2].tolist(), sums[2:].abs().sum().item()]
+        names = "test_cross_entropy", "test_accuracy", "test_calibration_error"
+        return dict(zip(names, values, strict=True))
 
     def parts(self) -> dict:
         """What has a state_dict of its own."""
@@ -273,7 +295,7 @@ class CheckpointError(UsageError):
 
 def describe(args: argparse.Namespace, data: Data, place: Place) -> dict:
     """All that decides the outcome of a run but loss and seed: checkpoints must agree on it."""
-    free = {"cache", "data", "device", "loss", "out", "preset", "resume", "seed", "skip_bad_images"}
+    free = {"cache", "data", "device", "loss", "out", "preset", "resume", "seed", "skip_bad_images", "fonts"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["data"] = zlib.crc32(data.train.labels.numpy(), zlib.crc32(data.train.images.numpy()))
     settings["processes"] = place.processes

@@ -1002,7 +1002,7 @@ def test_two_processes(tmp_path):
         ("--distribution constant --alpha 1", "argument --alpha: not allowed with"),
         ("--epochs 0", "argument --epochs: '0' is not a whole number of at least 1"),
         ("--epochs 2.5", "argument --epochs: '2.5' is not a whole number"),
-        ("--depth 18", "argument --depth: '18' is not 6n+2"),
+        ("--depth 18", "argument --depth: 18 is not 6n+2"),
         ("--width 7", "argument --width: '7' is not a whole number of at least 8"),
         ("--size 8", "argument --size: '8' is not a whole number of at least 16"),
         ("--seed 1,x", "argument --seed: 'x' is not a whole number"),

@@ -86,8 +86,10 @@ def test_nothing_imports_what_stands_above_it():
 EXPERIMENTS = {
     "__init__": set(),
     "common": set(),
-    "fractals": {"common"},
-    "data": {"common", "fractals"},
+    "cache": {"common"},
+    "fractals": {"cache"},
+    "fonts": {"cache", "common"},
+    "data": {"common", "fonts", "fractals"},
     "model": {"common"},
     "trainer": {"common", "data", "model"},
     "plots": {"common", "model", "trainer"},
