@@ -9,37 +9,37 @@ import numpy as np
 
 from .common import OutError, atomic_file, notice
 
+Arrays = dict[str, np.ndarray]
 
-def cached(file: Path, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The uint8 images of a file, which is made where it is missing or damaged.
+
+def cached(file: Path, shape: tuple[int, ...], make: Callable[[], Arrays]) -> Arrays:
+    """The arrays of a file, which is made where it is missing or damaged.
 
     Args:
-        file: its name must tell all that the images depend on; it is written whole or not at all.
-        shape: what the images must have.
-        make: makes them.
+        file: its name must tell all that the arrays depend on; it is written whole or not at all.
+        shape: what the array `images`, of bytes, must have.
+        make: makes the arrays.
     """
-    images = read(file, shape)
-    if images is None:
-        images = make()
+    arrays = read(file, shape)
+    if arrays is None:
+        if file.exists():
+            notice(f"{file} is damaged: making it again")
+        arrays = make()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as out:
-                np.savez(out, images=images)
+                np.savez_compressed(out, **arrays)
         except (OSError, OutError) as error:
             notice(f"cannot keep {file.name} in {file.parent}: {error}")
-    return images
+    return arrays
 
 
-def read(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The images of a file, or None where it is missing or damaged."""
+def read(file: Path, shape: tuple[int, ...]) -> Arrays | None:
+    """The arrays of a file; None where it is missing or damaged, or has images of another shape."""
     try:
         with np.load(file, allow_pickle=False) as content:
-            images = content["images"]
-    except FileNotFoundError:
-        return None
+            arrays = {name: content[name] for name in content.files}
+        images = arrays["images"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        images = None
-    if images is None or images.dtype != np.uint8 or images.shape != shape:
-        notice(f"{file} is damaged: making it again")
         return None
-    return images
+    return arrays if images.dtype == np.uint8 and images.shape == shape else None

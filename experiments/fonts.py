@@ -6,7 +6,6 @@ letters, not by a picture seen before.
 """
 
 import hashlib
-import json
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from .cache import cached
-from .common import OutError, UsageError, atomic_file, notice
+from .cache import Arrays, cached, read
+from .common import UsageError, notice
 
 FONTS_VERSION = 1  # part of the cached file's name: raise it when the pictures change
 WORDS = {
@@ -61,65 +60,52 @@ class Typefaces:
     digest: str  # SHA-256 of the list of all font files by content: what the choice of faces depends on
 
 
-def load_typefaces(count: int, words: int, size: int, cache: Path, folders: Sequence[Path]) -> Typefaces:
+def load_typefaces(count: int, words: int, size: int, cache: Path, fonts: Sequence[Path]) -> Typefaces:
     """Set words in the distinct faces of font files; made once, then read from the cache.
 
     Args:
         count: faces.
         words: training words a face, at most 30; validation and test have 12 each.
         size: height of the images in pixels; they are twice as wide.
-        cache: folder of the cached file.
-        folders: where fonts are looked for; none: the system's folders, and the fonts of matplotlib.
+        cache: folder of the cached file, whose name has count, words, size and a part of the digest.
+        fonts: folders where font files are looked for (none: the system's, and the fonts of matplotlib); or
+            the cached file of another machine, made with the same count, words and size.
 
     Raises:
-        FontsError: a folder does not exist, or fewer distinct faces than asked for.
+        FontsError: a folder or file does not exist or is not of this kind, or fewer distinct faces than asked
+            for.
     """
-    faces, digest = find_faces(folders, cache)
-    if len(faces) < count:
-        raise FontsError(
-            f"{len(faces)} distinct Latin faces are found, {count} are needed; "
-            "docs/EFFICACY.md names packages that bring more"
-        )
-    chosen = choose_faces(faces, count)
     words_of = {part: text.split() for part, text in WORDS.items()}
     words_of["train"] = words_of["train"][:words]
-    file = cache / f"typefaces-v{FONTS_VERSION}-{size}px-{count}-{words}-{digest[:16]}.npz"
     lengths = [len(part) for part in words_of.values()]
+    every = [word for part in words_of.values() for word in part]
+    shape = count, len(every), size, 2 * size
 
-    def make() -> np.ndarray:
-        every = [word for part in words_of.values() for word in part]
-        return np.stack([[set_word(open_face(face), word, size) for word in every] for face in chosen])
+    def make() -> Arrays:
+        faces = choose_faces(distinct_faces(files), count)
+        if len(faces) < count:
+            raise FontsError(
+                f"{len(faces)} distinct Latin faces are found, {count} are needed; "
+                "docs/EFFICACY.md names packages that bring more"
+            )
+        images = np.stack([[set_word(open_face(face), word, size) for word in every] for face in faces])
+        names = np.array([face.name for face in faces])
+        return {"images": images, "names": names, "digest": np.array(digest)}
 
-    images = cached(file, (count, sum(lengths), size, 2 * size), make)
-    parts = torch.from_numpy(images).unsqueeze(2).split(lengths, dim=1)
-    return Typefaces(dict(zip(words_of, parts, strict=True)), [face.name for face in chosen], digest)
+    if len(fonts) == 1 and fonts[0].suffix == ".npz":
+        arrays = read(fonts[0], shape)
+        if arrays is None:
+            raise FontsError(f"{fonts[0]} holds no {count} faces of {words} words at {size} pixels")
+    else:
+        files = find_fonts(fonts)
+        digest = hashlib.sha256("".join(sorted(files)).encode()).hexdigest()
+        name = f"typefaces-v{FONTS_VERSION}-{count}-{words}-{size}px-{digest[:16]}.npz"
+        arrays = cached(cache / name, shape, make)
+    parts = torch.from_numpy(arrays["images"]).unsqueeze(2).split(lengths, dim=1)
+    return Typefaces(dict(zip(words_of, parts, strict=True)), arrays["names"].tolist(), str(arrays["digest"]))
 
 
 # Font files ------------------------------------------------------------------------------------------
-
-
-def find_faces(folders: Sequence[Path], cache: Path) -> tuple[list[Face], str]:
-    """The distinct faces of the font files of some folders, and the SHA-256 of the list of these files.
-
-    Looking at a thousand files takes half a minute, so what was found is kept in the cache.
-    """
-    files = find_fonts(folders)
-    digest = hashlib.sha256("".join(sorted(files)).encode()).hexdigest()
-    known = cache / f"faces-v{FONTS_VERSION}-{digest[:16]}.json"
-    try:
-        rows = json.loads(known.read_text())
-        return [Face(files[content], *rest) for content, *rest in rows], digest
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-    content_of = {file: content for content, file in files.items()}
-    faces = distinct_faces(files)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with atomic_file(known, "w") as out:
-            json.dump([[content_of[f.file], f.index, f.family, f.style] for f in faces], out)
-    except (OSError, OutError) as error:
-        notice(f"cannot keep the list of faces in {cache}: {error}")
-    return faces, digest
 
 
 def find_fonts(folders: Sequence[Path]) -> dict[str, Path]:

@@ -30,7 +30,8 @@ def load_fractals(per_class: int, size: int, cache: Path) -> list[tuple[torch.Te
     """
     count = per_class + max(1, per_class // 5)
     file = cache / f"fractals-v{FRACTALS_VERSION}-{size}px-{per_class}.npz"
-    images = cached(file, (FAMILIES * RELATIVES, count, 3, size, size), lambda: make_fractals(count, size))
+    shape = FAMILIES * RELATIVES, count, 3, size, size
+    images = cached(file, shape, lambda: {"images": make_fractals(count, size)})["images"]
     parts = images[:, :per_class], images[:, per_class:]
     classes = torch.arange(len(images))
     return [

@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="digits, fractals[:PER_CLASS], typefaces[:FACES[:WORDS]], folder:PATH, cifar100:PATH, "
         "tinyimagenet:PATH (default: digits); typefaces-validation is judged on other words")
     add("--fonts", type=Path, nargs="+", default=(), metavar="FOLDER",
-        help="where typefaces are looked for (default: the system's folders)")
+        help="where typefaces are looked for, or the cache's file of them (default: the system's folders)")
     add("--loss", type=loss_list, default="zipf", metavar="LIST",
         help="of ce, ls and zipf, with commas: they are compared (default: zipf)")
     add("--zipf-weight", type=number(float, 0), default=0.1, metavar="X",
