@@ -82,9 +82,10 @@ bench: build
 	@$(PYTEST) benchmarks
 	@$(PY) benchmarks/report.py
 
-# Does it help? Trains what has no record yet: about an hour from none.
+# Does it help? Trains what has no record yet: hours from none. ROW= trains one row of the table again, in minutes;
+# PLAN=gpu is the same study on larger images, for a GPU; JOBS runs at a time.
 efficacy: build
-	@$(PY) -m experiments.efficacy
+	@$(PY) -m experiments.efficacy --jobs $(JOBS) $(if $(PLAN),--preset $(PLAN)) $(if $(ROW),--row "$(ROW)")
 	@$(PY) benchmarks/report.py
 
 # On a machine with a GPU: uses that machine's own Python, builds, tests, sanitizes, measures, within SECONDS (560).

@@ -23,6 +23,7 @@ from targets import find
 sys.path.append(str(ROOT))
 
 from experiments import efficacy
+from experiments.study import tables
 
 MARKED = re.compile(r"<!-- report:([\w-]+) -->\n(.*?)<!-- /report -->", re.S)
 NOTHING = "*Not measured yet.*"
@@ -299,7 +300,23 @@ def efficacy_block(preset: str, folder: Path) -> str:
     return f"{efficacy.INTRODUCTION}\n\n{table(head, rows)}\n\n{remarks}\n\n<sub>{source} {where}.</sub>"
 
 
-EFFICACY = {f"efficacy-{preset}": preset for preset in efficacy.PLANS}  # name of a block -> its plan
+def study_block(preset: str, folder: Path) -> str:
+    """What a study has found, from its records."""
+    path = folder / "efficacy" / f"{preset}.json"
+    records = files.load(path) if path.exists() else []
+    study = efficacy.STUDIES[preset]
+    lines = tables(study, records)
+    if not lines:
+        return NOTHING
+    where = "; ".join(dict.fromkeys(provenance([r]) for r in records))
+    minutes = sum(r["seconds"] for r in records) / 60
+    source = (
+        f"Options of experiments.run: `{study.options}`. {len(records)} runs, {minutes:.0f} min of training."
+    )
+    return "\n".join([*lines, "", f"<sub>{source} {where}.</sub>"])
+
+
+EFFICACY = {f"efficacy-{preset}": preset for preset in efficacy.PLANS | efficacy.STUDIES}  # block -> its plan
 BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "speed": speed_block,
     "loss": functools.partial(each_backend, bench="loss", write=loss_tables),
@@ -315,7 +332,8 @@ NAMES = [f"{label}-{name}" for label in KINDS for name in BLOCKS]
 def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESULTS) -> str:
     """The Markdown of a block from all result files of its kind."""
     if name in EFFICACY:
-        return efficacy_block(EFFICACY[name], folder)
+        preset = EFFICACY[name]
+        return (study_block if preset in efficacy.STUDIES else efficacy_block)(preset, folder)
     label, what = name.split("-")
     needed, parts = what if what in ("vote", "step") else "loss", []
     for records in results.values():

@@ -1,9 +1,10 @@
 """Does it help? Test accuracy of every method on every data set, over several seeds.
 
-    python -m experiments.efficacy                 what a CPU can do: one thread, about an hour
-    python -m experiments.efficacy --preset gpu    the larger plan: all fractals, more epochs and seeds, bf16
-    python -m experiments.efficacy --preset h200 --jobs 9  three methods, for minutes on a large GPU
-    python -m experiments.efficacy --seeds 10      more seeds; a run that has its record is skipped
+    python -m experiments.efficacy                 typefaces: one thread, hours; what has a record is skipped
+    python -m experiments.efficacy --row "label smoothing"  one row of the table once more, in minutes
+    python -m experiments.efficacy --preset gpu --jobs 9    the same on larger images, for minutes on a GPU
+    python -m experiments.efficacy --preset cpu    every law of the paper, on digits and fractals: an hour
+    python -m experiments.efficacy --seeds 10      more seeds
 
 Every run is one command line of experiments.run, which its record names. Records go to
 benchmarks/results/efficacy/PRESET.json as runs finish, whole seeds first; benchmarks/report.py makes
@@ -14,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
 import shlex
-import statistics
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ import torch
 
 from .data import load_data
 from .run import make_parser, parse_arguments, train_all
+from .study import Sample, Study
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -69,6 +69,11 @@ class Plan:
         command = f"{self.data[data]} {self.options} {METHODS[method]} --seed {seed}"
         return {"data": data, "method": method, "seed": seed, "command": command}
 
+    def missing(self, records: Sequence[dict], least: int = 0) -> list[dict]:
+        """The runs without a record."""
+        known = {r["command"] for r in records}
+        return [run for run in self.runs(least) if run["command"] not in known]
+
     def runs(self, least: int = 0) -> list[dict]:
         """All runs, of `least` seeds at least; whole seeds first: a plan cut short compares fairly."""
         return [
@@ -90,19 +95,40 @@ PLANS = {
         },
         {"digits": 10, "fractals": 3},
     ),
-    "gpu": Plan(
-        "--depth 20 --amp bf16 --device cuda",
+}
+ZIPF_WEIGHTS = (0.03, 0.1, 0.3, 1.0)
+TYPEFACES = {
+    BASELINE: ("--loss ce",),
+    SMOOTHING.split(",")[0]: tuple(f"--loss ls --label-smoothing {x}" for x in (0.05, 0.1, 0.2, 0.3)),
+    ZIPF: tuple(f"--loss zipf --zipf-weight {x}" for x in ZIPF_WEIGHTS),
+    "Zipf, ranks by logits": tuple(f"--loss zipf --ranking logits --zipf-weight {x}" for x in ZIPF_WEIGHTS),
+    "Zipf, two stages": tuple(f"--loss zipf --deep --zipf-weight {x}" for x in ZIPF_WEIGHTS),
+    "constant": tuple(f"--loss zipf --distribution constant --zipf-weight {x}" for x in ZIPF_WEIGHTS),
+}
+COMPARED = BASELINE, SMOOTHING.split(",")[0], ZIPF
+STUDIES = {
+    "typefaces": Study(
+        "--stages 4 --depth 10 --epochs 30 --device cpu",
+        "--data typefaces-validation:100:25",
+        "--data typefaces:100:25",
+        tuple(f"--lr {lr} --weight-decay {decay}" for lr in (0.05, 0.1, 0.2) for decay in (5e-4, 2e-3)),
+        TYPEFACES,
         {
-            "digits": "--data digits --limit 449 --epochs 60",
-            "fractals": "--data fractals:500 --epochs 60 --batch-size 128",
+            "25 faces": ("--data typefaces:25:25", ""),
+            "400 faces": ("--data typefaces:400:25", ""),
+            "10 words a face": ("--data typefaces:100:10", ""),
+            "a map of 8x16 positions (3 stages)": ("--data typefaces:100:25", "--stages 3 --depth 8"),
+            "a map of 2x4 positions (5 stages)": ("--data typefaces:100:25", "--stages 5 --depth 12"),
         },
-        {"digits": 10, "fractals": 10},
+        COMPARED,
     ),
-    "h200": Plan(
-        "--depth 20 --amp bf16 --device cuda",
-        {"fractals": "--data fractals:200 --epochs 24 --batch-size 128"},
-        {"fractals": 6},
-        (BASELINE, SMOOTHING, ZIPF),
+    "gpu": Study(
+        "--size 64 --width 64 --stages 4 --depth 18 --epochs 20 --batch-size 128 --amp bf16 --device cuda",
+        "--data typefaces-validation:500:25",
+        "--data typefaces:500:25",
+        ("--lr 0.1 --weight-decay 5e-4",),
+        {method: TYPEFACES[method][1:3] or TYPEFACES[method] for method in COMPARED},
+        seeds=(1, 3, 0),
     ),
 }
 # Instead of any of them where benchmarks walk through everything at tiny sizes; never reported.
@@ -113,12 +139,14 @@ TINY = Plan(
     (BASELINE, SMOOTHING, ZIPF),
 )
 
+RUN_KEYS = "data", "method", "seed", "command"  # what names a run
+
 # Running ---------------------------------------------------------------------------------------------
 
 
-def run_one(run: dict, cache: Path) -> dict:
-    """Train one network; returns its record."""
-    args = parse_arguments(make_parser(), [*shlex.split(run["command"]), "--cache", str(cache)])
+def run_one(run: dict, place: Sequence[str] = ()) -> dict:
+    """Train one network; returns its record. `place`: options that say where the data lies."""
+    args = parse_arguments(make_parser(), [*shlex.split(run["command"]), *place])
     free = {"cache", "data", "loss", "out", "preset", "resume", "seed", "skip_bad_images", "fonts"}
     with (
         tempfile.TemporaryDirectory() as out,
@@ -133,26 +161,29 @@ def run_one(run: dict, cache: Path) -> dict:
         "best": max(accuracy),
         "accuracy": accuracy,  # of the test set, epoch by epoch
         "cross_entropy": round(result.history[-1]["test_cross_entropy"], 5),
+        "calibration_error": round(result.history[-1]["test_calibration_error"], 5),
+        "train_accuracy": round(result.history[-1]["train_accuracy"], 5),
+        **({"data_sha256": result.digest} if result.digest else {}),
         "seconds": round(sum(epoch["train_seconds"] for epoch in result.history), 1),
         "settings": {k: v for k, v in vars(args).items() if k not in free},
     }
 
 
-def run_some(runs: Sequence[dict], cache: Path, jobs: int) -> Iterator[dict]:
+def run_some(runs: Sequence[dict], place: Sequence[str], jobs: int) -> Iterator[dict]:
     """The records of runs as they are done, `jobs` at a time, each job a process with one thread."""
     if jobs == 1:
         for run in runs:
-            yield run_one(run, cache)
+            yield run_one(run, place)
         return
     for options in {run["command"].partition(" --loss")[0]: run["command"] for run in runs}.values():
-        args = parse_arguments(make_parser(), shlex.split(options))
-        load_data(args.data, args.size, cache, args.limit)  # once, before all need it
+        args = parse_arguments(make_parser(), [*shlex.split(options), *place])
+        load_data(args.data, args.size, args.cache, args.limit, fonts=args.fonts)  # once, before all need it
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for done in as_completed([pool.submit(run_one, run, cache) for run in runs]):
+        for done in as_completed([pool.submit(run_one, run, place) for run in runs]):
             yield done.result()
 
 
-def run_all(plan: Plan, path: Path, cache: Path, least: int = 0, jobs: int = 1) -> int:
+def run_all(plan: Plan | Study, path: Path, place: Sequence[str] = (), least: int = 0, jobs: int = 1) -> int:
     """Do the runs of a plan that have no record in the file, writing it after each; returns their number."""
     runs, records = {}, []
     if path.exists():
@@ -160,46 +191,34 @@ def run_all(plan: Plan, path: Path, cache: Path, least: int = 0, jobs: int = 1) 
         runs = {r["run"]: r.pop("env") for r in records}
     here = str(1 + max(map(int, runs), default=0))
     runs[here] = {k: v for k, v in environment().items() if k not in ("others", "tiny")}
-    todo = plan.runs(least)
-    have = {r["command"] for r in records}
-    missing = [run for run in todo if run["command"] not in have]
-    print(f"{len(missing)} runs to do, {len(todo) - len(missing)} have their record in {path}")
-    start = time.monotonic()
-    for i, found in enumerate(run_some(missing, cache, jobs), 1):
-        record = {"run": here} | found
-        records.append(record)
-        dump(path, runs, records)
-        name = f"{record['data']}, {record['method']}, seed {record['seed']}"
-        passed = time.monotonic() - start
-        print(f"{i}/{len(missing)}  {name}: {100 * record['last']:.2f} %  ({passed:.0f} s)", flush=True)
-    return len(missing)
+    count = 0
+    while missing := plan.missing(records, least):  # of a study the next step's
+        print(f"{len(missing)} runs to do; {path} has {len(records)}")
+        start = time.monotonic()
+        for i, found in enumerate(run_some(missing, place, jobs), 1):
+            record = {"run": here} | found
+            records.append(record)
+            dump(path, runs, records)
+            name = f"{record['data']}, {record['method']}, seed {record['seed']}"
+            passed = time.monotonic() - start
+            print(f"{i}/{len(missing)}  {name}: {100 * record['last']:.2f} %  ({passed:.0f} s)", flush=True)
+        count += len(missing)
+    return count
+
+
+def repeat_row(study: Study, path: Path, method: str, place: Sequence[str], jobs: int) -> None:
+    """Train one row of a study's table once more, and print what is found beside what is on record."""
+    results = study.results(load(path) if path.exists() else []).get(method)
+    if not results:
+        raise SystemExit(f"{path} has no judged runs of {method!r}: the study has not come to them")
+    runs = [{k: record[k] for k in (*RUN_KEYS, "setting", "options")} for record in results.values()]
+    for record in run_some(runs, place, jobs):
+        there = results[record["seed"]]
+        found = f"{100 * record['last']:.2f} %, {100 * there['last']:.2f} on record"
+        print(f"{method}, seed {record['seed']}: {found}", flush=True)
 
 
 # Results ---------------------------------------------------------------------------------------------
-
-# Two-sided 95 % quantiles of Student's t for n seeds: a mean of n is known to T95[n] * deviation / sqrt(n).
-T95 = dict(zip(range(2, 11), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), strict=True))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Values of some seeds."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.values)
-
-    @property
-    def deviation(self) -> float:
-        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
-
-    @property
-    def certain(self) -> bool:
-        """Is the mean's 95 % interval on one side of zero?"""
-        n = len(self.values)
-        return n > 1 and abs(self.mean) > T95[min(n, max(T95))] * self.deviation / math.sqrt(n)
 
 
 def balanced(plan: Plan, records: Sequence[dict]) -> list[dict]:
@@ -280,17 +299,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=PLANS, default="cpu", help="which plan (default: cpu)")
-    parser.add_argument("--seeds", type=int, default=0, metavar="N", help="at least N seeds of each data set")
-    parser.add_argument("--records", type=Path, metavar="FILE", help="(default: the plan's own)")
-    parser.add_argument("--cache", type=Path, default=ROOT / ".data", metavar="FOLDER")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    plans = PLANS | STUDIES
+    add = parser.add_argument
+    add("--preset", choices=plans, default="typefaces", help="which plan (default: typefaces)")
+    add("--row", metavar="METHOD", help="train this row of the study's table once more")
+    add("--seeds", type=int, default=0, metavar="N", help="at least N seeds of each data set")
+    add("--records", type=Path, metavar="FILE", help="(default: the plan's own)")
+    add("--cache", type=Path, default=ROOT / ".data", metavar="FOLDER")
+    add("--fonts", nargs="+", default=(), metavar="FOLDER", help="as for experiments.run")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     args = parser.parse_args()
-    if args.preset == "cpu":
+    if args.preset in ("cpu", "typefaces"):
         torch.set_num_threads(1)  # an accuracy must not depend on how many there are
-    plan = TINY if TINY_RUN else PLANS[args.preset]
+    plan = TINY if TINY_RUN else plans[args.preset]
     records = args.records or FOLDER / f"{'tiny' if TINY_RUN else args.preset}.json"
-    run_all(plan, records, args.cache, args.seeds, args.jobs)
+    place = ["--cache", str(args.cache), *(["--fonts", *args.fonts] if args.fonts else [])]
+    if args.row is None:
+        run_all(plan, records, place, args.seeds, args.jobs)
+        if isinstance(plan, Study) and args.records is None:
+            from .plots import draw_study
+
+            draw_study(plan, load(records), ROOT / "docs" / f"efficacy-{args.preset}.png")
+    elif isinstance(plan, Study) and args.row in plan.methods:
+        repeat_row(plan, records, args.row, place, args.jobs)
+    else:
+        rows = ", ".join(repr(row) for row in plan.methods) if isinstance(plan, Study) else "of a study"
+        parser.error(f"argument --row: {args.row!r} is not one of {rows}")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 
 from .common import atomic_file
 from .model import LOSSES
+from .study import Sample, Study, difference
 from .trainer import Run, by_loss
 
-COLOURS = {"ce": "#0072B2", "ls": "#E69F00", "zipf": "#009E73"}  # Okabe and Ito: safe for all eyes
+OKABE_ITO = "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00", "#000000"  # safe for all eyes
+COLOURS = {"ce": OKABE_ITO[2], "ls": OKABE_ITO[0], "zipf": OKABE_ITO[1]}
 MARKERS = {"ce": "o", "ls": "s", "zipf": "^"}
 
 
@@ -85,4 +87,43 @@ def draw_spectra(runs: Sequence[Run], path: Path) -> None:
     axis.set_xlabel("rank")
     axis.set_title("mean sorted softmax probability, and the fitted Zipf law (dashed)", loc="left")
     axis.legend(frameon=False)
+    save(figure, path)
+
+
+def draw_study(study: Study, records: Sequence[dict], path: Path) -> None:
+    """Where a method helps, if anywhere: by epoch, and under the other conditions.
+
+    Both panels show percent right less the baseline's, seed by seed: the mean and its 95 % interval, by
+    Student's t.
+    """
+    judged = study.results(records)
+    conditions = {name: study.results(records, name) for name in study.conditions}
+    figure, axes = new_figure(2, 10)
+    hues = dict(zip(list(study.methods)[1:], OKABE_ITO, strict=False))
+    base = judged[study.baseline]
+    for method, colour in hues.items():
+        less = np.array(
+            [100 * np.subtract(of["accuracy"], base[seed]["accuracy"]) for seed, of in judged[method].items()]
+        )
+        samples = [Sample(tuple(column)) for column in less.T]
+        mean, reach = (np.array([getattr(sample, name) for sample in samples]) for name in ("mean", "reach"))
+        epochs = np.arange(1, 1 + len(mean))
+        axes[0].plot(epochs, mean, color=colour, lw=1.8, label=method)
+        if method in study.compared and np.isfinite(reach).all():
+            axes[0].fill_between(epochs, mean - reach, mean + reach, color=colour, alpha=0.2, lw=0)
+    axes[0].set_xlabel("epoch")
+    axes[0].set_title(f"percent right, minus {study.baseline}", loc="left")
+    shown = {"as tuned": judged} | {name: results for name, results in conditions.items() if results}
+    for shift, method in zip((-0.1, 0.1), study.compared[1:], strict=False):
+        samples = [difference(results[method], results[study.baseline]) for results in shown.values()]
+        place = np.arange(len(samples)) + shift
+        reach = [sample.reach if np.isfinite(sample.reach) else 0 for sample in samples]
+        mean = [sample.mean for sample in samples]
+        axes[1].errorbar(mean, place, xerr=reach, fmt="o", color=hues[method], capsize=3)
+    axes[1].set_yticks(range(len(shown)), list(shown))
+    axes[1].invert_yaxis()
+    axes[1].axvline(0, color="0.6", lw=0.8)
+    axes[0].axhline(0, color="0.6", lw=0.8)
+    axes[1].set_title("after the last epoch, by condition", loc="left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(figure, path)

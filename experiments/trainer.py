@@ -220,6 +220,7 @@ class Run:
     spectrum: list[float]  # C mean probabilities, sorted, highest first
     alpha: float  # exponent of the Zipf law fitted to them
     intercept: float  # log probability of that law at rank 1
+    digest: str = ""  # of the files that the data was made from
 
 
 def by_loss(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -284,7 +285,7 @@ def train(loss: str, seed: int, data: Data, args: argparse.Namespace, place: Pla
     probabilities = trainer.predict(data.test.images).softmax(1)  # (M, C)
     alpha, intercept = zls.fit_zipf(probabilities)
     spectrum = probabilities.double().sort(1, descending=True).values.mean(0)
-    return Run(loss, seed, history, spectrum.tolist(), float(alpha), float(intercept))
+    return Run(loss, seed, history, spectrum.tolist(), float(alpha), float(intercept), data.digest)
 
 
 class CheckpointError(UsageError):

@@ -31,6 +31,9 @@ ENV = {"kind": "cpu", "device": "made up", "arch": "none", "threads": 1, "torch"
 ENV |= {"commit": "abc", "dirty": False}
 
 
+PLACE = ("--cache", "nowhere")  # digits need none
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     threads = torch.get_num_threads()
@@ -102,7 +105,7 @@ def test_whole_seeds_come_first_and_more_may_be_asked_for():
 def test_runs_go_on_where_they_stopped(tmp_path, monkeypatch):
     path, done, stop = tmp_path / "new folder" / "x.json", [], [4]
 
-    def trained(run, cache):
+    def trained(run, place):
         if len(done) in stop:
             raise KeyboardInterrupt
         done.append(run["command"])
@@ -110,12 +113,12 @@ def test_runs_go_on_where_they_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(efficacy, "run_one", trained)
     with pytest.raises(KeyboardInterrupt):
-        efficacy.run_all(TINY, path, tmp_path)
+        efficacy.run_all(TINY, path, PLACE)
     assert [r["command"] for r in files.load(path)] == done == [r["command"] for r in TINY.runs()[:4]]
     stop.clear()
-    assert efficacy.run_all(TINY, path, tmp_path) == len(NAMES) - 4
-    assert efficacy.run_all(TINY, path, tmp_path) == 0
-    assert efficacy.run_all(TINY, path, tmp_path, least=2) == len(NAMES)
+    assert efficacy.run_all(TINY, path, PLACE) == len(NAMES) - 4
+    assert efficacy.run_all(TINY, path, PLACE) == 0
+    assert efficacy.run_all(TINY, path, PLACE, least=2) == len(NAMES)
     assert done == [r["command"] for r in TINY.runs(2)]
     records = files.load(path)
     assert [r["command"] for r in records] == [r["command"] for r in TINY.runs(2)]
@@ -126,7 +129,7 @@ def test_a_run_is_trained_and_can_be_repeated(tmp_path):
     few = dataclasses.replace(TINY, methods=tuple(NAMES[i] for i in (0, 2, 8)))
     found = []
     for name in ("one.json", "two.json"):
-        assert efficacy.run_all(few, tmp_path / name, tmp_path) == 3
+        assert efficacy.run_all(few, tmp_path / name, PLACE) == 3
         found.append(files.load(tmp_path / name))
     for first, second in zip(*found):
         assert len(first["accuracy"]) == first["settings"]["epochs"] == 2
@@ -146,7 +149,7 @@ def test_runs_side_by_side_are_the_same_runs(tmp_path):
     found = []
     for jobs in (1, 3):
         path = tmp_path / f"{jobs}.json"
-        assert efficacy.run_all(efficacy.TINY, path, tmp_path, jobs=jobs) == 3
+        assert efficacy.run_all(efficacy.TINY, path, PLACE, jobs=jobs) == 3
         found.append({r["command"]: (r["accuracy"], r["cross_entropy"]) for r in files.load(path)})
     assert found[0] == found[1]
     assert list(found[0]) == [run["command"] for run in efficacy.TINY.runs()]
@@ -154,13 +157,13 @@ def test_runs_side_by_side_are_the_same_runs(tmp_path):
 
 def test_data_is_made_once_for_runs_side_by_side(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(efficacy, "load_data", lambda *args: made.append(args))
+    monkeypatch.setattr(efficacy, "load_data", lambda *args, fonts: made.append(args))
     monkeypatch.setattr(efficacy, "ProcessPoolExecutor", lambda *args: pytest.fail("made"))
     plan = efficacy.Plan(
         "--device cpu", {"a": "--data fractals:7", "b": "--data digits --limit 9"}, {"a": 2, "b": 2}
     )
     with pytest.raises(pytest.fail.Exception, match="made"):
-        list(efficacy.run_some(plan.runs(), tmp_path, 2))
+        list(efficacy.run_some(plan.runs(), ["--cache", str(tmp_path)], 2))
     assert made == [("fractals:7", 32, tmp_path, None), ("digits", 32, tmp_path, 9)]
 
 

@@ -92,9 +92,10 @@ EXPERIMENTS = {
     "data": {"common", "fonts", "fractals"},
     "model": {"common"},
     "trainer": {"common", "data", "model"},
-    "plots": {"common", "model", "trainer"},
+    "plots": {"common", "model", "study", "trainer"},
     "run": {"common", "data", "model", "plots", "trainer"},
-    "efficacy": {"data", "run"},
+    "study": set(),
+    "efficacy": {"data", "plots", "run", "study"},
 }
 
 
