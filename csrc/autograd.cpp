@@ -1,6 +1,6 @@
-// zipfls_cuda.autograd.Loss in C++, for hard and soft targets and any device: the operators are
-// dispatched. At 128 x 100 a torch.autograd.Function written in Python takes more time, forward and
-// backward, than the loss itself.
+// zipfls_cuda.autograd.Loss in C++, for the plain loss and distillation on any device: the
+// operators are dispatched. At 128 x 100 a torch.autograd.Function written in Python takes more
+// time, forward and backward, than the loss itself.
 #include "autograd.h"
 
 #include <memory>
@@ -30,6 +30,9 @@ using LossFwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&
                                                                    const Optional&, double, double,
                                                                    double, bool, int64_t,
                                                                    std::string_view, bool);
+using DistillFwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Optional&, const Optional&, double, double, double, double,
+    double, double, std::string_view, int64_t, std::string_view, bool);
 using LossBwd = Tensor(const Tensor&, const Tensor&, const Tensor&);
 using LossBwdInPlace = void(Tensor&, const Tensor&, const Tensor&);
 
@@ -145,20 +148,14 @@ struct LossBackward : autograd::Node {
   }
 };
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& logits, const Tensor& target,
-                                        const Optional& votes, const Tensor& log_mass,
-                                        const Optional& weight, double ce_weight,
-                                        double zipf_weight, double label_smoothing,
-                                        bool only_correct, int64_t ignore_index,
-                                        std::string_view reduction) {
-  static const auto loss_fwd = find<LossFwd>("zipfls::loss_fwd");
+/// (loss and its two parts) of a forward operator, called with with_grad; the gradient is attached
+/// to the loss where one is wanted.
+template <class Forward>
+Parts with_gradient(const Tensor& logits, const Forward& forward) {
   const bool wanted = c10::GradMode::is_enabled() && logits.requires_grad();
-  auto [loss, ce, zipf, grad, grad_scale] = [&] {
+  auto [loss, first, second, grad, grad_scale] = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
-    return loss_fwd.call(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
-                         label_smoothing, only_correct, ignore_index, reduction, wanted);
+    return forward(wanted);
   }();
   if (wanted) {
     const auto node = make_node<LossBackward>();
@@ -167,7 +164,32 @@ std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& logits, const Tensor& targ
     node->grad_ = autograd::SavedVariable(std::move(grad), false);
     node->grad_scale_ = autograd::SavedVariable(std::move(grad_scale), false);
   }
-  return {std::move(loss), std::move(ce), std::move(zipf)};
+  return {std::move(loss), std::move(first), std::move(second)};
+}
+
+}  // namespace
+
+Parts loss(const Tensor& logits, const Tensor& target, const Optional& votes,
+           const Tensor& log_mass, const Optional& weight, double ce_weight, double zipf_weight,
+           double label_smoothing, bool only_correct, int64_t ignore_index,
+           std::string_view reduction) {
+  static const auto loss_fwd = find<LossFwd>("zipfls::loss_fwd");
+  return with_gradient(logits, [&](bool wanted) {
+    return loss_fwd.call(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
+                         label_smoothing, only_correct, ignore_index, reduction, wanted);
+  });
+}
+
+Parts distill(const Tensor& logits, const Tensor& teacher, const Optional& target,
+              const Optional& sample_weight, double ce_weight, double kd_weight, double tckd_weight,
+              double nckd_weight, double soft_target_weight, double temperature,
+              std::string_view form, int64_t ignore_index, std::string_view reduction) {
+  static const auto distill_fwd = find<DistillFwd>("zipfls::distill_fwd");
+  return with_gradient(logits, [&](bool wanted) {
+    return distill_fwd.call(logits, teacher, target, sample_weight, ce_weight, kd_weight,
+                            tckd_weight, nckd_weight, soft_target_weight, temperature, form,
+                            ignore_index, reduction, wanted);
+  });
 }
 
 }  // namespace zipfls

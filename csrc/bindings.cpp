@@ -73,4 +73,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("loss", &zipfls::loss, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "(loss, ce, zipf) of torch.ops.zipfls.loss_fwd with the gradient attached: "
         "autograd.Loss, in C++.");
+  m.def("distill", &zipfls::distill, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "(loss, ce, distillation) of torch.ops.zipfls.distill_fwd with the gradient attached.");
 }

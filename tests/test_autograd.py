@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
@@ -364,7 +365,7 @@ def test_batched_gradients(backend, device, reduction, soft):
         torch.autograd.grad(loss, x, upstream, is_grads_batched=True)
 
 
-@pytest.mark.skipif(ops.native_loss is None, reason="the C++ extension is not built")
+@pytest.mark.skipif(not ops.NATIVE, reason="the C++ extension is not built")
 def test_both_kinds_of_target_take_the_native_autograd():
     """An eager call on the C++ operator attaches a C++ node; other backends attach the Python Function."""
     case = make(4, 9, 5)
@@ -379,6 +380,19 @@ def test_both_kinds_of_target_take_the_native_autograd():
         assert loss.grad_fn.name() == "LossBackward"
 
 
+@pytest.mark.skipif(not ops.NATIVE, reason="the C++ extension is not built")
+def test_distillation_takes_the_native_autograd():
+    case = make(4, 9, 5)
+    f = partial(zls.distillation_loss, teacher=case.logits.flip(0), target=case.target, kd_weight=1.0)
+    assert f(case.leaf(), backend="cpu").grad_fn.name() == "ZipfLossBackward"
+    assert f(case.leaf(), backend="reference").grad_fn.name() == "LossBackward"
+    parts = f(case.leaf(), backend="cpu", return_parts=True)
+    assert [part.requires_grad for part in parts] == [True, False, False]
+    with torch.no_grad():
+        assert f(case.leaf(), backend="cpu").grad_fn is None
+    assert f(case.logits, backend="cpu").grad_fn is None
+
+
 COMPILED = {
     "none": {"reduction": "none"},
     "mean in float16": {"dtype": torch.float16},
@@ -387,6 +401,8 @@ COMPILED = {
     "probabilities": {"soft": True},
     "in place": {"inplace": True},
     "probabilities in place": {"soft": True, "inplace": True},
+    "distillation": {"distils": True},
+    "distillation in float16, in place": {"distils": True, "dtype": torch.float16, "inplace": True},
 }
 
 
@@ -401,12 +417,15 @@ def test_compiled_autograd(backend, device, name):
     target = case.logits.softmax(1).detach() if options.pop("soft", False) else case.target
     if "weight" in options:
         options["weight"] = torch.rand(9, device=device)
+    function, beside = zls.zipf_cross_entropy, (target, case.votes)
+    if options.pop("distils", False):
+        function, beside = partial(zls.distillation_loss, kd_weight=2.0), (case.logits.flip(1), target)
     torch._dynamo.reset()
 
     def gradient(N, compiler):
         x = case.leaf()
         logits = x[:N] * 2
-        loss = zls.zipf_cross_entropy(logits, target[:N], case.votes[:N], backend=backend, **options)
+        loss = function(logits, *(x[:N] for x in beside), backend=backend, **options)
         loss = (loss[0] if "return_parts" in options else loss).sum() * 3
         if not options.get("inplace"):
             loss = loss + F.cross_entropy(logits.float(), case.target[:N])  # a gradient to add to

@@ -452,6 +452,21 @@ def test_second_derivatives_and_forward_mode_raise(backend, device):
         torch.func.jvp(f, (z,), (torch.ones_like(z),))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_kept_graphs_and_batched_gradients(backend, device, reduction):
+    """A saved gradient that is scaled in place is not scaled twice; batched upstream gradients work."""
+    z, t, y = make(device=device)
+    x = z.clone().requires_grad_()
+    loss = zls.distillation_loss(x, t, y, reduction=reduction, backend=backend, **ALL)
+    upstream = torch.randn(3, *loss.shape, device=device)
+    rows = [torch.autograd.grad(loss, x, u, retain_graph=True)[0].clone() for u in upstream]
+    together = torch.autograd.grad(loss, x, upstream, is_grads_batched=True, retain_graph=True)[0]
+    torch.testing.assert_close(together, torch.stack(rows))
+    assert torch.equal(torch.autograd.grad(loss, x, upstream[0])[0], rows[0])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, x, upstream[0])
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_transforms(backend, device, given):
     """torch.func.vmap of grad: per-sample gradients, with and without a target and weights."""

@@ -49,8 +49,8 @@ def loss(
         backward_ = ops.select(grad_, backend, logits)
         scale_ = ops.select("loss_bwd_", backend, logits)
         return LossInPlace.apply(logits, options, forward, backward_, scale_, *tensors)
-    if forward is ops.NATIVE_LOSS_FWD and not compiling:
-        return ops.native_loss(logits, *tensors, *options)
+    if not compiling and (native := ops.NATIVE.get(forward)) is not None:
+        return native(logits, *tensors, *options)
     if wanted:
         backward, scale_ = ops.select("loss_bwd", backend, logits), ops.select("loss_bwd_", backend, logits)
         return Loss.apply(logits, _anchor(logits), tensors, options, forward, backward, scale_)

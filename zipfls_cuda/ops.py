@@ -200,9 +200,12 @@ for _stage, _schema in SCHEMAS.items():
         for _backend in _serving:
             OPERATORS[_stage, _backend] = getattr(torch.ops.zipfls, _name).default
 
-# The loss with its gradient attached by C++ (csrc/autograd.cpp), for eager calls that NATIVE_LOSS_FWD serves.
-native_loss = getattr(_C, "loss", None)
-NATIVE_LOSS_FWD = None if native_loss is None else torch.ops.zipfls.loss_fwd.default
+# Losses with their gradient attached by C++ (csrc/autograd.cpp), for eager calls of these operators.
+NATIVE: dict[Callable, Callable] = {
+    getattr(torch.ops.zipfls, f"{_name}_fwd").default: getattr(_C, _name)
+    for _name in ("loss", "distill")
+    if hasattr(_C, _name)
+}
 
 
 # Backends ------------------------------------------------------------------------------------------
