@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOSS = ("tests/test_golden.py", "tests/test_loss.py", "tests/test_autograd.py", "tests/test_api.py")
 DISTILL = ("tests/test_distillation.py",)
 METHODS = ("tests/test_methods.py",)
+OUTPUTS = ("tests/test_methods_outputs.py",)
 LABEL = ("tests/test_golden.py", "tests/test_label.py")
 VOTE = ("tests/test_vote.py",)
 
@@ -43,8 +44,8 @@ REFERENCE = "zipfls_cuda/reference.py"
 AUTOGRAD = "zipfls_cuda/autograd.py"
 LAWS = "zipfls_cuda/labels.py"
 TRITON = "zipfls_cuda/triton_kernels"
-MODULES, PAIRS, SNAPSHOTS = (
-    f"zipfls_cuda/methods/{name}.py" for name in ("distillation", "pairs", "snapshots")
+MODULES, PAIRS, SNAPSHOTS, SEVERAL = (
+    f"zipfls_cuda/methods/{name}.py" for name in ("distillation", "pairs", "snapshots", "outputs")
 )
 
 MUTANTS = [
@@ -70,6 +71,17 @@ MUTANTS = [
         "(taken - 1) % len(self.copies)",
         "taken % len(self.copies)",
         METHODS,
+    ),
+    Mutant("BYOT's soft term with T squared", SEVERAL, " / self.temperature**2", "", OUTPUTS),
+    Mutant(
+        "BYOT's hint from branch 1", SEVERAL, "branch_features[2:], 2)", "branch_features[1:], 1)", OUTPUTS
+    ),
+    Mutant(
+        "DDGSD teaches one view",
+        SEVERAL,
+        "(logits_b, logits_a, target",
+        "(logits_a, logits_b, target",
+        OUTPUTS,
     ),
     Mutant("distillation without T squared", REFERENCE, "T * T * _times(", "T * _times(", DISTILL),
     Mutant("KL without 1 - q_y before NCKD", REFERENCE, "kd_weight * r_v)", "kd_weight)", DISTILL),

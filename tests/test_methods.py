@@ -102,13 +102,16 @@ def test_names_and_defaults():
         methods.CSKDLoss: {"temperature": 4.0, "kd_weight": 1.0, "ce_weight": 1.0},
         methods.TfKDSelfLoss: {"alpha": 0.95, "temperature": 6.0, "multiplier": 50.0},
         methods.MrKDLoss: {},
+        methods.DDGSDLoss: {"temperature": 3.0, "kd_weight": 1.0, "mmd_weight": 5e-4},
+        methods.BYOTLoss: {"temperature": 3.0, "soft_weight": 0.3, "hint_weight": 0.03},
     }
     for Loss, settings in expected.items():
         assert list(defaults(Loss).items()) == list({**settings, **tail}.items())
     pairs = {"generator": None, "num_replicas": None, "rank": None}
     assert defaults(methods.PairSampler) == pairs
     assert defaults(methods.SnapshotTeacher) == {"copies": 1}
-    assert set(methods.__all__) == {Loss.__name__ for Loss in LOSSES} | {"PairSampler", "SnapshotTeacher"}
+    elsewhere = {"PairSampler", "SnapshotTeacher", "DDGSDLoss", "BYOTLoss"}
+    assert set(methods.__all__) == {Loss.__name__ for Loss in LOSSES} | elsewhere
 
 
 @pytest.mark.parametrize("name", ["", *methods.__all__])

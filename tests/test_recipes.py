@@ -151,10 +151,11 @@ SHRINK = {
     "accelerate": small_accelerate,
 }
 DISTILLATION = "Distillation"  # which has no votes
+OUTPUTS = {"Two views": zls.methods.DDGSDLoss, "Branches": zls.methods.BYOTLoss}  # nor have these
 
 
 def test_no_snippet_is_forgotten():
-    assert list(SNIPPETS) == [*SHRINK, DISTILLATION]
+    assert list(SNIPPETS) == [*SHRINK, DISTILLATION, *OUTPUTS]
     assert PAGE.count("```python") == len(SNIPPETS)
     for name, code in SNIPPETS.items():
         lines = [line for line in code.splitlines() if line.strip()]
@@ -197,6 +198,20 @@ def test_distillation(given, monkeypatch):
     exec(compile(SNIPPETS[DISTILLATION], "docs/RECIPES.md, distillation", "exec"), given)
     assert not given["teacher"].training
     assert all(p.grad is None for p in given["teacher"].parameters())
+    first, last = (torch.stack(part).mean() for part in (losses[:4], losses[-4:]))
+    assert last < 0.5 * first, (first, last)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_several_outputs(name, given, monkeypatch):
+    small_timm(monkeypatch)
+    losses, forward = [], OUTPUTS[name].forward
+    monkeypatch.setattr(
+        OUTPUTS[name], "forward", lambda *args: losses.append(forward(*args).detach()) or forward(*args)
+    )
+    torch.manual_seed(0)
+    exec(compile(SNIPPETS[name], f"docs/RECIPES.md, {name}", "exec"), given)
+    assert len(losses) == 10 * 4
     first, last = (torch.stack(part).mean() for part in (losses[:4], losses[-4:]))
     assert last < 0.5 * first, (first, last)
 

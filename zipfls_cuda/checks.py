@@ -273,6 +273,24 @@ def count(name: str, x: int, low: int) -> int:
     return x
 
 
+def features(name: str, x: Tensor, logits: Tensor) -> None:
+    """Pooled features (N, D) beside logits (N, C)."""
+    _tensor(name, x)
+    if x.dim() != 2 or x.shape[0] != logits.shape[0]:
+        raise ValueError(f"{name} must have shape (N, D) with N = {logits.shape[0]}, got {_shape(x)}")
+    _float(name, x)
+    _same_device(name, x, "logits", logits)
+
+
+def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """A tensor with the shape and the device of another."""
+    _tensor(name, x)
+    if x.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of {other_name}, {_shape(other)}, got {_shape(x)}")
+    _float(name, x)
+    _same_device(name, x, other_name, other)
+
+
 def distillation_options(weights: dict[str, float], T: float, form: str) -> tuple[float | str, ...]:
     """The ``weights`` of the terms in their order, then ``T``, the temperature, and ``form``."""
     weights = {name: float(number(name, x)) for name, x in weights.items()}

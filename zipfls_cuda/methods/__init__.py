@@ -11,11 +11,14 @@ Example:
 """
 
 from .distillation import CSKDLoss, DKDLoss, KDLoss, MrKDLoss, NKDLoss, TfKDSelfLoss, WSLDLoss
+from .outputs import BYOTLoss, DDGSDLoss
 from .pairs import PairSampler
 from .snapshots import SnapshotTeacher
 
 __all__ = [
+    "BYOTLoss",
     "CSKDLoss",
+    "DDGSDLoss",
     "DKDLoss",
     "KDLoss",
     "MrKDLoss",
