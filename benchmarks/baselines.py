@@ -30,6 +30,9 @@ REFERENCE = "plain PyTorch, whole loss"
 COMPILED_REFERENCE = "torch.compile(plain PyTorch, whole loss)"
 PUBLISHED = "published algorithm (SciPy ranks)"
 LIGER = "Liger-Kernel"
+LIGER_KL = "Liger-Kernel KL"
+LIGER_JSD = "Liger-Kernel JSD"
+PLAIN_LOSS = "zipf_cross_entropy"
 QUACK = "QuACK, gradient in forward"
 MATMUL = "torch.matmul alone"
 MATMUL_BATCHED = "torch.matmul alone, no copy"
@@ -60,13 +63,13 @@ def our_backends(device: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Loss:
-    """A way to compute a loss of the logits.
+    """A way to compute a loss of the logits, the first argument.
 
     ``in_place``: it destroys the logits. ``backward`` false: the call already computes the gradient.
     ``sync``: it makes the host wait for the device.
     """
 
-    call: Callable[[Tensor, Tensor, Tensor], Tensor]
+    call: Callable[..., Tensor]
     in_place: bool = False
     backward: bool = True
     sync: bool = False
@@ -128,19 +131,20 @@ def losses(device: str, tiny: bool = False) -> dict[str, Loss]:
     return found
 
 
+@contextlib.contextmanager
+def using(package: str) -> Iterator[None]:
+    """Around the use of another package: a warning where it is installed and cannot be used."""
+    try:
+        yield
+    except Exception as error:
+        if installed(package):
+            warnings.warn(f"not compared: {package}: {type(error).__name__}: {error}", stacklevel=1)
+
+
 @functools.cache
 def _packages() -> tuple[dict[str, Loss], dict[str, Callable]]:
-    """Losses and heads of other packages that are installed; a warning where one cannot be used."""
+    """Losses and heads of other packages that are installed."""
     found, heads = {}, {}
-
-    @contextlib.contextmanager
-    def using(package: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if installed(package):
-                warnings.warn(f"not compared: {package}: {type(error).__name__}: {error}", stacklevel=1)
-
     with using("liger_kernel"):
         from liger_kernel.transformers import LigerCrossEntropyLoss
 

@@ -58,12 +58,19 @@ class Case:
         described = {k: v for k, v in asdict(self).items() if k not in ("mode", "clock")}
         return Where("loss", described, self.mode, self.timer.name)
 
+    @property
+    def inputs(self) -> list[tuple]:
+        """Logits, target and votes, as many copies as the caches ask for."""
+        dtype = getattr(torch, self.dtype)
+        seeds = range(clock.copies(2 * self.N * self.C * dtype.itemsize))
+        return [baselines.loss_inputs(self.N, self.C, self.P, dtype, seed) for seed in seeds]
+
     def run(self, records: Records) -> clock.Comparison:
         torch.compiler.reset()  # past a few shapes torch.compile would silently stop compiling
         passes = 1 if self.mode == "infer" else 2
         return records.compare(
             self.where,
-            entries(self),
+            entries(self.names, LOSSES, self.inputs, self.mode),
             self.timer,
             passes * getattr(torch, self.dtype).itemsize * self.N * self.C,
             seconds=2.5 if self.main else 0.8,
@@ -102,21 +109,20 @@ def tiny_cases() -> list[Case]:
 CASES = tiny_cases() if TINY else gpu_cases() if ON_GPU else cpu_cases()
 
 
-def entries(case: Case) -> list[Entry]:
-    """What a case compares, over as many copies of its inputs as the caches ask for."""
-    dtype = getattr(torch, case.dtype)
-    seeds = range(clock.copies(2 * case.N * case.C * dtype.itemsize))
-    inputs = [baselines.loss_inputs(case.N, case.C, case.P, dtype, seed) for seed in seeds]
+def entries(
+    names: list[str], losses: dict[str, baselines.Loss], inputs: list[tuple], mode: str = "both"
+) -> list[Entry]:
+    """Losses by name, each over all copies of its arguments, of which the logits are the first."""
     made = []
-    for name in case.names:
+    for name in names:
         if name == baselines.COPY:
             logits = [z.detach() for z, *_ in inputs]
             made.append(Entry(name, [functools.partial(torch.empty_like(z).copy_, z) for z in logits]))
             continue
         own = inputs
-        if LOSSES[name].in_place:
+        if losses[name].in_place:
             own = [(z.detach().clone().requires_grad_(), *rest) for z, *rest in inputs]
-        made.append(entry(name, LOSSES[name], case.mode, own))
+        made.append(entry(name, losses[name], mode, own))
     return made
 
 

@@ -112,7 +112,8 @@ def _provenance(env: dict) -> str:
 
 
 def _shape(r: dict) -> str:
-    return f"{r['case']['N']} x {r['case']['C']}"
+    method = f"{r['case']['method']}, " if "method" in r["case"] else ""
+    return f"{method}{r['case']['N']} x {r['case']['C']}"
 
 
 def _backend(name: str) -> str:
@@ -134,6 +135,13 @@ LOSS_PEERS = {
     baselines.LIGER: "Liger-Kernel CE",
     baselines.QUACK: "QuACK CE",
 }
+DISTILL_PEERS = {
+    baselines.REFERENCE: "plain PyTorch",
+    baselines.COMPILED_REFERENCE: "compiled plain PyTorch",
+    baselines.PLAIN_LOSS: "`zipf_cross_entropy`",
+    baselines.LIGER_KL: "Liger-Kernel KL",
+    baselines.LIGER_JSD: "Liger-Kernel JSD",
+}
 
 
 def each_backend(records: list[dict], bench: str, write: Callable[[list[dict], str], str]) -> str:
@@ -143,13 +151,13 @@ def each_backend(records: list[dict], bench: str, write: Callable[[list[dict], s
     return text and text + failures(records, bench)
 
 
-def loss_tables(records: list[dict], name: str) -> str:
-    """The loss on one backend against its peers."""
-    clock = clock_of(records)
-    rows = find(records, "loss", name, "both", clock)
+def loss_tables(records: list[dict], name: str, bench: str = "loss") -> str:
+    """The loss, or distillation, on one backend against its peers."""
+    clock, titles = clock_of(records), LOSS_PEERS if bench == "loss" else DISTILL_PEERS
+    rows = find(records, bench, name, "both", clock)
     if not rows:
         return ""
-    peers = [p for p in LOSS_PEERS if any(targets.meeting(records, r, p) for r in rows)]
+    peers = [p for p in titles if any(targets.meeting(records, r, p) for r in rows)]
     copies = {r["run"]: targets.ceiling(records, "copy", run=r["run"]) for r in rows}
     head = ["logits", "dtype", "time", "GB/s", *["of the copy"] * (clock == "device")]
     body = []
@@ -159,11 +167,14 @@ def loss_tables(records: list[dict], name: str) -> str:
         cells = [_shape(r), r["case"]["dtype"], timed(r), f"{rate / 1e9:.3g}", *share]
         body.append(cells + [times(records, r, p) for p in peers])
     reached = " and ".join(f"{copy / 1e9:.3g}" for copy in dict.fromkeys(copies.values()) if copy)
+    what, votes = "`distillation_loss`", "T = 4"
+    if bench == "loss":
+        what, votes = "`zipf_cross_entropy`", f"P = {rows[0]['case']['P']} votes a sample"
     return noted(
-        f"`zipf_cross_entropy` ({_backend(name)} backend), value and gradient, P = {rows[0]['case']['P']} "
-        f"votes a sample: its time, and **its time over that of** each other (below 1: ours is faster)."
+        f"{what} ({_backend(name)} backend), value and gradient, {votes}: "
+        f"its time, and **its time over that of** each other (below 1: ours is faster)."
         + (f" A copy of large tensors reached {reached} GB/s in the same run." if reached else "")
-        + f"\n\n{table(head + [LOSS_PEERS[p] for p in peers], body)}"
+        + f"\n\n{table(head + [titles[p] for p in peers], body)}"
     )
 
 
@@ -320,6 +331,9 @@ EFFICACY = {f"efficacy-{preset}": preset for preset in efficacy.PLANS | efficacy
 BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "speed": speed_block,
     "loss": functools.partial(each_backend, bench="loss", write=loss_tables),
+    "distill": functools.partial(
+        each_backend, bench="distill", write=functools.partial(loss_tables, bench="distill")
+    ),
     "vote": functools.partial(each_backend, bench="vote", write=vote_table),
     "host": host_block,
     "step": step_block,
@@ -335,7 +349,7 @@ def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESUL
         preset = EFFICACY[name]
         return (study_block if preset in efficacy.STUDIES else efficacy_block)(preset, folder)
     label, what = name.split("-")
-    needed, parts = what if what in ("vote", "step") else "loss", []
+    needed, parts = what if what in ("vote", "step", "distill") else "loss", []
     for records in results.values():
         source = [r for r in records if (r["bench"], r["env"]["kind"]) == (needed, KINDS[label])]
         if source and (text := BLOCKS[what](records)):

@@ -120,6 +120,8 @@ def meeting(records: list[dict], r: dict, peer: str) -> tuple[list[float], str] 
 
 def _shape(r: dict) -> str:
     c = r["case"]
+    if "method" in c:
+        return f"{c['method']}, {c['N']}x{c['C']}, {c['dtype']}"
     return f"{c['N']}x{c['C']}" if "D" not in c else f"N {c['N']}, D {c['D']}, C {c['C']}, {c['dtype']}"
 
 
@@ -207,6 +209,14 @@ def reached(records: list[dict], name: str, of: str, dtype: str, unit: float) ->
     return [Figure(value / unit)] if value else []
 
 
+def distill_targets(*more: tuple[str, float]) -> Iterator[tuple]:
+    """The worst of KD and DKD over all shapes, against each peer."""
+    peers = (baselines.REFERENCE, 0.35), (baselines.COMPILED_REFERENCE, 0.9), (baselines.PLAIN_LOSS, 1.6)
+    for peer, bound in (*peers, *more):
+        figures = partial(ratio, peer=peer, bench="distill")
+        yield "distillation", f"time of {peer}", f"<= {bound}", "{:.3g}", figures
+
+
 def cpu_targets() -> Iterator[tuple]:
     for N, C, bound in ((256, 10000, 0.45), (64, 131072, 0.12), (256, 1000, 0.8), (128, 100, 1.2)):
         figures = partial(ratio, peer=baselines.CROSS_ENTROPY, N=N, C=C, mode="both", dtype="float32")
@@ -216,6 +226,7 @@ def cpu_targets() -> Iterator[tuple]:
         figures = partial(ratio, peer=baselines.MATMUL, bench="vote", what=name, **case)
         yield "CPU vote", f"time of torch.matmul alone, {name}", "<= 1.05", "{:.3g}", figures
     yield "CPU vote", "peak extra memory, any shape", "<= 64 MiB", "{:.2f} MiB", partial(peak, bench="vote")
+    yield from distill_targets()
 
 
 def gpu_targets() -> Iterator[tuple]:
@@ -248,6 +259,7 @@ def gpu_targets() -> Iterator[tuple]:
         yield "loss", f"time of {peer}", f"<= {bound}", "{:.3g}", figures
     memory = partial(peak_over_logits, clock="device", **both)
     yield "loss", "peak extra memory", "1 x logits", "{:.3f} x logits", memory, 1.01
+    yield from distill_targets((baselines.LIGER_KL, 0.9), (baselines.LIGER_JSD, 0.9))
     yield from gpu_vote_targets()
     for C, percent, name in ((1000, 0.1, "ImageNet"), (10000, 0.7, "iNat21")):
         text, figures = f"ResNet-50, {name}: added", partial(added_time, C=C)
@@ -284,7 +296,9 @@ TARGETS = [Target("cpu", *row) for row in cpu_targets()] + [Target("cuda", *row)
 
 def judge(records: list[dict], kind: str) -> list[Verdict]:
     """Every row for a kind of device ("cpu", "cuda") against records from one, for each backend of ours."""
-    timed = [r for r in records if r["env"]["kind"] == kind and r["bench"] in ("loss", "vote", "step")]
+    timed = [
+        r for r in records if r["env"]["kind"] == kind and r["bench"] in ("loss", "vote", "step", "distill")
+    ]
     ours = names(timed) or [""]
     rows = [target for target in TARGETS if target.kind == kind]
     return [t.judge(records, name) for t in rows for name in ([""] if t.target == "-" else ours)]

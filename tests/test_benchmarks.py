@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import baselines  # noqa: E402
+import bench_distill  # noqa: E402
 import bench_loss  # noqa: E402
 import bench_step  # noqa: E402
 import bench_vote  # noqa: E402
@@ -92,6 +93,56 @@ def test_baseline_losses_agree_with_the_authors_code(name):
         torch.testing.assert_close(loss, total.to(loss.dtype), rtol=1e-4, atol=1e-5)
         seen += 1
     assert seen
+
+
+@pytest.mark.parametrize("method", bench_distill.METHODS)
+def test_baseline_distillations_agree_with_the_reference(method, monkeypatch):
+    """Liger's through stand-ins: its functions of (log p, log q) with the arguments that they are given."""
+    logits, target, votes = inputs(dtype=torch.float32)
+    args = (inputs(dtype=torch.float32)[0].detach().roll(1, 0), target, votes)
+    options = bench_distill.METHODS[method] | {"temperature": bench_distill.T, "backend": "reference"}
+    exact = value_and_gradient(
+        lambda z, t, y, votes: zls.distillation_loss(z, t.double(), y, **options), logits.double(), *args
+    )
+    without = value_and_gradient(
+        lambda z, t, y, votes: zls.zipf_cross_entropy(z, y, votes, backend="reference", zipf_weight=1.0),
+        logits.double(), *args,
+    )  # fmt: skip
+    jsd = lambda beta: {0.0: bench_distill.kl_div}[beta]  # noqa: E731
+    stand_in = type("transformers", (), {"LigerJSD": staticmethod(jsd), "LigerKLDIVLoss": torch.nn.KLDivLoss})
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
+    found = bench_distill.losses(method, "cpu", tiny=True) | bench_distill.losses(method, "cuda", tiny=True)
+    assert (baselines.LIGER_KL in found) == (baselines.LIGER_JSD in found) == (method == "KD")
+    for name, loss in found.items():
+        expected = without if name == baselines.PLAIN_LOSS else exact
+        for a, b in zip(value_and_gradient(loss.call, logits, *args), expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_distillations_of_16_bits_and_what_they_compare(monkeypatch):
+    """All in one comparison, torch.compile in one dtype; arithmetic in float32; votes of our loss alone."""
+    held = []
+
+    class Records:
+        def compare(self, where, entries, timer, nbytes, **options):
+            held.append((where, nbytes))
+            for e in entries:
+                e.calls[0]()
+            return [e.name for e in entries]
+
+    for dtype, compiled in (("float32", True), ("bfloat16", False)):
+        monkeypatch.setattr(bench_distill, "TINY", True)  # torch.compile without a compiler
+        case = bench_distill.Case("DKD", 4, 10, dtype=dtype)
+        assert case.run(Records()) == case.names
+        assert (baselines.COMPILED_REFERENCE in case.names) == compiled
+        assert {baselines.REFERENCE, baselines.PLAIN_LOSS} <= set(case.names)
+    assert [nbytes for _, nbytes in held] == [3 * 4 * 10 * 4, 3 * 4 * 10 * 2]
+    z, t = torch.randn(2, 4, 10).bfloat16()
+    losses = bench_distill.losses("DKD", "cpu", tiny=True)
+    narrow, exact = (
+        losses[n].call(z, t, torch.arange(4), None) for n in (baselines.REFERENCE, case.names[0])
+    )
+    torch.testing.assert_close(narrow, exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("upsample", [1, 2])
@@ -571,6 +622,8 @@ def made_up(kind: str, time: float = 1e-3, copy_time: float = 1e-3, how: str = "
         case = {k: v for k, v in vars(c).items() if k not in ("mode", "clock")}
         itemsize = getattr(torch, c.dtype).itemsize
         add("loss", case, c.mode, c.clock or device, 2 * c.N * c.C * itemsize, 0)
+    for c in bench_distill.cases(kind == "cuda"):
+        add("distill", c.where.case, "both", device, 3 * c.N * c.C, 0)
     for c in bench_vote.gpu_cases() if kind == "cuda" else bench_vote.cpu_cases():
         add("vote", c.where.case, "forward", device, 1 << 20, 1 << 30)
     for C in (1000, 10000):
@@ -715,7 +768,7 @@ def test_what_could_not_be_measured_is_named_with_the_reason():
 
 def test_blocks_of_a_gpu_show_both_backends():
     results = {Path("x.json"): made_up("cuda")}
-    for name in ("gpu-loss", "gpu-vote"):
+    for name in ("gpu-loss", "gpu-distill", "gpu-vote"):
         text = report.block(name, results)
         assert "(cuda backend)" in text
         assert "(triton backend)" in text
@@ -773,10 +826,12 @@ def test_report_renews_the_blocks(kind, tmp_path):
 def test_the_page_waits_for_records_of_a_gpu(tmp_path):
     page = (ROOT / "docs" / "BENCHMARKS.md").read_text()
     blocks = dict(report.MARKED.findall(page))
-    assert {f"gpu-{name}" for name in ("targets", "loss", "vote", "host", "step")} <= set(blocks)
+    assert {f"gpu-{name}" for name in ("targets", "loss", "distill", "vote", "host", "step")} <= set(blocks)
+    recorded = {f"{r['env']['kind']}-{r['bench']}".replace("cuda", "gpu") for r in RECORDED}
     for name, text in blocks.items():
-        if name in report.NAMES and not any(r["env"]["kind"] == "cuda" for r in RECORDED):
-            assert (text in ("", report.NOTHING + "\n")) == name.startswith("gpu-")
+        if name in report.NAMES:
+            source = name if name[4:] in ("vote", "step", "distill") else f"{name[:3]}-loss"
+            assert (text in ("", report.NOTHING + "\n")) == (source not in recorded)
     text = report.renewed(page, dumped(tmp_path, made_up("cuda")))
     for name, body in report.MARKED.findall(text):
         if name.startswith("gpu-"):
