@@ -50,7 +50,7 @@ CUT_SHORT = 124  # status of a program that took too long
 # What tests a backend, the most telling first. Some tests of test_gpu take 20 GiB of its memory.
 WORKERS_ON_GPU = 4
 SUITE = ("gpu_vote", "vote", "loss", "soft", "label", "inplace", "golden", "ops", "autograd")
-SUITE += ("properties", "reliability")
+SUITE += ("distillation", "properties", "reliability")
 
 # Kernels of ours, as the sanitizer names them: C++ by its namespace, Triton by the function.
 OWN = re.compile(
@@ -393,13 +393,14 @@ PARTS: dict[str, tuple] = {  # in order: seconds given at least, where they are 
     "memcheck": (80, sanitize, "memcheck"),
     "loss": (350, bench),
     "vote": (160, bench),
+    "distill": (100, bench),
     "tune": (100, tune),
     "step": (250, bench),
     "train": (200, train),
     "sanitize": (80, sanitize, "racecheck", "synccheck", "initcheck"),
     "reference": (120, suite),
 }
-RECORDED = ("loss", "vote", "tune", "step", "train")  # what is on record they do not repeat
+RECORDED = ("loss", "vote", "distill", "tune", "step", "train")  # what is on record they do not repeat
 
 
 def run_part(check: Check, part: str) -> None:

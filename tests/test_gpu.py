@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import make
+from cases import DTYPES, error, make
 from torch import nn
 
 import zipfls_cuda as zls
@@ -64,6 +64,8 @@ OPTIONS = {
     "in place": {"inplace": True},
     "by logits": {"votes": None},
     "soft": {"target": ...},
+    "distilled": {"teacher": ..., "temperature": 4.0, "tckd_weight": 1.0, "nckd_weight": 8.0},
+    "distilled in place": {"teacher": ..., "kd_weight": 0.5, "soft_target_weight": 1.0, "inplace": True},
 }
 
 
@@ -80,7 +82,11 @@ def step_of(name, backend, N, C, D, dtype, device):
         options.pop("target")
         target = torch.rand(N, C, device=device).round()
         inputs[2] = target
-    if name == "in place" and ops.refusal(backend, "loss_grad_", device.type, dtype):
+    distilled = options.pop("teacher", None) is not None
+    if distilled:
+        inputs.append(torch.randn(N, C, device=device).to(dtype))
+    operator = "distill_grad_" if distilled else "loss_grad_"
+    if "inplace" in options and ops.refusal(backend, operator, device.type, dtype):
         pytest.skip(f"{backend} writes no gradient in place")
     by_logits = "votes" in options
     options.pop("votes", None)
@@ -88,7 +94,11 @@ def step_of(name, backend, N, C, D, dtype, device):
     def step():
         votes = None if by_logits else zls.dense_vote(features, weight, backend=backend)
         logits = F.linear(features.mean((2, 3)), weight)
-        loss = zls.zipf_cross_entropy(logits, target, votes, backend=backend, **options)
+        function, label = (
+            (zls.distillation_loss, (inputs[-1], target)) if distilled
+            else (zls.zipf_cross_entropy, (target, votes))
+        )  # fmt: skip
+        loss = function(logits, *label, backend=backend, **options)
         (grad,) = torch.autograd.grad(loss.mean() * 3, weight)
         return votes if votes is not None else target, loss.detach(), grad
 
@@ -205,14 +215,18 @@ def test_votes_and_loss_are_two_launches(backend, device):
     assert len(names) == 2, names
 
 
+@pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize(("N", "C"), [(256, 1000), (1024, 1000), (128, 100)])
-def test_a_loss_is_a_launch_each_way(backend, device, N, C):
+def test_a_loss_is_a_launch_each_way(backend, device, N, C, distilled):
     logits = torch.randn(N, C, device=device).bfloat16().requires_grad_()
     target, votes = torch.arange(N, device=device) % C, torch.randint(C, (N, 49), device=device).int()
-    losses = []
+    teacher, losses = logits.detach().flip(0), []
 
     def forward():
-        losses.append(zls.zipf_cross_entropy(logits, target, votes, backend=backend))
+        if distilled:
+            losses.append(zls.distillation_loss(logits, teacher, target, kd_weight=1.0, backend=backend))
+        else:
+            losses.append(zls.zipf_cross_entropy(logits, target, votes, backend=backend))
 
     def backward():
         torch.autograd.grad(losses[-1], logits, one)
@@ -398,8 +412,37 @@ def test_float32_votes_need_tensor_float_32(backend, device):
     assert call().shape == (2, 9)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "C"), [(300, 100), (1024, 1000), (129, 2049), (64, 10240), (33, 21841), (8, 131072)]
+)
+def test_distillation_of_large_rows(backend, device, N, C, dtype):
+    """Rows that are held or streamed, aligned or not: as the reference in float64 of the rounded inputs."""
+    drawn = {"generator": torch.Generator(device).manual_seed(C), "device": device, "dtype": torch.float64}
+    z, t = (torch.randn(N, C, **drawn).mul_(3).to(dtype) for _ in range(2))
+    y = torch.arange(N, device=device) * 17 % C
+    y[1::7] = -100
+    sample_weight = torch.rand(N, **drawn)
+    terms = {"kd_weight": 0.3, "tckd_weight": 1.1, "nckd_weight": 2.0, "soft_target_weight": 0.4}
+    for reduction, T in (("mean", 4.0), ("none", 1.0), ("sum", 1.5)):
+        results = []
+        for x, s, b in ((z, t, backend), (z.double(), t.double(), "reference")):
+            x = x.clone().requires_grad_()
+            options = {"temperature": T, "reduction": reduction, "backend": b, **terms}
+            loss = zls.distillation_loss(x, s, y, sample_weight=sample_weight, **options)
+            results.append((loss.detach(), *torch.autograd.grad(loss.sum(), x)))
+        (loss, grad), (expected, exact) = results
+        bound = 1e-12 if dtype == torch.float64 else 2e-6
+        size = max(1.0, expected.abs().max().item())
+        assert error(loss, expected) <= bound * size, (reduction, error(loss, expected), size)
+        per_row = 5.0 * T / ((y != -100).sum().item() if reduction == "mean" else 1)
+        stored = 2 * torch.finfo(dtype).eps * exact.abs()
+        assert ((grad.double() - exact).abs() <= bound * per_row + stored).all(), reduction
+
+
+@pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize("C", [1000, 10007, 131072])
-def test_loss_past_2_31_elements(backend, device, C):
+def test_loss_past_2_31_elements(backend, device, C, distilled):
     """The last rows of more than 2^31 logits get what they get alone."""
     N = 2**31 // C + 64
     room_for(20)
@@ -410,11 +453,18 @@ def test_loss_past_2_31_elements(backend, device, C):
     target = torch.randint(C, (N,), device=device)
     votes = torch.randint(C, (N, 9), device=device, dtype=torch.int32)
     alone = x[last].clone().requires_grad_()
+    teacher = x.flip(0) if distilled else None
     x.requires_grad_()
-    options = {"reduction": "none", "backend": backend}
-    loss = zls.zipf_cross_entropy(x, target, votes, **options)
+
+    def loss_of(logits, rows):
+        options = {"reduction": "none", "backend": backend}
+        if distilled:
+            return zls.distillation_loss(logits, teacher[rows], target[rows], kd_weight=1.0, **options)
+        return zls.zipf_cross_entropy(logits, target[rows], votes[rows], **options)
+
+    loss = loss_of(x, slice(None))
     loss.sum().backward()
-    expected = zls.zipf_cross_entropy(alone, target[last], votes[last], **options)
+    expected = loss_of(alone, last)
     expected.sum().backward()
     torch.testing.assert_close(loss[last], expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(x.grad[last], alone.grad, rtol=1e-2, atol=1e-6)
@@ -470,11 +520,16 @@ def test_votes_take_no_dense_scores(backend, device, C, mib):
     assert peak_of(lambda: zls.dense_vote(features, weight, backend=backend)) <= mib * (1 << 20)
 
 
-def test_loss_takes_its_gradient_and_no_more(backend, device):
+@pytest.mark.parametrize("distilled", [False, True])
+def test_loss_takes_its_gradient_and_no_more(backend, device, distilled):
     case = make(4096, 1000, 49, torch.bfloat16, device)
-    x = case.leaf()
+    x, teacher = case.leaf(), case.logits.flip(0)
 
     def call():
-        return torch.autograd.grad(zls.zipf_cross_entropy(x, *case[1:], backend=backend), x)
+        if distilled:
+            loss = zls.distillation_loss(x, teacher, case.target, kd_weight=1.0, backend=backend)
+        else:
+            loss = zls.zipf_cross_entropy(x, *case[1:], backend=backend)
+        return torch.autograd.grad(loss, x)
 
     assert peak_of(call) <= 1.01 * x.nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -12,6 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+import zipfls_cuda as zls
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -44,12 +48,12 @@ def test_gpu_check_dry_run(tmp_path):
             assert f"{target.group}: {target.text} | {target.target}" in table
     checks = json.loads((out / "checks.json").read_text())
     absent = {"cuda", "triton", "memcheck", "sanitize", "tune"}
-    done = {"exercise, cpu", "loss", "vote", "step", "train", "reference, suite"}
+    done = {"exercise, cpu", "loss", "vote", "distill", "step", "train", "reference, suite"}
     assert set(checks) == {"build"} | absent | done
     assert all(checks[name]["ok"] is True for name in done), checks
     assert all(checks[name]["text"].startswith("absent") for name in absent)
     records = files.load(out / "records.json")
-    assert {r["bench"] for r in records} == {"ceiling", "loss", "vote", "step", "head"}
+    assert {r["bench"] for r in records} == {"ceiling", "loss", "vote", "distill", "step", "head"}
     assert all(set(files.RECORD) <= set(r) for r in records)
     assert all(r["env"]["tiny"] for r in records)
 
@@ -488,3 +492,28 @@ def test_tune_for_the_gpu_that_is_there(tmp_path, path, status):
     gpu_check.run_part(check, "tune")
     assert check.checks["tune"]["ok"] is (status == 0)
     assert f"--out {check.out / 'tune.json'} --arch 90a" in (check.out / "log.txt").read_text()
+
+
+def test_what_the_gpu_tests_compute_runs_on_a_cpu(monkeypatch):
+    """The steps of tests/test_gpu.py over backend "cpu" in a GPU's place, as the reference computes them."""
+    if "cpu" not in zls.backends():
+        pytest.skip("the C++ extension is not built")
+    spec = importlib.util.spec_from_file_location("gpu_tests", ROOT / "tests" / "test_gpu.py")
+    gpu_tests = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as m:
+        m.setattr(torch.cuda, "is_available", lambda: True)
+        spec.loader.exec_module(gpu_tests)
+    device = torch.device("cpu")
+    for name in gpu_tests.OPTIONS:
+        made = []
+        for backend in ("cpu", "reference"):
+            torch.manual_seed(0)
+            options = {} if "place" not in name else {"inplace": backend == "cpu"}
+            with monkeypatch.context() as m:
+                m.setitem(gpu_tests.OPTIONS, name, gpu_tests.OPTIONS[name] | options)
+                inputs, step = gpu_tests.step_of(name, backend, 6, 37, 16, torch.float32, device)
+            gpu_tests.fresh(inputs)
+            made.append(step())
+        torch.testing.assert_close(*made)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        gpu_tests.test_distillation_of_large_rows("cpu", device, 9, 2049, dtype)
