@@ -126,8 +126,18 @@ def losses(device: str, tiny: bool = False) -> dict[str, Loss]:
     found[COMPILED_REFERENCE] = Loss(compiled(plain_zipf, tiny))
     if installed("scipy"):
         found[PUBLISHED] = Loss(published_zipf, sync=True)
-    if device == "cuda":
-        found |= _packages()[0]
+    if device == "cpu":
+        return found
+    with using("liger_kernel"):
+        from liger_kernel.transformers import LigerCrossEntropyLoss
+
+        liger = LigerCrossEntropyLoss()
+        found[LIGER] = Loss(lambda logits, target, votes: liger(logits, target), in_place=True, sync=True)
+    with using("quack"):
+        from quack.cross_entropy import cross_entropy_fwd
+
+        quack = functools.partial(cross_entropy_fwd, return_dx=True)
+        found[QUACK] = Loss(lambda logits, target, votes: quack(logits.detach(), target), backward=False)
     return found
 
 
@@ -141,37 +151,11 @@ def using(package: str) -> Iterator[None]:
             warnings.warn(f"not compared: {package}: {type(error).__name__}: {error}", stacklevel=1)
 
 
-@functools.cache
-def _packages() -> tuple[dict[str, Loss], dict[str, Callable]]:
-    """Losses and heads of other packages that are installed."""
-    found, heads = {}, {}
-    with using("liger_kernel"):
-        from liger_kernel.transformers import LigerCrossEntropyLoss
-
-        liger = LigerCrossEntropyLoss()
-        found[LIGER] = Loss(lambda logits, target, votes: liger(logits, target), in_place=True, sync=True)
-    with using("quack"):
-        quack = importlib.import_module("quack.cross_entropy").cross_entropy_fwd
-        found[QUACK] = Loss(
-            lambda logits, target, votes: quack(logits.detach(), target, return_dx=True), backward=False
-        )
-    with using("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-
-        heads[CUT] = head_of(linear_cross_entropy)
-    return found, heads
-
-
-def _rows(features: Tensor) -> Tensor:
-    """Features as (N*P, D); a copy unless they are channels_last or tokens."""
+def matmul_alone(features: Tensor, weight: Tensor) -> Tensor:
+    """The dense scores (N*P, C), the yardstick of dense_vote; maps that are not channels_last are copied."""
     if features.dim() == 4:
         features = features.permute(0, 2, 3, 1)
-    return features.reshape(-1, features.shape[-1])
-
-
-def matmul_alone(features: Tensor, weight: Tensor) -> Tensor:
-    """The dense scores (N*P, C) and nothing else: the yardstick of dense_vote."""
-    return torch.matmul(_rows(features), weight.t())
+    return torch.matmul(features.reshape(-1, features.shape[-1]), weight.t())
 
 
 def matmul_batched(features: Tensor, weight: Tensor) -> Tensor:
@@ -218,7 +202,10 @@ def heads(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     if hasattr(F, "linear_cross_entropy"):
         found[LINEAR_CROSS_ENTROPY] = head_of(F.linear_cross_entropy)
     if device == "cuda":
-        found |= _packages()[1]
+        with using("cut_cross_entropy"):
+            from cut_cross_entropy import linear_cross_entropy
+
+            found[CUT] = head_of(linear_cross_entropy)
     return found
 
 

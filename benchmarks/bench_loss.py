@@ -113,34 +113,29 @@ def entries(
     names: list[str], losses: dict[str, baselines.Loss], inputs: list[tuple], mode: str = "both"
 ) -> list[Entry]:
     """Losses by name, each over all copies of its arguments, of which the logits are the first."""
-    made = []
-    for name in names:
-        if name == baselines.COPY:
-            logits = [z.detach() for z, *_ in inputs]
-            made.append(Entry(name, [functools.partial(torch.empty_like(z).copy_, z) for z in logits]))
-            continue
-        own = inputs
-        if losses[name].in_place:
-            own = [(z.detach().clone().requires_grad_(), *rest) for z, *rest in inputs]
-        made.append(entry(name, losses[name], mode, own))
-    return made
 
-
-def entry(name: str, loss: baselines.Loss, mode: str, inputs: list[tuple]) -> Entry:
-    """One implementation in one mode."""
-
-    def call(x: tuple) -> None:
+    def call(loss: baselines.Loss, x: tuple) -> None:
         x[0].grad = None
         value = loss.call(*x)
         if mode == "both" and loss.backward:
             value.backward()
 
-    def clear() -> None:
+    def clear(inputs: list[tuple]) -> None:
         for x in inputs:
             x[0].grad = None
 
-    run = torch.no_grad()(call) if mode == "infer" else call
-    return Entry(name, [functools.partial(run, x) for x in inputs], waits=loss.sync, clear=clear)
+    made, run = [], torch.no_grad()(call) if mode == "infer" else call
+    for name in names:
+        if name == baselines.COPY:
+            logits = [z.detach() for z, *_ in inputs]
+            made.append(Entry(name, [functools.partial(torch.empty_like(z).copy_, z) for z in logits]))
+            continue
+        loss, own = losses[name], inputs
+        if loss.in_place:
+            own = [(z.detach().clone().requires_grad_(), *rest) for z, *rest in inputs]
+        calls = [functools.partial(run, loss, x) for x in own]
+        made.append(Entry(name, calls, waits=loss.sync, clear=functools.partial(clear, own)))
+    return made
 
 
 def bench_loss(case: Case, name: str, report) -> None:

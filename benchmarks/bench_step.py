@@ -57,36 +57,26 @@ def resnet(blocks: tuple[int, ...], width: int, small_images: bool = False) -> n
     return nn.Sequential(*layers)
 
 
-def _logits(features: Tensor, fc: nn.Linear) -> Tensor:
-    return fc(features.mean((2, 3)))
+def criteria() -> dict[str, Callable[[Tensor, nn.Linear, Tensor], Tensor]]:
+    """What a step ends with, ours as a training script calls it: (features, classifier, target) -> loss."""
 
+    def made(loss: Callable, vote: Callable | None = None) -> Callable:
+        def criterion(features: Tensor, fc: nn.Linear, target: Tensor) -> Tensor:
+            with torch.no_grad():
+                votes = vote(features, fc.weight, fc.bias) if vote else None
+            return loss(fc(features.mean((2, 3))), target, votes)
 
-def with_cross_entropy(features: Tensor, fc: nn.Linear, target: Tensor, smoothing: float = 0.0) -> Tensor:
-    return F.cross_entropy(_logits(features, fc), target, label_smoothing=smoothing)
+        return criterion
 
-
-def with_zipf(features: Tensor, fc: nn.Linear, target: Tensor, backend: str) -> Tensor:
-    """Our loss, as a training script calls it."""
-    votes = zls.dense_vote(features.detach(), fc.weight, fc.bias, backend=backend)
-    return zls.zipf_cross_entropy(_logits(features, fc), target, votes, zipf_weight=1.0, backend=backend)
-
-
-def with_published(features: Tensor, fc: nn.Linear, target: Tensor) -> Tensor:
-    """Dense scores, argmax, SciPy ranks and a dense label."""
-    with torch.no_grad():
-        votes = fc(features.permute(0, 2, 3, 1)).argmax(-1).flatten(1)
-    return baselines.published_zipf(_logits(features, fc), target, votes)
-
-
-def criteria() -> dict[str, Callable]:
-    device = clock.device().type
-    found: dict[str, Callable] = {
-        baselines.ours(b): functools.partial(with_zipf, backend=b) for b in baselines.our_backends(device)
-    }
-    found[baselines.CROSS_ENTROPY] = with_cross_entropy
-    found[baselines.SMOOTHING] = functools.partial(with_cross_entropy, smoothing=0.1)
+    found = {}
+    for b in baselines.our_backends(clock.device().type):
+        zipf = functools.partial(zls.zipf_cross_entropy, zipf_weight=1.0, backend=b)
+        found[baselines.ours(b)] = made(zipf, functools.partial(zls.dense_vote, backend=b))
+    found[baselines.CROSS_ENTROPY] = made(baselines.cross_entropy)
+    found[baselines.SMOOTHING] = made(lambda x, y, votes: F.cross_entropy(x, y, label_smoothing=0.1))
     if baselines.installed("scipy"):
-        found[baselines.PUBLISHED] = with_published
+        dense = lambda x, *fc: F.linear(x.permute(0, 2, 3, 1), *fc).argmax(-1).flatten(1)  # noqa: E731
+        found[baselines.PUBLISHED] = made(baselines.published_zipf, dense)
     return found
 
 

@@ -138,13 +138,13 @@ class DeviceClock:
             issue(entry.turns(i, 1))
             if i and time.perf_counter() - start > 0.5:
                 break
-        entry.host = min(self._idle(entry, i)[0] for i in range(3))
+        entry.host = min(self._timed(entry, i, 1)[0] for i in range(3))
         entry.how = "events" if entry.waits else "queued"
 
     def sample(self, entry: Entry, k: int) -> float:
         """Seconds per call, over ``k`` calls."""
         if entry.how == "events":
-            return sum(self._idle(entry, i)[1] for i in range(k)) / k
+            return sum(self._timed(entry, i, 1)[1] for i in range(k)) / k
         total, done = 0.0, 0
         while done < k:
             seconds, n = self._ahead(entry, done, k - done)
@@ -156,7 +156,7 @@ class DeviceClock:
         guess = entry.host
         while True:
             n = max(1, min(k, entry.ahead, int(self.longest / (self.margin * entry.host + 1e-9))))
-            seconds, held = self._queued(entry, first, n)
+            _, seconds, held = self._timed(entry, first, n, 50e-6 + self.margin * entry.host * n)
             if held or entry.how == "host-bound":
                 return seconds, n
             if n > 1 and entry.host > guess:  # a longer sleep did not help
@@ -166,16 +166,18 @@ class DeviceClock:
             else:
                 entry.how = "host-bound"
 
-    def _queued(self, entry: Entry, first: int, k: int) -> tuple[float, bool]:
-        """Seconds the device takes for ``k`` calls, and whether it never had to wait for the host."""
+    def _timed(self, entry: Entry, first: int, k: int, sleep: float = 0.0) -> tuple[float, float, bool]:
+        """Seconds of ``k`` calls, the host's and the device's, and whether the device, which sleeps first,
+        never had to wait for the host."""
         calls = entry.turns(first, k)
         begin, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         synchronize()
         before = time.perf_counter()
         begin.record()
-        torch.cuda._sleep(int(self.hertz * (50e-6 + self.margin * entry.host * k)))
+        if sleep:
+            torch.cuda._sleep(int(self.hertz * sleep))
         start.record()
-        issue(calls)
+        host = issue(calls)
         end.record()
         issued = time.perf_counter()
         synchronize()
@@ -183,18 +185,7 @@ class DeviceClock:
         seconds = 1e-3 * start.elapsed_time(end)
         held = issued - before < 1e-3 * begin.elapsed_time(start)
         # Deep: a queue full when the device woke up, and not empty when the host is through, never ran dry.
-        return seconds, held or (entry.deep and drained > 0.1 * seconds)
-
-    @staticmethod
-    def _idle(entry: Entry, i: int) -> tuple[float, float]:
-        """Seconds of a call on an idle device: the host's to issue it, and by events on the device."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        synchronize()
-        start.record()
-        host = issue(entry.turns(i, 1))
-        end.record()
-        synchronize()
-        return host, 1e-3 * start.elapsed_time(end)
+        return host, seconds, held or (entry.deep and drained > 0.1 * seconds)
 
 
 Clock = HostClock | DeviceClock
@@ -211,15 +202,6 @@ class ContextLost(Exception):  # noqa: N818
     def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
-
-
-def context_lost() -> bool:
-    """Whether the CUDA context is beyond use: its error comes again with whatever is asked of it."""
-    try:
-        synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 @dataclass
@@ -242,7 +224,9 @@ class Comparison:
         except Exception as error:
             line = next(iter(str(error).strip().splitlines()), "")
             reason = f"{type(error).__name__}: {line[:160]}"
-            if context_lost():
+            try:
+                synchronize()
+            except RuntimeError:  # the error of a lost context comes again with whatever is asked of it
                 raise ContextLost(name, reason) from error
             self.failed[name] = reason
             self.samples.pop(name, None)

@@ -131,12 +131,11 @@ class Records:
         **options,
     ) -> Comparison:  # fmt: skip
         """Compare and record (``options``: clock.compare's), without what ended the CUDA context before."""
-        out = {entry.name: self.left_out(where, entry.name) for entry in entries}
-        todo = [entry for entry in entries if not out[entry.name]]
-        result = clock.compare(todo, timer, **options)
+        out = self.left_out(where.bench)
+        result = clock.compare([entry for entry in entries if entry.name not in out], timer, **options)
         self.others += result.others
         self.total += result.total
-        result.failed |= {name: reason for name, reason in out.items() if reason}
+        result.failed |= {entry.name: out[entry.name] for entry in entries if entry.name in out}
         self.add(where, result, nbytes, flops)
         for name in set(result.failed) - set(self.known(where)):
             self.fail(where, name, result.failed[name])
@@ -164,11 +163,11 @@ class Records:
         found = [r for r in self.all() if r["run"] in self.valid and _key(r) == key]
         return {r["name"]: r.get("facts", {}).get("reason", "") for r in found}
 
-    def left_out(self, where: Where, name: str) -> str:
-        """Why one is not tried: it ended the CUDA context in a comparison of this benchmark; else empty."""
-        failed = [r for r in self.all() if (r["bench"], r["name"]) == (FAILED + where.bench, name)]
-        lost = [r["facts"]["reason"] for r in failed if r["run"] in self.valid and r["facts"]["lost"]]
-        return f"left out: it ended the CUDA context: {lost[0]}" if lost else ""
+    def left_out(self, bench: str) -> dict[str, str]:
+        """What is not tried, as it ended the CUDA context in a comparison of a benchmark: name -> reason."""
+        failed = [r for r in self.all() if r["run"] in self.valid and r["bench"] == FAILED + bench]
+        lost = {r["name"]: r["facts"]["reason"] for r in failed if r["facts"]["lost"]}
+        return {name: f"left out: it ended the CUDA context: {reason}" for name, reason in lost.items()}
 
     def all(self) -> list[dict]:
         """Records of earlier runs that nothing replaced, and this run's."""
