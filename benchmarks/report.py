@@ -96,19 +96,15 @@ def failures(records: list[dict], *benches: str) -> str:
 
 def provenance(records: list[dict]) -> str:
     """Where figures come from, in a line; several where they come from runs of different code or machines."""
-    return "; ".join(dict.fromkeys(map(_provenance, {r["run"]: r["env"] for r in records}.values())))
-
-
-def _provenance(env: dict) -> str:
-    threads = f"{env['threads']} thread{'s' * (env['threads'] > 1)}"
-    gpu = env["kind"] == "cuda"
-    parts = [f"{env['device']} ({env['arch']})", f"driver {env['driver']}" if gpu else threads]
-    parts += [f"torch {env['torch']}", f"triton {env['triton']}" if gpu else "", env["compiler"]]
-    parts += [f"commit {env['commit']}{' with changes' if env['dirty'] else ''}"]
-    text = ", ".join(filter(None, parts))
-    if env.get("others", 0) > BUSY:
-        text += f". **The machine was busy: other programs took {100 * env['others']:.0f} % of it**"
-    return text
+    found = []
+    for env in {r["run"]: r["env"] for r in records}.values():
+        gpu, threads = env["kind"] == "cuda", f"{env['threads']} thread{'s' * (env['threads'] > 1)}"
+        parts = [f"{env['device']} ({env['arch']})", f"driver {env['driver']}" if gpu else threads]
+        parts += [f"torch {env['torch']}", f"triton {env['triton']}" if gpu else "", env["compiler"]]
+        parts += [f"commit {env['commit']}{' with changes' if env['dirty'] else ''}"]
+        busy = f"The machine was busy: other programs took {100 * env.get('others', 0):.0f} % of it"
+        found.append(", ".join(filter(None, parts)) + f". **{busy}**" * (env.get("others", 0) > BUSY))
+    return "; ".join(dict.fromkeys(found))
 
 
 def _shape(r: dict) -> str:
@@ -144,19 +140,20 @@ DISTILL_PEERS = {
 }
 
 
-def each_backend(records: list[dict], bench: str, write: Callable[[list[dict], str], str]) -> str:
+def each_backend(records: list[dict], bench: str, mode: str, write: Callable[..., str]) -> str:
     """The tables of all our backends, and what could not be measured."""
-    texts = [write(records, name) for name in targets.names(records, bench)]
-    text = "\n\n".join(filter(None, texts))
-    return text and text + failures(records, bench)
+    texts = [
+        noted(write(records, name, rows))
+        for name in targets.names(records, bench)
+        if (rows := find(records, bench, name, mode, clock_of(records)))
+    ]
+    return "\n\n".join(texts) + failures(records, bench) if texts else ""
 
 
-def loss_tables(records: list[dict], name: str, bench: str = "loss") -> str:
+def loss_table(records: list[dict], name: str, rows: list[dict]) -> str:
     """The loss, or distillation, on one backend against its peers."""
-    clock, titles = clock_of(records), LOSS_PEERS if bench == "loss" else DISTILL_PEERS
-    rows = find(records, bench, name, "both", clock)
-    if not rows:
-        return ""
+    clock, bench = clock_of(records), rows[0]["bench"]
+    titles = LOSS_PEERS if bench == "loss" else DISTILL_PEERS
     peers = [p for p in titles if any(targets.meeting(records, r, p) for r in rows)]
     copies = {r["run"]: targets.ceiling(records, "copy", run=r["run"]) for r in rows}
     head = ["logits", "dtype", "time", "GB/s", *["of the copy"] * (clock == "device")]
@@ -170,7 +167,7 @@ def loss_tables(records: list[dict], name: str, bench: str = "loss") -> str:
     what, votes = "`distillation_loss`", "T = 4"
     if bench == "loss":
         what, votes = "`zipf_cross_entropy`", f"P = {rows[0]['case']['P']} votes a sample"
-    return noted(
+    return (
         f"{what} ({_backend(name)} backend), value and gradient, {votes}: "
         f"its time, and **its time over that of** each other (below 1: ours is faster)."
         + (f" A copy of large tensors reached {reached} GB/s in the same run." if reached else "")
@@ -186,11 +183,8 @@ VOTE_PEERS = {
 }
 
 
-def vote_table(records: list[dict], name: str) -> str:
+def vote_table(records: list[dict], name: str, rows: list[dict]) -> str:
     """Dense votes on one backend."""
-    rows = find(records, "vote", name)
-    if not rows:
-        return ""
     peers = [p for p in VOTE_PEERS if any(p in r["ratio"] for r in rows)]
     body = []
     for r in rows:
@@ -205,7 +199,7 @@ def vote_table(records: list[dict], name: str) -> str:
         body.append([*row, f"{size(r['peak'])} ({size(dense['peak']) if dense else '-'})"])
     head = ["votes", "NxP, D, C", "dtype", "layout", "time", "GFLOP/s (of a large product)"]
     head += [*(VOTE_PEERS[p] for p in peers), "extra memory (matmul + argmax's)"]
-    return noted(
+    return (
         f"`dense_vote` ({_backend(name)} backend): its time, **its time over that of** each other; its peak "
         f"extra memory.\n\n{table(head, body)}"
     )
@@ -232,30 +226,24 @@ def host_block(records: list[dict]) -> str:
     return f"Host time of a call{': ' if on_gpu else ', '}{what}\n\n{table(head, body)}"
 
 
-def step_block(records: list[dict]) -> str:
-    cases = {(b, str(r["case"])): r["case"] for b in PLAIN for r in records if r["bench"] == b}
-    text = [step_table(find(records, bench, **case), bench, case) for (bench, _), case in cases.items()]
-    return noted("\n\n".join(text)) + failures(records, *PLAIN) if text else ""
-
-
 PLAIN = {"step": baselines.CROSS_ENTROPY, "head": baselines.LINEAR_THEN_CROSS_ENTROPY}  # what others add to
+STEP = "A whole training step (forward, loss, backward, SGD): {what}, {N} images of {size}x{size}"
+HEAD = "The head alone: pooling, classifier, loss, gradients of map and weight: {N} maps of {H}x{H}, D = {D}"
 
 
-def step_table(rows: list[dict], bench: str, case: dict) -> str:
-    """Training steps, or heads, of one case."""
-    plain, body = PLAIN[bench], []
-    for r in rows:
-        ratio = r["ratio"].get(plain)
-        more = "0" if r["name"] == plain else "-" if ratio is None else f"{100 * (ratio[0] - 1):+.2f} %"
-        body.append([r["name"], timed(r), more, size(r["peak"])])
-    ends = f"C = {case['C']}, {case['dtype']}"
-    if bench == "head":
-        words = "The head alone: pooling, classifier, loss, gradients of map and weight"
-        what = f"{case['N']} maps of {case['H']}x{case['H']}, D = {case['D']}, {ends}"
-    else:
-        words = "A whole training step (forward, loss, backward, SGD)"
-        what = f"{case['what']}, {case['N']} images of {case['size']}x{case['size']}, {ends}"
-    return f"{words}: {what}.\n\n" + table(["loss", "time", f"against `{plain}`", "peak memory"], body)
+def step_block(records: list[dict]) -> str:
+    """Training steps and heads, a table for each case."""
+    cases, texts = {(b, str(r["case"])): r["case"] for b in PLAIN for r in records if r["bench"] == b}, []
+    for (bench, _), case in cases.items():
+        plain, body = PLAIN[bench], []
+        for r in find(records, bench, **case):
+            ratio = r["ratio"].get(plain)
+            more = "0" if r["name"] == plain else "-" if ratio is None else f"{100 * (ratio[0] - 1):+.2f} %"
+            body.append([r["name"], timed(r), more, size(r["peak"])])
+        head = ["loss", "time", f"against `{plain}`", "peak memory"]
+        words = (STEP if bench == "step" else HEAD).format(**case)
+        texts.append(f"{words}, C = {case['C']}, {case['dtype']}.\n\n{table(head, body)}")
+    return noted("\n\n".join(texts)) + failures(records, *PLAIN) if texts else ""
 
 
 def speed_block(records: list[dict]) -> str:
@@ -296,10 +284,6 @@ def target_table(verdicts: list[targets.Verdict]) -> str:
     return table(["", "target", *(cell for name in heads for cell in (name, "met"))], body)
 
 
-def target_block(records: list[dict]) -> str:
-    return target_table(targets.judge(records, records[0]["env"]["kind"]))
-
-
 def efficacy_block(preset: str, folder: Path) -> str:
     """The accuracies of a plan, from its records."""
     path = folder / "efficacy" / f"{preset}.json"
@@ -330,14 +314,12 @@ def study_block(preset: str, folder: Path) -> str:
 EFFICACY = {f"efficacy-{preset}": preset for preset in efficacy.PLANS | efficacy.STUDIES}  # block -> its plan
 BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "speed": speed_block,
-    "loss": functools.partial(each_backend, bench="loss", write=loss_tables),
-    "distill": functools.partial(
-        each_backend, bench="distill", write=functools.partial(loss_tables, bench="distill")
-    ),
-    "vote": functools.partial(each_backend, bench="vote", write=vote_table),
+    "loss": functools.partial(each_backend, bench="loss", mode="both", write=loss_table),
+    "distill": functools.partial(each_backend, bench="distill", mode="both", write=loss_table),
+    "vote": functools.partial(each_backend, bench="vote", mode="forward", write=vote_table),
     "host": host_block,
     "step": step_block,
-    "targets": target_block,
+    "targets": lambda records: target_table(targets.judge(records, records[0]["env"]["kind"])),
 }
 KINDS = {"cpu": "cpu", "gpu": "cuda"}
 NAMES = [f"{label}-{name}" for label in KINDS for name in BLOCKS]
