@@ -1,6 +1,6 @@
 """Variants of the CUDA kernels' launch constants, and with a stage left out: compiled apart, checked, timed.
 
-    python benchmarks/tune.py [--only loss vote] [--out tune.json]
+    python benchmarks/tune.py [--only loss vote] [--arch 90a] [--out tune.json]
 
 A variant is a replacement in the text of csrc/cuda. Each is compiled into a library without torch,
 called through ctypes on the same inputs, compared with the results of the unchanged kernels and timed
@@ -98,13 +98,16 @@ VARIANTS = {
 }
 
 LOSSES = ((8192, 4096), (4096, 21841), (8192, 10007), (1024, 131072), (32768, 1000), (1024, 1000), (128, 100))
-MAPS = {  # N, D, side, C, layout
-    "ResNet-50": (256, 2048, 7, 1000, "channels_last"),
-    "ResNet-18": (256, 512, 7, 1000, "channels_last"),
-    "ViT-B/16": (256, 768, 14, 1000, "channels_last"),
-    "iNat21": (256, 2048, 7, 10000, "channels_last"),
-    "stage 2": (128, 256, 8, 100, "channels_last"),
-    "ResNet-50 NCHW": (256, 2048, 7, 1000, "NCHW"),
+SIZES = {
+    "loss": {f"{N} x {C}": (N, C) for N, C in LOSSES},
+    "vote": {  # N, D, side, C, layout
+        "ResNet-50": (256, 2048, 7, 1000, "channels_last"),
+        "ResNet-18": (256, 512, 7, 1000, "channels_last"),
+        "ViT-B/16": (256, 768, 14, 1000, "channels_last"),
+        "iNat21": (256, 2048, 7, 10000, "channels_last"),
+        "stage 2": (128, 256, 8, 100, "channels_last"),
+        "ResNet-50 NCHW": (256, 2048, 7, 1000, "NCHW"),
+    },
 }
 
 
@@ -128,7 +131,7 @@ def command(kind: str, arch: str, kernels: Path) -> list[str]:
     ]
 
 
-def compiled(kind: str, variant: Variant, arch: str) -> Path | None:
+def compiled(kind: str, arch: str, variant: Variant) -> Path | None:
     """The variant's library; what nvcc has against it is printed."""
     folder = BUILD / kind / "".join(c if c.isalnum() else "_" for c in variant.name)
     shutil.rmtree(folder, ignore_errors=True)
@@ -248,49 +251,31 @@ def table(kind: str, rows: list[dict]) -> str:
     return "\n".join([*lines.values(), *wrong])
 
 
-def build(kinds: list[str], arch: str, jobs: int) -> dict[str, dict[str, Path]]:
-    """Libraries by kind and variant, of those that compile."""
-    wanted = [(kind, variant) for kind in kinds for variant in VARIANTS[kind]]
-    libraries: dict[str, dict[str, Path]] = {kind: {} for kind in kinds}
-    with ThreadPoolExecutor(jobs) as pool:
-        built = pool.map(lambda pair: compiled(*pair, arch), wanted)
-        for (kind, variant), library in zip(wanted, built, strict=True):
-            libraries[kind] |= {variant.name: library} if library else {}
-    return libraries
-
-
-def measure_all(libraries: dict[str, dict[str, Path]], out: Path | None) -> list[dict]:
-    """The rows of every case, written to ``out`` as they come, with a table of the kind so far."""
-    rows, timer = [], clock.DeviceClock()
-    sizes = {"loss": {f"{N} x {C}": (N, C) for N, C in LOSSES}, "vote": MAPS}
-    for kind, found in libraries.items():
-        for case, size in sizes[kind].items():
-            rows += measure(kind, case, size, found, timer)
-            torch.cuda.empty_cache()
-            if out:
-                out.write_text(json.dumps(rows, indent=0))
-            print(table(kind, [row for row in rows if row["kind"] == kind]), flush=True)
-    return rows
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--arch", default="90a", help="as nvcc names it")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
+    parser.add_argument("--out", type=Path, help="where to write the rows as JSON, as they come")
     parser.add_argument("--compile", action="store_true", help="compile, and no more")
     args = parser.parse_args()
     if shutil.which("nvcc") is None or not (args.compile or torch.cuda.is_available()):
         print("tune needs nvcc, and a CUDA device (--compile does not)")
         return 2
-    libraries = build(args.only, args.arch, args.jobs)
-    right = all(len(found) == len(VARIANTS[kind]) for kind, found in libraries.items())
-    if args.compile or not all(AS_IT_IS.name in found for found in libraries.values()):
-        return 0 if right else 1
-    rows = measure_all(libraries, args.out)
-    untimed = [row for row in rows if row["variant"] == AS_IT_IS.name and row["seconds"] is None]
-    return 0 if right and not untimed else 1
+    wrong, rows = False, []
+    for kind in args.only:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            built = pool.map(functools.partial(compiled, kind, args.arch), VARIANTS[kind])
+            libraries = {v.name: library for v, library in zip(VARIANTS[kind], built, strict=True) if library}
+        wrong |= len(libraries) < len(VARIANTS[kind])
+        for case, size in SIZES[kind].items() if AS_IT_IS.name in libraries and not args.compile else ():
+            found = measure(kind, case, size, libraries, clock.DeviceClock())
+            wrong |= found[0]["seconds"] is None  # of the kernels as they are
+            rows += found
+            torch.cuda.empty_cache()
+            if args.out:
+                args.out.write_text(json.dumps(rows, indent=0))
+            print(table(kind, [row for row in rows if row["kind"] == kind]), flush=True)
+    return int(wrong)
 
 
 if __name__ == "__main__":

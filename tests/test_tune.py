@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -126,3 +127,34 @@ def test_table():
     lines = tune.table("loss", rows).splitlines()
     assert [line.split()[-1] for line in lines[:4]] == ["a", "us", "0.900!", "0.800"]
     assert lines[4:] == ["! x 3, a: the loss is 2, not 1"]
+
+
+def test_main_measures_what_compiles(tmp_path, monkeypatch, capsys):
+    """Every case of the kinds asked for, into a file as they come; status 1 if a variant did not compile."""
+    measured = []
+
+    def measure(kind, case, size, libraries, timer):
+        measured.append((kind, case, len(libraries)))
+        row = {"kind": kind, "case": case, "seconds": 1e-6, "how": "queued", "ratio": 1.0, "wrong": ""}
+        return [row | {"variant": name} for name in libraries]
+
+    monkeypatch.setattr(tune.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(tune, "measure", measure)
+    out = tmp_path / "tune.json"
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--only", "vote", "--out", str(out)])
+    for broken, status in ((), 0), (("kStagger 1",), 1):
+        measured.clear()
+        monkeypatch.setattr(
+            tune, "compiled", lambda kind, arch, v, broken=broken: None if v.name in broken else Path(v.name)
+        )
+        assert tune.main() == status
+        there = len(tune.VARIANTS["vote"]) - len(broken)
+        assert measured == [("vote", case, there) for case in tune.SIZES["vote"]]
+        assert len(json.loads(out.read_text())) == there * len(measured)
+    assert "ResNet-50 NCHW" in capsys.readouterr().out
+    monkeypatch.setattr(tune, "compiled", lambda kind, arch, v: None if v is tune.AS_IT_IS else Path(v.name))
+    measured.clear()
+    assert tune.main() == 1
+    assert not measured, "without the kernels as they are there is nothing to compare with"
