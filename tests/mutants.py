@@ -25,6 +25,7 @@ LOSS = ("tests/test_golden.py", "tests/test_loss.py", "tests/test_autograd.py", 
 DISTILL = ("tests/test_distillation.py",)
 METHODS = ("tests/test_methods.py",)
 OUTPUTS = ("tests/test_methods_outputs.py",)
+MADE = ("tests/test_methods_labels.py",)
 LABEL = ("tests/test_golden.py", "tests/test_label.py")
 VOTE = ("tests/test_vote.py",)
 
@@ -44,12 +45,13 @@ REFERENCE = "zipfls_cuda/reference.py"
 AUTOGRAD = "zipfls_cuda/autograd.py"
 LAWS = "zipfls_cuda/labels.py"
 TRITON = "zipfls_cuda/triton_kernels"
-MODULES, PAIRS, SNAPSHOTS, SEVERAL = (
-    f"zipfls_cuda/methods/{name}.py" for name in ("distillation", "pairs", "snapshots", "outputs")
+MODULES, PAIRS, SNAPSHOTS, SEVERAL, MADE_LABELS, STORES = (
+    f"zipfls_cuda/methods/{name}.py"
+    for name in ("distillation", "pairs", "snapshots", "outputs", "labels", "stores")
 )
 
 MUTANTS = [
-    Mutant("DKD's warm-up from 0", MODULES, "(self.epoch + 1).double()", "self.epoch.double()", METHODS),
+    Mutant("DKD's warm-up from 0", MODULES, "((epoch + 1) / self.warmup", "(epoch / self.warmup", METHODS),
     Mutant("Tf-KD without 1 / C", MODULES, " / max(logits.shape[-1], 1)", "", METHODS),
     Mutant(
         "MrKD's cross-entropy with every copy",
@@ -72,6 +74,14 @@ MUTANTS = [
         "taken % len(self.copies)",
         METHODS,
     ),
+    Mutant("Tf-KD reg with its entropy", MADE_LABELS, "return loss - constant\n", "return loss\n", MADE),
+    Mutant("teacher correction without T", MADE_LABELS, "self.temperature * (math.log", "(math.log", MADE),
+    Mutant("MaxSup of samples that are ignored", MADE_LABELS, "number.clamp(min=1)", "N", MADE),
+    Mutant("USKD's weight without the batch's mean", MADE_LABELS, "square + 1 - mean", "square + 1", MADE),
+    Mutant("BAKE with the sample itself", MADE_LABELS, ".masked_fill(itself, 0)", "", MADE),
+    Mutant("PS-KD's first epoch from the store", STORES, "(epoch == 0) | (past", "(past", MADE),
+    Mutant("PS-KD forgets to store", STORES, "self.past.index_copy_(0, index, rows)", "pass", MADE),
+    Mutant("OLS learns from what is wrong", STORES, "counted & (logits.argmax(1) == y)", "counted", MADE),
     Mutant("BYOT's soft term with T squared", SEVERAL, " / self.temperature**2", "", OUTPUTS),
     Mutant(
         "BYOT's hint from branch 1", SEVERAL, "branch_features[2:], 2)", "branch_features[1:], 1)", OUTPUTS

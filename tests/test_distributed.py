@@ -377,6 +377,32 @@ def related_methods(rank, world):
     yield "pairs", "" if sorted(torch.cat(both).tolist()) == list(range(20)) else str(both)
 
 
+@check(2)
+def stores_of_methods(rank, world):
+    """PS-KD's store and OLS' matrix after two steps of two ranks: those of one process with all samples."""
+    z, y, index = torch.randn(2, 6, 5), torch.randint(5, (2, 6)), torch.randperm(20)[:6]
+    y[0, :3] = z[0, :3].argmax(1)
+
+    def steps(rows):
+        pskd, ols = zls.methods.PSKDLoss(20, 5), zls.methods.OLSLoss(5)
+        for epoch in (0, 1):
+            pskd.set_epoch(epoch)
+            logits = z[epoch][rows].requires_grad_()
+            yield pskd(logits, index[rows], y[epoch][rows]).detach()
+            yield ols(logits, y[epoch][rows]).detach()
+            ols.end_epoch()
+        yield from (pskd.past, ols.label_matrix)
+
+    with mock.patch("torch.distributed.is_initialized", return_value=False):
+        *losses, past, matrix = steps(slice(None))
+    *of_rank, my_past, my_matrix = steps(slice(3 * rank, 3 * rank + 3))
+    yield "past", differs(my_past, past)
+    yield "label_matrix", differs(my_matrix, matrix, rtol=1e-6) or alike(my_matrix)
+    for loss, mine in zip(losses, of_rank, strict=True):
+        dist.all_reduce(mine)
+        yield "loss", differs(mine / world, loss, rtol=1e-6)
+
+
 @check(2, 4)
 def loss_is_alike_and_repeats(rank, world):
     case = make(33, 1003, 49)

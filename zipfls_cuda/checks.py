@@ -257,6 +257,51 @@ def distillation_inputs(
     return t
 
 
+def table(name: str, x: Tensor, logits: Tensor, num_classes: int, *, or_cpu: bool = False) -> None:
+    """A buffer with a column per class, ``num_classes``, which serves ``logits``."""
+    _, C = _logits(logits, False)
+    if num_classes != C:
+        raise ValueError(f"logits must have num_classes={num_classes} classes, got shape {_shape(logits)}")
+    if x.device != logits.device and not (or_cpu and x.device.type == "cpu"):
+        expected = f"{logits.device}{' or the CPU' * or_cpu}"
+        raise ValueError(
+            f"{name} must be on the device of logits, {expected}, got {x.device}: move the criterion there"
+        )
+
+
+def rows_of_table(index: Tensor, store: Tensor, logits: Tensor) -> None:
+    """``index`` (N,) int64 into the M rows of ``store``; values are looked at on the CPU alone."""
+    (N, _), M = _logits(logits, False), store.shape[0]
+    _tensor("index", index)
+    if index.shape != (N,):
+        raise ValueError(
+            f"index must have shape ({N},), one row of the store per row of logits, got {_shape(index)}"
+        )
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, got {index.dtype}")
+    if index.device not in (store.device, torch.device("cpu")):
+        raise ValueError(f"index must be on the CPU, as the store, got {index.device}")
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = (index < 0) | (index >= M)
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise IndexError(f"index[{i}] = {int(index[i])} is outside [0, {M})")
+
+
+def target_of_methods(logits: Tensor, t: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The classes (N,) int64 and which samples count (N,) bool, for a label that is made from them.
+
+    A target out of range is an IndexError on the CPU; elsewhere it is for the caller to make its row NaN.
+    """
+    N, C = _logits(logits, False)
+    t = target(t, N)
+    _same_device("target", t, "logits", logits)
+    counted = t != ignore_index
+    if t.device.type == "cpu" and not torch.compiler.is_compiling():
+        raise_outside(t, None, C, ~counted)
+    return t, counted
+
+
 def temperature(x: float) -> float:
     """``temperature`` > 0."""
     x = float(number("temperature", x))

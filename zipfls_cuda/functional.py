@@ -440,6 +440,30 @@ def zipf_head_loss(
     )  # fmt: skip
 
 
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """scale * F.cross_entropy in the pass of ``zipf_cross_entropy``; for ``zls.methods``.
+
+    Args:
+        target: as in ``zipf_cross_entropy``; a row of (N, C) may have any sum, and negative entries.
+        scale: finite; part of the gradient that the pass writes, which backward would otherwise scale.
+        The others as in ``zipf_cross_entropy``.
+    """
+    options = checks.loss_options(0.0, label_smoothing, False, ignore_index, reduction)
+    options = (float(scale), *map(float, options[:2]), *options[2:])
+    law = labels.Zipf(1.0)  # without a part in the loss
+    inputs = _loss_inputs(logits, target, None, None, law, options[4], backend, None)
+    return autograd.loss(*inputs, options, False, backend)[0]
+
+
 def _accumulation_dtype(logits: Tensor) -> torch.dtype:
     """The type of the tensors that a loss takes beside the logits."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32

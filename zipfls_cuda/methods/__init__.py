@@ -1,4 +1,4 @@
-"""Related methods as modules over ``distillation_loss``, and what they need beside a loss.
+"""Related methods as modules over the losses of this package, and what they need beside a loss.
 
 Every loss is an ``nn.Module`` whose call ends in the target, includes the method's cross-entropy, and takes
 ``ignore_index``, ``reduction`` and ``backend`` as ``distillation_loss`` does. Defaults are the authors'.
@@ -11,20 +11,29 @@ Example:
 """
 
 from .distillation import CSKDLoss, DKDLoss, KDLoss, MrKDLoss, NKDLoss, TfKDSelfLoss, WSLDLoss
+from .labels import BAKELoss, LsrKDLoss, MaxSupLoss, TfKDRegLoss, USKDLoss
 from .outputs import BYOTLoss, DDGSDLoss
 from .pairs import PairSampler
 from .snapshots import SnapshotTeacher
+from .stores import OLSLoss, PSKDLoss
 
 __all__ = [
+    "BAKELoss",
     "BYOTLoss",
     "CSKDLoss",
     "DDGSDLoss",
     "DKDLoss",
     "KDLoss",
+    "LsrKDLoss",
+    "MaxSupLoss",
     "MrKDLoss",
     "NKDLoss",
+    "OLSLoss",
+    "PSKDLoss",
     "PairSampler",
     "SnapshotTeacher",
+    "TfKDRegLoss",
     "TfKDSelfLoss",
+    "USKDLoss",
     "WSLDLoss",
 ]

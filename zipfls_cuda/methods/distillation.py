@@ -52,6 +52,40 @@ class DistillationModule(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
 
+class ScheduledModule(DistillationModule):
+    """A loss whose weights follow the epoch: ``set_epoch`` gives it, at the start of each.
+
+    The epoch is in the state_dict, and is read on the device, so that compiled and captured steps follow it.
+    """
+
+    epoch: Tensor  # () int64, -1 before the first set_epoch
+
+    def __init__(self, ignore_index: int, reduction: str, backend: str | None, **settings: float) -> None:
+        super().__init__(ignore_index, reduction, backend, **settings)
+        self.register_buffer("epoch", torch.tensor(-1))
+        self.knows_epoch = False
+        self.register_load_state_dict_post_hook(_look_at_the_epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that starts, from 0."""
+        self.epoch.fill_(checks.count("epoch", epoch, 0))
+        self.knows_epoch = True
+
+    def epoch_on(self, device: torch.device, setting: str, otherwise: str = "") -> Tensor:
+        """The epoch () float64 on a device; ``setting`` needs it, and ``otherwise`` does without."""
+        if not self.knows_epoch:
+            raise RuntimeError(
+                f"{type(self).__name__} has {setting}={getattr(self, setting):g} and set_epoch was never "
+                f"called: call criterion.set_epoch(epoch), from 0, at the start of every epoch{otherwise}"
+            )
+        return self.epoch.double().to(device)
+
+
+def _look_at_the_epoch(module: ScheduledModule, _: object) -> None:
+    """After load_state_dict."""
+    module.knows_epoch = int(module.epoch) >= 0
+
+
 class KDLoss(DistillationModule):
     """Knowledge distillation: ce_weight CE + kd_weight T^2 KL(q || p), the softmaxes at temperature T.
 
@@ -93,7 +127,7 @@ class KDLoss(DistillationModule):
         )  # fmt: skip
 
 
-class DKDLoss(DistillationModule):
+class DKDLoss(ScheduledModule):
     """Decoupled distillation: ce_weight CE + warm T^2 (alpha TCKD + beta NCKD), as in ``distillation_loss``.
 
     warm = min((epoch + 1) / warmup_epochs, 1): call ``set_epoch`` at the start of every epoch. The epoch is
@@ -121,8 +155,6 @@ class DKDLoss(DistillationModule):
     Source: Zhao et al., CVPR 2022, Eq. 7; mdistiller's code.
     """
 
-    epoch: Tensor  # () int64, -1 before the first set_epoch
-
     def __init__(
         self,
         temperature: float = 4.0,
@@ -139,35 +171,17 @@ class DKDLoss(DistillationModule):
         super().__init__(ignore_index, reduction, backend, **settings)
         self.warmup_epochs = checks.number("warmup_epochs", warmup_epochs, 0.0)
         self._settings += ("warmup_epochs",)
-        self.register_buffer("epoch", torch.tensor(-1))
-        self.knows_epoch = False
-        self.register_load_state_dict_post_hook(_look_at_the_epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch that starts, from 0."""
-        self.epoch.fill_(checks.count("epoch", epoch, 0))
-        self.knows_epoch = True
 
     def forward(self, logits: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         """The loss of logits and teacher (N, C) and target (N,); in eval mode as after the warm-up."""
         warm = None
         if self.training and self.warmup_epochs > 0:
-            if not self.knows_epoch:
-                raise RuntimeError(
-                    f"DKDLoss has warmup_epochs={self.warmup_epochs:g} and set_epoch was never called: call "
-                    "criterion.set_epoch(epoch), from 0, at the start of every epoch, or give warmup_epochs=0"
-                )
-            warm = ((self.epoch + 1).double() / self.warmup_epochs).clamp(max=1)
-            warm = warm.to(logits.device).expand(logits.shape[:1])
+            epoch = self.epoch_on(logits.device, "warmup_epochs", ", or give warmup_epochs=0")
+            warm = ((epoch + 1) / self.warmup_epochs).clamp(max=1).expand(logits.shape[:1])
         return self.loss(
             logits, teacher, target, ce_weight=self.ce_weight, tckd_weight=self.alpha, nckd_weight=self.beta,
             temperature=self.temperature, sample_weight=warm,
         )  # fmt: skip
-
-
-def _look_at_the_epoch(module: DKDLoss, _: object) -> None:
-    """After load_state_dict."""
-    module.knows_epoch = int(module.epoch) >= 0
 
 
 class NKDLoss(DistillationModule):
