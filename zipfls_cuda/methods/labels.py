@@ -174,14 +174,14 @@ class MaxSupLoss(ScheduledModule):
         if self.training and self.start != self.end:
             epoch = self.epoch_on(logits.device, "epochs", ", or give start and end the same value")
             share = (self.start + (self.end - self.start) * epoch / self.epochs).to(dtype)
-        y = target.clamp(0, C - 1)[:, None]
-        label = (share / C).expand(N, C).scatter_add(1, y, share.new_ones(N, 1))
-        label = label.scatter_add(1, logits.detach().argmax(1, keepdim=True), -share.expand(N, 1))
+        y = target.clamp(0, C - 1)
         number = counted.sum()
-        weight = counted.to(dtype)
+        weight = counted.to(dtype).masked_fill(counted & (target != y), torch.nan)
         if self.reduction == "mean":  # the operator's divides by N
             weight = weight * (N / number.clamp(min=1))
-        label = (label * weight[:, None]).masked_fill((counted & (target != y[:, 0]))[:, None], torch.nan)
+        label = (weight * share / C)[:, None].repeat(1, C)
+        label.scatter_add_(1, y[:, None], weight[:, None])
+        label.scatter_add_(1, logits.detach().argmax(1, keepdim=True), -(weight * share)[:, None])
         loss = functional.cross_entropy(logits, label, reduction=self.reduction, backend=self.backend)
         if self.reduction == "mean":
             loss = loss + number * 0 / number  # NaN where no sample counts

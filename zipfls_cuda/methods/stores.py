@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
@@ -96,13 +95,13 @@ class PSKDLoss(ScheduledModule):
         a = self.alpha * ((epoch + 1) / self.epochs).clamp(max=1)
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         with torch.no_grad():
-            onehot = F.one_hot(target.clamp(0, self.num_classes - 1), self.num_classes).to(dtype)
-            past = self._rows(index, logits).to(dtype)
-            first = (epoch == 0) | (past.sum(1) == 0)
-            a = torch.where(first, 0.0, a)[:, None].to(dtype)
-            label = (1 - a) * onehot + torch.where(first[:, None], 0, a * past)
+            label = self._rows(index, logits).to(dtype)  # (N, C)
+            sums = label.sum(1)
+            a = torch.where((epoch == 0) | (sums == 0), 0, a).to(dtype)
+            y = target.clamp(0, self.num_classes - 1)[:, None]
+            label = label.mul_(a[:, None]).scatter_add_(1, y, (1 - a)[:, None]).log_()
         loss = self.loss(
-            logits, label.log(), target, kd_weight=1.0, form="cross_entropy", sample_weight=label.sum(1)
+            logits, label, target, kd_weight=1.0, form="cross_entropy", sample_weight=1 - a + a * sums
         )
         self._store(index, logits.detach().to(dtype).softmax(1))
         return loss
@@ -220,9 +219,10 @@ class OLSLoss(DistillationModule):
         checks.table("label_matrix", self.label_matrix, logits, self.num_classes)
         target, counted = checks.target_of_methods(logits, target, self.ignore_index)
         y = target.clamp(0, self.num_classes - 1)
-        rows = self.label_matrix[y]  # (N, C)
-        weight = rows.sum(1)  # a row of zeros has no part in the loss
-        teacher = rows.masked_fill((weight == 0)[:, None], 1).log()
+        with torch.no_grad():
+            rows = self.label_matrix[y]  # (N, C)
+            weight = rows.sum(1)  # a row of zeros has no part in the loss
+            teacher = rows.masked_fill_((weight == 0)[:, None], 1).log_()
         loss = self.loss(
             logits, teacher, target, ce_weight=self.hard_weight, kd_weight=self.soft_weight,
             form="cross_entropy", sample_weight=weight,
@@ -234,7 +234,7 @@ class OLSLoss(DistillationModule):
     @torch.no_grad()
     def _count(self, logits: Tensor, y: Tensor, counted: Tensor) -> None:
         right = counted & (logits.argmax(1) == y)
-        p = logits.to(self.sums.dtype).softmax(1).masked_fill(~right[:, None], 0)
+        p = logits.to(self.sums.dtype).softmax(1).masked_fill_(~right[:, None], 0)
         self.sums.index_put_((y,), p, accumulate=True)  # in one order, unlike index_add_ on GPUs
         self.counts.index_put_((y,), right.to(self.counts.dtype), accumulate=True)
 
