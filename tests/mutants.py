@@ -26,6 +26,7 @@ DISTILL = ("tests/test_distillation.py",)
 METHODS = ("tests/test_methods.py",)
 OUTPUTS = ("tests/test_methods_outputs.py",)
 MADE = ("tests/test_methods_labels.py",)
+SYSTEMS = ("tests/test_methods_systems.py",)
 LABEL = ("tests/test_golden.py", "tests/test_label.py")
 VOTE = ("tests/test_vote.py",)
 
@@ -45,9 +46,19 @@ REFERENCE = "zipfls_cuda/reference.py"
 AUTOGRAD = "zipfls_cuda/autograd.py"
 LAWS = "zipfls_cuda/labels.py"
 TRITON = "zipfls_cuda/triton_kernels"
-MODULES, PAIRS, SNAPSHOTS, SEVERAL, MADE_LABELS, STORES = (
+MODULES, PAIRS, SNAPSHOTS, SEVERAL, MADE_LABELS, STORES, MIXING, MEMORY, DYNAMIC = (
     f"zipfls_cuda/methods/{name}.py"
-    for name in ("distillation", "pairs", "snapshots", "outputs", "labels", "stores")
+    for name in (
+        "distillation",
+        "pairs",
+        "snapshots",
+        "outputs",
+        "labels",
+        "stores",
+        "mixing",
+        "memory",
+        "dynamic_mlp",
+    )  # fmt: skip
 )
 
 MUTANTS = [
@@ -92,6 +103,26 @@ MUTANTS = [
         "(logits_b, logits_a, target",
         "(logits_a, logits_b, target",
         OUTPUTS,
+    ),
+    Mutant(
+        "RecursiveMix's rows not again", MIXING, "device) % len(x)", "device).clamp(max=len(x) - 1)", SYSTEMS
+    ),
+    Mutant("RecursiveMix's own labels", MIXING, "_rows(self.labels, N).to(labels)", "labels", SYSTEMS),
+    Mutant(
+        "a store's momentum turned round",
+        MEMORY,
+        "old + (1 - self.momentum) * e",
+        "e + (1 - self.momentum) * old",
+        SYSTEMS,
+    ),
+    Mutant("negatives of the own class", MEMORY, "at < first, at", "at < others, at", SYSTEMS),
+    Mutant("Dynamic MLP without its shortcut", DYNAMIC, "features + self.norm", "self.norm", SYSTEMS),
+    Mutant(
+        "votes without place and date",
+        "zipfls_cuda/attach/hooks.py",
+        "features = features + positions.shape_for(",
+        "_ = features + positions.shape_for(",
+        ("tests/test_attach_fusion.py",),
     ),
     Mutant("distillation without T squared", REFERENCE, "T * T * _times(", "T * _times(", DISTILL),
     Mutant("KL without 1 - q_y before NCKD", REFERENCE, "kd_weight * r_v)", "kd_weight)", DISTILL),

@@ -403,6 +403,55 @@ def stores_of_methods(rank, world):
         yield "loss", differs(mine / world, loss, rtol=1e-6)
 
 
+class WithBox(nn.Module):
+    """A network with a linear layer of its own for the box of RecursiveMix."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc, self.fc_box = nn.Conv2d(8, 8, 3), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x, mix, box):
+        maps = self.body(x)
+        return self.fc(maps.mean((2, 3))), self.fc_box(mix.pool(maps, box))
+
+
+@check(2)
+def related_systems(rank, world):
+    """Under DDP: stores alike on all ranks and as of one process; a layer for the box trains at once."""
+    torch.manual_seed(3)
+    plain = nn.Linear(6, 4)
+    model = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    x, index = torch.randn(3, 8, 6), torch.stack([torch.randperm(20)[:8] for _ in range(3)])
+    sampled = torch.cat([index[..., None], torch.randint(20, (3, 8, 5))], 2)
+    results = []
+    for net, rows in ((plain, slice(None)), (model, slice(4 * rank, 4 * rank + 4))):
+        torch.manual_seed(4)
+        memory = zls.methods.InstanceMemory(20, 4, temperature=0.2, momentum=0.5)
+        for k in range(3):
+            e, i = F.normalize(net(x[k, rows])), index[k, rows]
+            loss = memory.instance_loss(e, i)
+            loss = loss + memory.contrast_loss(e, e.detach().flip(1), i, sampled=sampled[k, rows])
+            net.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p -= 0.1 * p.grad
+        results.append([*memory.state_dict().values(), *net.parameters()])
+    for a, b in zip(*results, strict=True):
+        yield "stores and weights", differs(b.detach(), a.detach(), 1e-5, 1e-6)
+        yield "alike", alike(b.detach())
+
+    model, mix = nn.parallel.DistributedDataParallel(WithBox()), zls.methods.RecursiveMix(num_classes=4)
+    torch.manual_seed(rank)  # each rank draws its own boxes
+    for _ in range(3):
+        images, soft, box = mix(torch.randn(4, 8, 8, 8), torch.arange(4))
+        logits, of_box = model(images, mix, box)
+        model.zero_grad()
+        (F.cross_entropy(logits, soft) + mix.consistency(of_box, logits)).backward()
+        for name, p in model.named_parameters():
+            yield name, alike(p.grad)
+
+
 @check(2, 4)
 def loss_is_alike_and_repeats(rank, world):
     case = make(33, 1003, 49)

@@ -102,8 +102,6 @@ def test_names_and_defaults():
         methods.CSKDLoss: {"temperature": 4.0, "kd_weight": 1.0, "ce_weight": 1.0},
         methods.TfKDSelfLoss: {"alpha": 0.95, "temperature": 6.0, "multiplier": 50.0},
         methods.MrKDLoss: {},
-        methods.DDGSDLoss: {"temperature": 3.0, "kd_weight": 1.0, "mmd_weight": 5e-4},
-        methods.BYOTLoss: {"temperature": 3.0, "soft_weight": 0.3, "hint_weight": 0.03},
     }
     for Loss, settings in expected.items():
         assert list(defaults(Loss).items()) == list({**settings, **tail}.items())

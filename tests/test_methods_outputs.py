@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import golden_methods
 import pytest
 import torch
@@ -114,6 +116,18 @@ def test_byot_golden_of_the_conference_version(backend, device, dtype):
         golden.check("grad_features", f.grad)
 
 
+def test_names_and_defaults():
+    for Loss, settings in (
+        (methods.DDGSDLoss, {"temperature": 3.0, "kd_weight": 1.0, "mmd_weight": 5e-4}),
+        (methods.BYOTLoss, {"temperature": 3.0, "soft_weight": 0.3, "hint_weight": 0.03}),
+    ):
+        tail = {"ignore_index": -100, "reduction": "mean", "backend": None}
+        found = {k: p.default for k, p in inspect.signature(Loss).parameters.items()}
+        assert list(found.items()) == list({**settings, **tail}.items())
+        shown = ", ".join(f"{k}={v!r}" for k, v in settings.items())
+        assert repr(Loss()) == f"{Loss.__name__}({shown})"
+
+
 # Against the formulas ---------------------------------------------------------------------------------------
 
 
@@ -211,13 +225,13 @@ def test_bad_views_are_named():
         (
             (za, zb, fa[:3], fb, y),
             ValueError,
-            r"features_a must have shape \(N, D\) with N = 4, got \(3, 6\)",
+            r"features_a must have shape \(N, D\) with N = 4 as logits_a, got \(3, 6\)",
         ),
         ((za, zb, fa, fb[:3], y), ValueError, "features_b must have the shape of features_a"),
         ((za, zb, fa[:, :, None], fb, y), ValueError, "features_a must have shape"),
         ((za, zb, None, fb, y), TypeError, "features_a must be a torch.Tensor, got NoneType"),
         ((za, zb, fa, fb.long(), y), TypeError, "features_b must be float32"),
-        ((za, zb, fa.to("meta"), fb, y), ValueError, "features_a must be on the device of logits, cpu"),
+        ((za, zb, fa.to("meta"), fb, y), ValueError, "features_a must be on the device of logits_a, cpu"),
         ((za, zb, fa, fb, y[:3]), ValueError, "target must have shape"),
     ):
         with pytest.raises(error, match=message):

@@ -318,13 +318,37 @@ def count(name: str, x: int, low: int) -> int:
     return x
 
 
-def features(name: str, x: Tensor, logits: Tensor) -> None:
-    """Pooled features (N, D) beside logits (N, C)."""
+def features(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Pooled features (N, D) beside another tensor of N samples."""
     _tensor(name, x)
-    if x.dim() != 2 or x.shape[0] != logits.shape[0]:
-        raise ValueError(f"{name} must have shape (N, D) with N = {logits.shape[0]}, got {_shape(x)}")
+    if x.dim() != 2 or x.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"{name} must have shape (N, D) with N = {other.shape[0]} as {other_name}, got {_shape(x)}"
+        )
     _float(name, x)
-    _same_device(name, x, "logits", logits)
+    _same_device(name, x, other_name, other)
+
+
+def sample_index(x: Tensor, size: int) -> None:
+    """``index`` (N,) int64 of samples in a store; on the CPU in [0, size), elsewhere not looked at."""
+    _tensor("index", x)
+    if x.dim() != 1:
+        raise ValueError(f"index must have shape (N,), one sample a row, got {_shape(x)}")
+    if x.dtype != torch.int64:
+        raise TypeError(f"index must be int64, got {x.dtype}")
+    if x.device.type == "cpu":
+        outside = (x < 0) | (x >= size)
+        if outside.any():
+            i = int(outside.nonzero()[0])
+            raise IndexError(f"index[{i}] = {int(x[i])} is outside [0, {size}), the samples of the store")
+
+
+def images(x: Tensor) -> None:
+    """``images`` (N, channels, H, W)."""
+    _tensor("images", x)
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError(f"images must have shape (N, channels, H, W), not empty, got {_shape(x)}")
+    _float("images", x)
 
 
 def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -123,6 +123,9 @@ class Voting:
             )
         features = _kept(kept, plan.seat, plan.side)[0].detach()
         with torch.no_grad():
+            if plan.fusion:
+                added = _kept(kept, plan.fusion, "added")[0].to(features.dtype)  # (N, D)
+                features = features + positions.shape_for(added, features.dim(), plan.layout)
             if plan.head:
                 votes = self.vote_through_head(model, features, linear)
             else:
@@ -182,6 +185,8 @@ class Voting:
             seat.register_forward_pre_hook(_KeepInput(self, plan.seat))
         else:
             seat.register_forward_hook(_KeepOutput(self, plan.seat))
+        if plan.fusion:
+            model.get_submodule(plan.fusion).register_forward_hook(_KeepAdded(self, plan.fusion))
         for name in dict.fromkeys(name for name, _, _ in plan.deep):
             if (name, "output") != (plan.seat, plan.side):
                 model.get_submodule(name).register_forward_hook(_KeepOutput(self, name))
@@ -224,6 +229,12 @@ class _KeepInput(_Hook):
 class _KeepOutput(_Hook):
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.voting.keep(self.name, "output", output)
+
+
+class _KeepAdded(_Hook):
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.voting.is_running():
+            self.voting.keep(self.name, "added", output.detach() - args[0].detach())
 
 
 @compiling.eager(

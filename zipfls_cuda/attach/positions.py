@@ -49,10 +49,13 @@ class Plan:
     classifier: str  # the nn.Linear, or 1x1 nn.Conv2d, that votes
     head: tuple[tuple[str, int], ...]  # modules every position goes through first, with their input's rank
     deep: tuple[tuple[str, str, int], ...]  # earlier stages that vote too: module, layout, channels
+    fusion: str | None = None  # module that fuses pooled features with further tensors, such as metadata
 
     def __str__(self) -> str:
         through = "".join(f"{name} -> " for name, _ in self.head) + self.classifier
         text = f"{self.kind}: {self.feature} {self.shape} -> {through}"
+        if self.fusion:
+            text += f", each with what {self.fusion} adds to the pooled features"
         if self.prefix:
             text += f", without {self.prefix} prefix token{'s' if self.prefix > 1 else ''}"
         return text + "".join(f", deep {name} ({channels} channels)" for name, _, channels in self.deep)

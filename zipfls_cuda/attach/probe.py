@@ -46,6 +46,7 @@ class _Call:
     began: int
     ended: int
     input: Tensor | None  # the first positional argument, if a tensor
+    fuses: bool  # it takes further tensors
     output: Tensor | None
     overwrote: bool  # its input
     autocast: tuple[str, torch.dtype] | None  # that it ran under
@@ -115,24 +116,25 @@ class Probe:
         """One run: all module calls in order of completion, what the model and forward_features return."""
         calls, open_calls, clock, features = [], [], itertools.count(), []
 
-        def began(module, args):
+        def began(module, args, kwargs):
             given = args[0] if args and isinstance(args[0], Tensor) else None
-            open_calls.append((next(clock), given, _version(given)))
+            fuses = any(isinstance(x, Tensor) for x in (*args[1:], *kwargs.values()))
+            open_calls.append((next(clock), given, fuses, _version(given)))
 
         def ended(name):
             def hook(module, args, output):
-                start, given, version = open_calls.pop()
+                start, given, fuses, version = open_calls.pop()
                 output = output if isinstance(output, Tensor) else None
                 overwrote, seen = _overwritten(given, version), given if output is None else output
                 autocast = None if seen is None else positions.autocast_of(seen)
-                calls.append(_Call(name, start, next(clock), given, output, overwrote, autocast))
+                calls.append(_Call(name, start, next(clock), given, fuses, output, overwrote, autocast))
 
             return hook
 
         with contextlib.ExitStack() as stack:
             for name, module in self.model.named_modules():
                 if name:
-                    stack.callback(module.register_forward_pre_hook(began).remove)
+                    stack.callback(module.register_forward_pre_hook(began, with_kwargs=True).remove)
                     stack.callback(module.register_forward_hook(ended(name)).remove)
             if self.voting.feature is None:  # a method, so no hook sees it: shadowed for this run
                 method = self.model.forward_features
@@ -270,18 +272,19 @@ class Probe:
     # Deciding how positions vote
 
     def decide(self, features: Tensor, between: list[_Call], voter: _Call, seat: str, side: str) -> dict:
-        """kind, layout, prefix and head, by the numbers; of two possible layouts the likelier.
+        """kind, layout, prefix, head and fusion, by the numbers; of two possible layouts the likelier.
 
         Both are possible where a head's norm broadcasts: it takes the channels for those of another layout.
         """
         found, problems = [], []
+        fusion, added = self.fusion(between)
         for layout in (TOKENS,) if features.dim() == 3 else self.channels_by_aspect(features):
             prefix, is_token = self.prefix(features, between, voter) if layout == TOKENS else (0, False)
             rows = positions.rows(features, layout, prefix)
             if rows.shape[1] == 0:
                 raise self.refusal(f"the map has no positions, its shape is {tuple(features.shape)}")
             try:
-                head = self.needed_head(between, rows, layout)
+                head = self.needed_head([c for c in between if c is not fusion], rows, layout)
             except Exception as error:  # a module refuses a single position, or channels in this place
                 problems.append(f"a single position cannot go through {_names(between)} ({error})")
                 continue
@@ -296,7 +299,7 @@ class Probe:
                 pooled = [features[:, 0]] if is_token else [rows.mean(1)]
                 if prefix and not is_token:  # some models pool the prefix tokens too
                     pooled.append(features.mean(1))
-                gap = min(self.gap(x, voter.input) for x in pooled)
+                gap = min(self.gap(x + added, voter.input) for x in pooled)
             if gap > self.tolerance(features):
                 kind = PER_POSITION
                 gap = self.filled_gap(features, rows, layout, head, seat, side)
@@ -307,12 +310,24 @@ class Probe:
                 )
                 continue
             decision = {"kind": kind, "layout": layout, "prefix": prefix, "head": head}
+            decision["fusion"] = fusion and fusion.name
             found.append((kind == PER_POSITION, len(found), decision, rows.shape[1]))
         if not found:
             raise self.refusal(problems[0])
         *_, decision, count = min(found, key=lambda f: f[:2])
         self.positions.append(count)
         return decision
+
+    def fusion(self, between: list[_Call]) -> tuple[_Call | None, Tensor | float]:
+        """The one module that fuses pooled features with further tensors, and what it adds to them (N, D).
+
+        It cannot run on a position alone. Every position takes what was added to the mean of them, so that
+        the mean of the positions' scores stays the logits.
+        """
+        fusing = [c for c in between if c.fuses and c.input is not None and c.input.dim() == 2]
+        if len(fusing) != 1 or fusing[0].output is None or fusing[0].output.shape != fusing[0].input.shape:
+            return None, 0.0
+        return fusing[0], fusing[0].output - fusing[0].input
 
     def prefix(self, tokens: Tensor, between: list[_Call], voter: _Call) -> tuple[int, bool]:
         """Number of prefix tokens, and whether the first of them is the class token that gives the logits."""

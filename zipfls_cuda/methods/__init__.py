@@ -11,7 +11,10 @@ Example:
 """
 
 from .distillation import CSKDLoss, DKDLoss, KDLoss, MrKDLoss, NKDLoss, TfKDSelfLoss, WSLDLoss
+from .dynamic_mlp import DynamicMLP, encode_metadata
 from .labels import BAKELoss, LsrKDLoss, MaxSupLoss, TfKDRegLoss, USKDLoss
+from .memory import InstanceMemory
+from .mixing import RecursiveMix
 from .outputs import BYOTLoss, DDGSDLoss
 from .pairs import PairSampler
 from .snapshots import SnapshotTeacher
@@ -23,6 +26,8 @@ __all__ = [
     "CSKDLoss",
     "DDGSDLoss",
     "DKDLoss",
+    "DynamicMLP",
+    "InstanceMemory",
     "KDLoss",
     "LsrKDLoss",
     "MaxSupLoss",
@@ -31,9 +36,11 @@ __all__ = [
     "OLSLoss",
     "PSKDLoss",
     "PairSampler",
+    "RecursiveMix",
     "SnapshotTeacher",
     "TfKDRegLoss",
     "TfKDSelfLoss",
     "USKDLoss",
     "WSLDLoss",
+    "encode_metadata",
 ]

@@ -80,7 +80,7 @@ class DDGSDLoss(SeveralOutputs):
         loss = loss + self.loss(logits_b, logits_a, target, **weights)
         if self.mmd_weight == 0:
             return loss
-        checks.features("features_a", features_a, logits_a)
+        checks.features("features_a", features_a, "logits_a", logits_a)
         checks.alike("features_b", features_b, "features_a", features_a)
         gap = features_a.to(loss.dtype).mean(0) - features_b.to(loss.dtype).mean(0)  # (D,)
         return loss + self.mmd_weight * gap.square().sum()
@@ -153,7 +153,7 @@ class BYOTLoss(SeveralOutputs):
                 f"branch_features must have one entry a branch, {len(branch_logits)} as branch_logits, "
                 f"got {len(branch_features)}"
             )
-        checks.features("branch_features[0]", branch_features[0], deepest)
+        checks.features("branch_features[0]", branch_features[0], "branch_logits[0]", deepest)
         hint = branch_features[0].detach().to(loss.dtype)
         for b, x in enumerate(branch_features[2:], 2):
             checks.alike(f"branch_features[{b}]", x, "branch_features[0]", hint)

@@ -12,6 +12,17 @@ from torch.utils.data import Sampler
 from .. import checks
 
 
+def by_class(targets: Tensor | Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples (M,), class after class; where there each sample's class starts (M,), and its size (M,)."""
+    targets = torch.as_tensor(targets).cpu()
+    if targets.dim() != 1 or not len(targets):
+        raise ValueError(f"targets must have shape (M,) with M >= 1, got {tuple(targets.shape)}")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise TypeError(f"targets must be integers, got {targets.dtype}")
+    _, class_, size = targets.unique(return_inverse=True, return_counts=True)
+    return class_.argsort(stable=True), (size.cumsum(0) - size)[class_], size[class_]
+
+
 class PairSampler(Sampler[list[int]]):
     """Batches of indices whose second half are partners of the first: another sample of the same class each.
 
@@ -49,11 +60,6 @@ class PairSampler(Sampler[list[int]]):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        targets = torch.as_tensor(targets).cpu()
-        if targets.dim() != 1 or not len(targets):
-            raise ValueError(f"targets must have shape (M,) with M >= 1, got {tuple(targets.shape)}")
-        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-            raise TypeError(f"targets must be integers, got {targets.dtype}")
         there = dist.is_available() and dist.is_initialized()
         replicas = (dist.get_world_size() if there else 1) if num_replicas is None else num_replicas
         self.num_replicas = checks.count("num_replicas", replicas, 1)
@@ -62,10 +68,7 @@ class PairSampler(Sampler[list[int]]):
             raise ValueError(f"rank must be below num_replicas={self.num_replicas}, got {self.rank}")
         self.batch_size = checks.count("batch_size", batch_size, 1)
         self.generator, self.epoch = generator, 0
-        _, class_, size = targets.unique(return_inverse=True, return_counts=True)
-        self._by_class = class_.argsort(stable=True)  # (M,) samples, class after class
-        self._first = (size.cumsum(0) - size)[class_]  # (M,) where there the class of each sample starts
-        self._size = size[class_]  # (M,)
+        self._by_class, self._first, self._size = by_class(targets)
 
     def set_epoch(self, epoch: int) -> None:
         """The seed of the next pass over several ranks, where no generator was given."""
