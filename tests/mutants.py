@@ -48,7 +48,7 @@ LAWS = "zipfls_cuda/labels.py"
 TRITON = "zipfls_cuda/triton_kernels"
 MODULES, PAIRS, SNAPSHOTS, SEVERAL, MADE_LABELS, STORES, MIXING, MEMORY, DYNAMIC = (
     f"zipfls_cuda/methods/{name}.py"
-    for name in (
+    for name in [
         "distillation",
         "pairs",
         "snapshots",
@@ -58,7 +58,7 @@ MODULES, PAIRS, SNAPSHOTS, SEVERAL, MADE_LABELS, STORES, MIXING, MEMORY, DYNAMIC
         "mixing",
         "memory",
         "dynamic_mlp",
-    )  # fmt: skip
+    ]
 )
 
 MUTANTS = [
