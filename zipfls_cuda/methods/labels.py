@@ -238,7 +238,7 @@ class BAKELoss(DistillationModule):
     @torch.no_grad()
     def targets(self, logits: Tensor, features: Tensor) -> Tensor:
         """Q (N, C), float32 (float64 for float64 logits)."""
-        checks.features("features", features, logits)
+        checks.features("features", features, "logits", logits)
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         with torch.autocast(logits.device.type, enabled=False):
             h = F.normalize(features.to(dtype), dim=1)
