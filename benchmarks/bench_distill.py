@@ -110,7 +110,3 @@ def cases(on_gpu: bool) -> list[Case]:
 
 
 CASES = [Case(m, 4, 10, dtype=d) for d in ("float32", "bfloat16") for m in METHODS] if TINY else cases(ON_GPU)
-
-
-def bench_distill(case: Case, name: str, report) -> None:
-    report(case, name)

@@ -136,7 +136,3 @@ def entries(
         calls = [functools.partial(run, loss, x) for x in own]
         made.append(Entry(name, calls, waits=loss.sync, clear=functools.partial(clear, own)))
     return made
-
-
-def bench_loss(case: Case, name: str, report) -> None:
-    report(case, name)

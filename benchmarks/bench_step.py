@@ -174,7 +174,3 @@ elif ON_GPU:
 else:
     small = Case(32, 100, 32, (1, 1, 1), 16, "float32", what="small ResNet")
     CASES = [small, Head(64, 7, 512, 1000, "float32")]
-
-
-def bench_step(case: Case | Head, name: str, report) -> None:
-    report(case, name)

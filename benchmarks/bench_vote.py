@@ -111,7 +111,3 @@ def tiny_cases() -> list[Case]:
 
 
 CASES = tiny_cases() if TINY else gpu_cases() if ON_GPU else cpu_cases()
-
-
-def bench_vote(case: Case, name: str, report) -> None:
-    report(case, name)

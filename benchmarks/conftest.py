@@ -1,7 +1,7 @@
 """pytest-benchmark around clock.compare: it collects, selects and prints; ``compare`` takes the samples.
 
-A benchmark is one test per case and implementation: a file's CASES, each with ``where`` (its place in the
-records), ``names`` (what it compares) and ``run(records)``. The first test of a case takes all the samples,
+A benchmark is one test per case and implementation of a file's CASES, with ``where`` (their place in the
+records), ``names`` (what they compare) and ``run(records)``. The first test of a case takes all the samples,
 interleaved; each test then hands its own to pytest-benchmark through a timer that plays them back. A case
 with records of this code on this device is skipped.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import clock
 import pytest
@@ -37,15 +37,16 @@ _compared: dict[str, clock.Comparison] = {}
 _lost: list[str] = []  # what ended the CUDA context
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
-        pairs = [(case, name) for case in metafunc.module.CASES for name in case.names]
-        metafunc.parametrize("case,name", pairs, ids=[f"{case.where}-{name}" for case, name in pairs])
-
-
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=PLAYBACK, disable_gc=False))
+def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj) -> list[pytest.Function] | None:
+    if name != "CASES":
+        return None
+    tests = []
+    for case in obj:
+        for who in case.names:
+            call = lambda report, case=case, who=who: report(case, who)  # noqa: E731
+            tests.append(pytest.Function.from_parent(collector, name=f"{case.where}-{who}", callobj=call))
+            tests[-1].add_marker(pytest.mark.benchmark(timer=PLAYBACK, disable_gc=False))
+    return tests
 
 
 def pytest_report_header() -> str:
@@ -84,7 +85,13 @@ def report(benchmark, request) -> Callable:
             if known.keys() >= set(case.names):
                 _refuse(name, known[name])
                 pytest.skip("measured already")
-            _compared[key] = _compare(case, request.getfixturevalue("machine"))
+            ours = request.getfixturevalue("machine")
+            try:
+                _compared[key] = case.run(ours)
+            except clock.ContextLost as lost:
+                ours.fail(case.where, lost.name, lost.reason, lost=True)
+                _lost.append(str(lost))
+                pytest.exit(f"the CUDA context is lost, by {lost}; starting anew without it")
         result = _compared[key]
         _refuse(name, result.failed.get(name, ""))
         samples = result.taken(name)
@@ -93,16 +100,6 @@ def report(benchmark, request) -> Callable:
         benchmark.pedantic(PLAYBACK.next_round, rounds=len(samples))
 
     return play
-
-
-def _compare(case, ours: records.Records) -> clock.Comparison:
-    """Make a comparison; what ends the CUDA context is put on record, and ends the session."""
-    try:
-        return case.run(ours)
-    except clock.ContextLost as lost:
-        ours.fail(case.where, lost.name, lost.reason, lost=True)
-        _lost.append(str(lost))
-        pytest.exit(f"the CUDA context is lost, by {lost}; starting anew without it")
 
 
 def _refuse(name: str, reason: str) -> None:

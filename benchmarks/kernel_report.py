@@ -201,9 +201,8 @@ def vote_case(
 @functools.cache
 def cases() -> list[Case]:
     """Every kernel in every configuration of the tables, by calls that lead there."""
-    hard, soft = loss_cases(soft=False), loss_cases(soft=True)
-    others = (*distill_cases(), *backward_and_label_cases(), *vote_cases())
-    return [*hard, *hard_cases(), *soft, *others]
+    losses = (*loss_cases(soft=False), *loss_cases(soft=True), *distill_cases())
+    return [*losses, *backward_and_label_cases(), *vote_cases()]
 
 
 def loss_cases(soft: bool) -> Iterator[Case]:
@@ -238,10 +237,8 @@ def loss_cases(soft: bool) -> Iterator[Case]:
     yield case(256, 1000, label="no gradient", with_grad=False)
     for C in (100, 1000, 21841):
         yield case(256, C, label="correct", only_correct=True, kernels=("correct_kernel",))
-
-
-def hard_cases() -> Iterator[Case]:
-    """What only a class index as target has: longer rows, sums of class weights."""
+    if soft:  # the rest is of a class index as target: longer rows, sums of class weights
+        return
     yield loss_case(128, 100, FP32, 320)
     for N, C in ((1024, 1000), (32768, 1000), (4096, 10007), (4096, 10000), (4096, 21841), (4096, 128256)):
         yield loss_case(N, C)

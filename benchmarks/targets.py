@@ -169,15 +169,11 @@ def microseconds(
 
 
 def peak(records: list[dict], name: str, bench: str, **case) -> list[Figure]:
-    """Peak extra memory in MiB."""
-    found = find(records, bench, name, **case)
-    return [Figure(r["peak"] / MIB, _shape(r)) for r in found if r["peak"] is not None]
-
-
-def peak_over_logits(records: list[dict], name: str, **case) -> list[Figure]:
-    """Peak extra memory as a multiple of the logits, where those are a MiB or more."""
-    found = [r for r in find(records, "loss", name, **case) if r["peak"] is not None]
-    return [Figure(2 * r["peak"] / r["bytes"], _shape(r)) for r in found if r["bytes"] >= 2 * MIB]
+    """Peak extra memory: in MiB; of the loss as a multiple of the logits, where those are a MiB or more."""
+    found = [r for r in find(records, bench, name, **case) if r["peak"] is not None]
+    if bench == "loss":
+        return [Figure(2 * r["peak"] / r["bytes"], _shape(r)) for r in found if r["bytes"] >= 2 * MIB]
+    return [Figure(r["peak"] / MIB, _shape(r)) for r in found]
 
 
 def layouts(records: list[dict], name: str) -> list[Figure]:
@@ -190,17 +186,13 @@ def layouts(records: list[dict], name: str) -> list[Figure]:
     return [Figure(100 * fast["median"] / slow["median"], "", r["how"]) for r in (fast, slow)]
 
 
-def added_time(records: list[dict], name: str, C: int) -> list[Figure]:
-    """What our loss adds to the time of a step with F.cross_entropy, percent."""
-    found = ratio(records, name, baselines.CROSS_ENTROPY, bench="step", C=C)[:1]
-    return [Figure(100 * (f.value - 1), "", f.how) for f in found]
-
-
-def added_peak(records: list[dict], name: str, C: int) -> list[Figure]:
-    """What our loss adds to the peak memory of a step with F.cross_entropy, MiB."""
-    rows = [find(records, "step", n, C=C)[:1] for n in (name, baselines.CROSS_ENTROPY)]
-    peaks = [r["peak"] for found in rows for r in found if r["peak"] is not None]
-    return [Figure((peaks[0] - peaks[1]) / MIB)] if len(peaks) == 2 else []
+def added(records: list[dict], name: str, of: str, C: int) -> list[Figure]:
+    """What our loss adds to a step with F.cross_entropy: percent of its time, MiB to its peak memory."""
+    if of == "time":
+        found = ratio(records, name, baselines.CROSS_ENTROPY, bench="step", C=C)[:1]
+        return [Figure(100 * (f.value - 1), "", f.how) for f in found]
+    peaks = [peak(records, n, "step", C=C)[:1] for n in (name, baselines.CROSS_ENTROPY)]
+    return [Figure(ours.value - theirs.value) for ours, theirs in zip(*peaks, strict=False)]
 
 
 def reached(records: list[dict], name: str, of: str, dtype: str, unit: float) -> list[Figure]:
@@ -257,14 +249,14 @@ def gpu_targets() -> Iterator[tuple]:
     ):
         figures = partial(ratio, peer=peer, shapes="large", clock="device", **both)
         yield "loss", f"time of {peer}", f"<= {bound}", "{:.3g}", figures
-    memory = partial(peak_over_logits, clock="device", **both)
+    memory = partial(peak, bench="loss", clock="device", **both)
     yield "loss", "peak extra memory", "1 x logits", "{:.3f} x logits", memory, 1.01
     yield from distill_targets((baselines.LIGER_KL, 0.9), (baselines.LIGER_JSD, 0.9))
     yield from gpu_vote_targets()
     for C, percent, name in ((1000, 0.1, "ImageNet"), (10000, 0.7, "iNat21")):
-        text, figures = f"ResNet-50, {name}: added", partial(added_time, C=C)
-        yield "step", f"{text} time", f"<= +{percent} %", "{:+.2f} %", figures
-        yield "step", f"{text} peak memory", "+0", "{:+.2f} MiB", partial(added_peak, C=C), 0.5
+        text, figures = f"ResNet-50, {name}: added", partial(added, C=C)
+        yield "step", f"{text} time", f"<= +{percent} %", "{:+.2f} %", partial(figures, of="time")
+        yield "step", f"{text} peak memory", "+0", "{:+.2f} MiB", partial(figures, of="peak"), 0.5
 
 
 def gpu_vote_targets() -> Iterator[tuple]:

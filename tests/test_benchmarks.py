@@ -523,9 +523,6 @@ class Case:
         return ours.compare(self.where, entries, clock.HostClock(), 8)
 
 CASES = [Case(1), Case(2)]
-
-def bench_it(case, name, report):
-    report(case, name)
 """
 
 
