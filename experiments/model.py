@@ -87,14 +87,18 @@ def make_network(args: argparse.Namespace, channels: int, num_classes: int) -> n
         raise ModelError(f"cannot make {args.model}: {error}") from error
 
 
+def stages(net: nn.Module) -> list[str]:
+    """Names of the stages' last modules, the deepest last; empty if the network does not tell."""
+    found = getattr(net, "feature_info", [])
+    return [stage["module"] for stage in getattr(found, "info", found)]
+
+
 def attach_votes(net: nn.Module, args: argparse.Namespace, example: torch.Tensor) -> zls.Handle:
     """Let a network vote; the handle is for ZipfLoss(votes=...)."""
-    stages = getattr(net, "feature_info", [])
-    stages = [stage["module"] for stage in getattr(stages, "info", stages)]
-    if args.deep and len(stages) < 2:
+    if args.deep and len(stages(net)) < 2:
         raise ModelError(f"{args.model} does not tell its stages, which --deep needs")
     options = {"feature": "body", "classifier": "fc"} if isinstance(net, ResNet) else {}
-    options["deep"] = stages[-2:-1] if args.deep else ()
+    options["deep"] = stages(net)[-2:-1] if args.deep else ()
     try:
         return zls.attach(net, upsample=args.upsample, example=example, **options)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -9,13 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from .common import atomic_file
+from .methods import METHODS
 from .model import LOSSES
 from .study import Sample, Study, difference
 from .trainer import Run, by_loss
 
 OKABE_ITO = "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00", "#000000"  # safe for all eyes
-COLOURS = {"ce": OKABE_ITO[2], "ls": OKABE_ITO[0], "zipf": OKABE_ITO[1]}
-MARKERS = {"ce": "o", "ls": "s", "zipf": "^"}
+TITLES = LOSSES | {name: title for name, (title, _) in METHODS.items()}
+COLOURS = {name: OKABE_ITO[(2, 0, 1, 3, 4, 5, 6)[i % 7]] for i, name in enumerate(TITLES)}
+MARKERS = {name: "os^vD<>p"[i % 8] for i, name in enumerate(TITLES)}
 
 
 def new_figure(columns: int, width: float):
@@ -56,7 +58,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
                 for part in ("train", "test")
             )
             axis.plot(epochs, train.mean(0), ":", **look)
-            axis.plot(epochs, test.mean(0), "-", label=LOSSES[loss], **look)
+            axis.plot(epochs, test.mean(0), "-", label=TITLES[loss], **look)
             if len(group) > 1:
                 axis.fill_between(epochs, test.min(0), test.max(0), color=COLOURS[loss], alpha=0.2, lw=0)
         axis.set_xlabel("epoch")
@@ -79,7 +81,7 @@ def draw_spectra(runs: Sequence[Run], path: Path) -> None:
         alpha = np.mean([run.alpha for run in group])
         intercept = np.mean([run.intercept for run in group])
         rank = np.arange(1, len(spectrum) + 1)
-        label = rf"{LOSSES[loss]}, $\alpha$ = {alpha:.2f}"
+        label = rf"{TITLES[loss]}, $\alpha$ = {alpha:.2f}"
         size = 6 if len(rank) <= 20 else 3.5
         axis.loglog(rank, spectrum, MARKERS[loss], color=COLOURS[loss], ms=size, label=label)
         axis.loglog(rank, np.exp(intercept) * rank**-alpha, "--", color=COLOURS[loss], lw=1.2)

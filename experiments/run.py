@@ -1,9 +1,10 @@
-"""Train a small network with cross-entropy, label smoothing and Zipf's Label Smoothing, and compare them.
+"""Train a small network with cross-entropy, label smoothing, Zipf's Label Smoothing or a related method.
 
     python -m experiments.run --preset demo                      # ce, ls, zipf on handwritten digits
     python -m experiments.run --data fractals --loss ce,zipf     # 100 generated fine-grained classes
     python -m experiments.run --data folder:PATH --loss zipf     # your images, PATH/<class>/<image>
     python -m experiments.run --data cifar100:PATH --loss ce,ls,zipf --epochs 100
+    python -m experiments.run --method dkd,byot                  # related methods; docs/METHODS.md lists them
     python -m experiments.run --preset cifar100 --data cifar100:PATH  # the authors' setting
     torchrun --nproc-per-node 2 -m experiments.run --data fractals
 
@@ -28,6 +29,7 @@ import torch
 
 from .common import OutError, UsageError, atomic_file, join_processes, speaks
 from .data import TYPEFACES, load_data
+from .methods import METHODS, with_teachers
 from .model import LOSSES, MIN_WIDTH, make_law
 from .trainer import Run, by_loss, prepare, train
 
@@ -74,8 +76,9 @@ def make_parser() -> argparse.ArgumentParser:
         "tinyimagenet:PATH (default: digits); typefaces-validation is judged on other words")
     add("--fonts", type=Path, nargs="+", default=(), metavar="FOLDER",
         help="where typefaces are looked for, or the cache's file of them (default: the system's folders)")
-    add("--loss", type=loss_list, default="zipf", metavar="LIST",
-        help="of ce, ls and zipf, with commas: they are compared (default: zipf)")
+    add("--loss", "--method", type=loss_list, default="zipf", metavar="LIST",
+        help=f"of ce, ls, zipf, {', '.join(METHODS)}, with commas: they are compared; one with a teacher "
+        "has ce, its teacher's loss, trained before (default: zipf)")
     add("--zipf-weight", type=number(float, 0), default=0.1, metavar="X",
         help="weight of the Zipf term (default: 0.1)")
     add("--alpha", type=number(float, 0), metavar="X", help="exponent of the Zipf law (default: 1)")
@@ -163,11 +166,11 @@ def number(kind: type, low: float, high: float = math.inf):
 
 
 def loss_list(text: str) -> list[str]:
-    """The type of --loss: ce,ls,zipf."""
+    """The type of --loss: names with commas; those of teachers come before."""
     for name in text.split(","):
-        if name not in LOSSES:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(LOSSES)}")
-    return list(dict.fromkeys(text.split(",")))
+        if name not in LOSSES and name not in METHODS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join([*LOSSES, *METHODS])}")
+    return with_teachers(text.split(","))
 
 
 def seed_list(text: str) -> list[int]:

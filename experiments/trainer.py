@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Sampler
 from tqdm import tqdm
 
 import zipfls_cuda as zls
 
 from .common import Place, UsageError, atomic_file
 from .data import Data, DataError, Split
+from .methods import Method, teacher_of, wants
 from .model import attach_votes, make_loss, make_network
 
 
@@ -28,9 +30,12 @@ class Loader:
     One generator draws order and augmentation of whole batches in every process, and each takes
     every `processes`-th image of them: what is drawn does not depend on how many there are, and the
     generator's state is all a checkpoint must hold. An incomplete last batch is left out.
+
+    `wanted` is what a method takes: two views of each image come one batch after the other, and so do
+    images and their partners of the same class.
     """
 
-    def __init__(self, data: Data, batch_size: int, seed: int, place: Place):
+    def __init__(self, data: Data, batch_size: int, seed: int, place: Place, wanted: frozenset = frozenset()):
         self.images = data.train.images.to(place.device)
         self.labels = data.train.labels.to(place.device)
         whole = min(batch_size, len(self.labels))
@@ -40,19 +45,38 @@ class Loader:
         self.place, self.augmentation = place, data.distortions or Crops(data.mirror)
         self.generator = torch.Generator().manual_seed(seed)
         self.mean, self.std = (x.to(place.device) for x in data.mean_and_std)
+        self.views = 2 if "logits_a" in wanted else 1
+        self.pairs: Sampler | None = None
+        if "partner_logits" in wanted:
+            options = {"generator": self.generator, "num_replicas": 1, "rank": 0}
+            self.pairs = zls.methods.PairSampler(self.labels, self.batch_size, **options)
 
     def __len__(self) -> int:
         return len(self.labels) // self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield images (n, channels, H, W) float32 and labels (n,) int64."""
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield images (n, channels, H, W) float32, or (2 n, ...), labels and indices (n,) int64."""
+        for batch in self.batches():
+            drawn = [self.draw(index) for index in batch]
+            images, index = torch.cat([images for images, _ in drawn]), drawn[0][1]
+            yield normalise(images, self.mean, self.std), self.labels[index], index
+
+    def batches(self) -> Iterator[list[torch.Tensor]]:
+        """Indices (batch_size,) of the images of each batch, and of what comes after them."""
+        if self.pairs:
+            whole = (batch for batch in self.pairs if len(batch) == 2 * self.batch_size)
+            yield from (list(torch.tensor(batch).chunk(2)) for batch in whole)
+            return
         order = torch.randperm(len(self.labels), generator=self.generator)
-        mine = slice(self.place.rank, None, self.place.processes)
         for index in order[: len(self) * self.batch_size].view(len(self), self.batch_size):
-            drawn = self.augmentation.draw(self.batch_size, self.images.shape[1:], self.generator)
-            index, *drawn = (x[mine].to(self.place.device) for x in (index, *drawn))
-            images = self.augmentation.apply(self.images[index], *drawn)
-            yield normalise(images, self.mean, self.std), self.labels[index]
+            yield [index] * self.views
+
+    def draw(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's images of a batch, augmented, and their indices."""
+        mine = slice(self.place.rank, None, self.place.processes)
+        drawn = self.augmentation.draw(self.batch_size, self.images.shape[1:], self.generator)
+        index, *drawn = (x[mine].to(self.place.device) for x in (index, *drawn))
+        return self.augmentation.apply(self.images[index], *drawn), index
 
 
 @dataclass
@@ -98,19 +122,23 @@ class Trainer:
 
     def __init__(self, loss: str, seed: int, data: Data, args: argparse.Namespace, place: Place):
         self.place, self.amp = place, args.amp
-        self.loader = Loader(data, args.batch_size, seed, place)
+        wanted = frozenset(wants(loss))
+        self.loader = Loader(data, args.batch_size, seed, place, wanted)
         self.num_classes = len(data.classes)
-        self.criterion = make_loss(loss, args, self.num_classes).to(place.device)
         torch.manual_seed(seed)  # equal seeds, equal weights, whatever the loss
         shape = data.train.images.shape[1:]
         net = make_network(args, shape[0], self.num_classes)
         self.net = net.to(place.device, memory_format=torch.channels_last)
+        self.method = Method(loss, net, data, args, place) if wanted else None
+        if self.method is None:
+            self.criterion = make_loss(loss, args, self.num_classes).to(place.device)
         if loss == "zipf" and args.ranking == "votes":
             self.criterion.votes = attach_votes(net, args, torch.randn(2, *shape, device=place.device))
-        self.model = nn.parallel.DistributedDataParallel(net) if place.processes > 1 else net
+        self.model = self.method or (nn.parallel.DistributedDataParallel(net) if place.processes > 1 else net)
+        trained = self.method.outputs if self.method else net
         torch.manual_seed(seed + place.rank)  # the random laws draw from here
         self.optimizer = torch.optim.SGD(
-            net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True
+            trained.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True
         )
         self.steps = args.epochs * len(self.loader)
         warmup = min(1, args.epochs / 5) * len(self.loader)
@@ -131,23 +159,35 @@ class Trainer:
         """Pass over the training set once; returns mean objective, cross-entropy and accuracy."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.place.device)
         self.model.train()
-        for images, labels in self.loader:
-            with self.autocast():
-                logits = self.model(images)
-                loss = self.criterion(logits, labels)
-            self.optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        if self.method:
+            self.method.begin_epoch(self.scheduler.last_epoch // len(self.loader))
+        for images, labels, index in self.loader:
+            logits, loss = self.step(images, labels, index)
             self.scheduler.step()
             with torch.no_grad():
                 cross_entropy = F.cross_entropy(logits.float(), labels, reduction="sum")
                 correct = (logits.argmax(1) == labels).sum()
                 sums += torch.stack([loss * len(labels), cross_entropy, correct])
             bar.update()
+        if self.method:
+            self.method.end_epoch()
         means = self.place.sum(sums) / (len(self.loader) * self.loader.batch_size)
         names = "train_loss", "train_cross_entropy", "train_accuracy"
         return dict(zip(names, means.tolist(), strict=True))
+
+    def step(self, images, labels, index) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train on a batch of the loader; returns its logits (n, C) and the loss."""
+        with self.autocast():
+            if self.method:
+                logits, loss = self.method.step(images, labels, index)
+            else:
+                logits = self.model(images)
+                loss = self.criterion(logits, labels)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return logits, loss
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
@@ -185,24 +225,35 @@ class Trainer:
     def parts(self) -> dict:
         """What has a state_dict of its own."""
         names = "net", "optimizer", "scheduler", "scaler"
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | (
+            {"method": self.method} if self.method else {}
+        )
 
     def state_dict(self) -> dict:
         """All that the rest of the run depends on; a call that all processes make together."""
         random = [torch.get_rng_state()]
         if self.place.device.type == "cuda":
             random.append(torch.cuda.get_rng_state())
-        every_random = [random]
-        if self.place.processes > 1:
-            every_random = [None] * self.place.processes
-            dist.all_gather_object(every_random, random)
         state = {name: part.state_dict() for name, part in self.parts().items()}
-        return state | {"random": every_random, "order": self.loader.generator.get_state()}
+        state |= {"random": self.of_all(random), "order": self.loader.generator.get_state()}
+        if self.method:  # whose criterion may keep what its own process saw
+            state["criterion"] = self.of_all(self.method.criterion.state_dict())
+        return state
+
+    def of_all(self, mine: object) -> list:
+        """What each process has, by rank."""
+        if self.place.processes == 1:
+            return [mine]
+        found = [None] * self.place.processes
+        dist.all_gather_object(found, mine)
+        return found
 
     def load_state_dict(self, state: dict) -> None:
         """Go back to where state_dict was called."""
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
+        if self.method:
+            self.method.criterion.load_state_dict(state["criterion"][self.place.rank])
         self.loader.generator.set_state(state["order"])
         random = state["random"][self.place.rank]
         torch.set_rng_state(random[0])
@@ -253,6 +304,9 @@ def train(loss: str, seed: int, data: Data, args: argparse.Namespace, place: Pla
     name, log = checkpoint.stem, checkpoint.with_suffix(".jsonl")
     if history:
         place.first(lambda: write_log(log, history))
+    elif teacher := teacher_of(loss):
+        state = torch.load(file_of(teacher, seed, args), map_location=place.device, weights_only=True)
+        trainer.method.learn_from(state["trainer"]["net"])
     bar = tqdm(
         desc=name,
         total=trainer.steps,

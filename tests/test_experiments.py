@@ -571,12 +571,14 @@ def test_processes_share_a_batch_out():
     assert whole[0][0].shape == (32, 1, 16, 16)
     for rank in (0, 1):
         part = list(Loader(data, 32, 5, common.Place(CPU.device, rank, processes=2)))
-        for (images, labels), (mine, my_labels) in zip(whole, part, strict=True):
+        for (images, labels, index), (mine, my_labels, my_index) in zip(whole, part, strict=True):
             assert torch.equal(mine, images[rank::2])
             assert torch.equal(my_labels, labels[rank::2])
+            assert torch.equal(my_index, index[rank::2])
+            assert torch.equal(labels, data.train.labels[index])
     loader = Loader(data, 32, 5, CPU)
-    epochs = [torch.cat([labels for _, labels in loader]) for _ in range(2)]
-    assert torch.equal(epochs[0], torch.cat([labels for _, labels in whole]))
+    epochs = [torch.cat([labels for _, labels, _ in loader]) for _ in range(2)]
+    assert torch.equal(epochs[0], torch.cat([labels for _, labels, _ in whole]))
     assert not torch.equal(epochs[0], epochs[1])  # every epoch has an order of its own
 
 
@@ -597,7 +599,7 @@ def test_network_and_its_votes(depth, upsample):
     net, handle = made.net.train(), made.criterion.votes
     layers = [m for m in net.body.modules() if isinstance(m, torch.nn.Conv2d)]
     assert sum(layer.kernel_size != (1, 1) for layer in layers) == depth - 1
-    (images, labels), maps = next(iter(made.loader)), {}
+    (images, labels, _), maps = next(iter(made.loader)), {}
     deep = next(m for m in net.body if getattr(m, "conv1", None) and m.conv1.out_channels == 32)
     deep.register_forward_pre_hook(lambda module, args: maps.update(deep=args[0]))
     net.body.register_forward_hook(lambda module, args, output: maps.update(last=output))
@@ -686,7 +688,7 @@ def test_training_writes_its_files(tmp_path, capsys, pictures):
     for picture in ("curves.png", "spectra.png"):
         assert str(out / picture) in printed
         pixels = np.asarray(Image.open(out / picture).convert("RGB"))
-        for colour in plots.COLOURS.values():  # every loss is drawn in its colour
+        for colour in map(plots.COLOURS.get, model.LOSSES):  # every loss is drawn in its colour
             rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
             assert (pixels == rgb).all(-1).sum() > 100, (picture, colour)
 
@@ -981,8 +983,8 @@ def test_two_processes(tmp_path):
 @pytest.mark.parametrize(
     "argv, expected",
     [
-        ("--loss ce,kl", "argument --loss: 'kl' is not one of ce, ls, zipf"),
-        ("--loss=", "argument --loss: '' is not one of"),
+        ("--loss ce,kl", "argument --loss/--method: 'kl' is not one of ce, ls, zipf, kd"),
+        ("--loss=", "argument --loss/--method: '' is not one of"),
         ("--data mnist", "argument --data: 'mnist' is not one of digits"),
         ("--data digits:3", "argument --data: 'digits:3' is not one of digits"),
         ("--data folder:", "argument --data: 'folder:' lacks its path"),

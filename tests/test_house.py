@@ -91,9 +91,10 @@ EXPERIMENTS = {
     "fonts": {"cache", "common"},
     "data": {"common", "fonts", "fractals"},
     "model": {"common"},
-    "trainer": {"common", "data", "model"},
-    "plots": {"common", "model", "study", "trainer"},
-    "run": {"common", "data", "model", "plots", "trainer"},
+    "methods": {"common", "data", "model"},
+    "trainer": {"common", "data", "methods", "model"},
+    "plots": {"common", "methods", "model", "study", "trainer"},
+    "run": {"common", "data", "methods", "model", "plots", "trainer"},
     "study": set(),
     "efficacy": {"data", "plots", "run", "study"},
 }
