@@ -104,6 +104,9 @@ TYPEFACES = {
     "Zipf, ranks by logits": tuple(f"--loss zipf --ranking logits --zipf-weight {x}" for x in ZIPF_WEIGHTS),
     "Zipf, two stages": tuple(f"--loss zipf --deep --zipf-weight {x}" for x in ZIPF_WEIGHTS),
     "constant": tuple(f"--loss zipf --distribution constant --zipf-weight {x}" for x in ZIPF_WEIGHTS),
+    "Tf-KD, regularisation": ("--loss tfkd-reg",),  # the authors' settings: nothing is chosen
+    "MaxSup": ("--loss maxsup",),
+    "CS-KD": ("--loss cskd",),
 }
 COMPARED = BASELINE, SMOOTHING.split(",")[0], ZIPF
 STUDIES = {
