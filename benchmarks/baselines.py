@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import clock
 import torch
 import torch.nn.functional as F
+from sources import installed
 from torch import Tensor
 
 import zipfls_cuda as zls
@@ -41,6 +41,8 @@ ARGMAX = "torch.argmax alone"
 LINEAR_CROSS_ENTROPY = "F.linear_cross_entropy"
 LINEAR_THEN_CROSS_ENTROPY = "F.linear + F.cross_entropy"
 CUT = "cut-cross-entropy"
+
+SMALL = ((256, 1000), (512, 1000), (1024, 1000), (128, 100))  # logits of the targets of small batches
 
 
 def ours(backend: str) -> str:
@@ -112,10 +114,6 @@ def compiled(function: Callable, tiny: bool = False) -> Callable:
     return torch.compile(function, dynamic=False, backend="eager" if tiny else "inductor")
 
 
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
 def losses(device: str, tiny: bool = False) -> dict[str, Loss]:
     """All losses that run on a device type here, ours first, by name."""
     whole = functools.partial(zls.zipf_cross_entropy, zipf_weight=1.0)
@@ -158,11 +156,6 @@ def matmul_alone(features: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(features.reshape(-1, features.shape[-1]), weight.t())
 
 
-def matmul_batched(features: Tensor, weight: Tensor) -> Tensor:
-    """The dense scores (N, C, P) of an NCHW map as it lies: a product per sample, no transposing copy."""
-    return torch.matmul(weight, features.flatten(2))
-
-
 def matmul_argmax(features: Tensor, weight: Tensor, upsample: int = 1) -> Tensor:
     """Dense scores, doubled bilinearly where asked, then torch.argmax: (N, P)."""
     scores = matmul_alone(features, weight)
@@ -180,7 +173,8 @@ def votes(device: str, upsample: int = 1, layout: str = "channels_last") -> dict
     }
     found[MATMUL] = matmul_alone
     if layout == "NCHW":
-        found[MATMUL_BATCHED] = matmul_batched
+        # The scores (N, C, P) of the map as it lies: a product per sample, no transposing copy.
+        found[MATMUL_BATCHED] = lambda features, weight: torch.matmul(weight, features.flatten(2))
     found[MATMUL_ARGMAX] = functools.partial(matmul_argmax, upsample=upsample)
     return found
 

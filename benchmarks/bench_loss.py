@@ -90,23 +90,20 @@ def gpu_cases() -> list[Case]:
     the other main shapes, and last the peers that take seconds to compile."""
     bf16 = functools.partial(Case, dtype="bfloat16")
     first = [(8192, 10000), (32768, 1000), (4096, 21841)]  # long rows, many short ones, odd ones
-    small = [(256, 1000), (512, 1000), (1024, 1000), (128, 100)]
     others = [(8192, 4096), (8192, 8192), (8192, 16384), (4096, 32768), (2048, 131072), (131072, 1000)]
     compiled = [*first, (2048, 131072), (256, 1000), (128, 100)]
-    cases = [bf16(N, C) for N, C in [*first, *small]]
-    cases += [bf16(N, C, mode=mode, clock="host") for N, C in small for mode in ("both", "forward")]
+    cases = [bf16(N, C) for N, C in [*first, *baselines.SMALL]]
+    cases += [bf16(N, C, mode=mode, clock="host") for N, C in baselines.SMALL for mode in ("both", "forward")]
     cases += [bf16(N, C) for N, C in [*others, (8192, 10007)]]
     cases += [Case(N, C) for N, C in [(8192, 10000), (32768, 1000), (256, 1000), (128, 100)]]
     return cases + [bf16(N, C, sweep="compiled") for N, C in compiled]
 
 
-def tiny_cases() -> list[Case]:
+CASES = gpu_cases() if ON_GPU else cpu_cases()
+if TINY:
     varied = ({}, {"dtype": "bfloat16"}, {"sweep": "compiled"}, {"clock": "host"})
     modes = ({"mode": mode, "sweep": "host"} for mode in ("both", "forward", "infer"))
-    return [Case(4, 10, **options) for options in (*varied, *modes)]
-
-
-CASES = tiny_cases() if TINY else gpu_cases() if ON_GPU else cpu_cases()
+    CASES = [Case(4, 10, **options) for options in (*varied, *modes)]
 
 
 def entries(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from clock import TINY, Entry
 from records import Records, Where
+from sources import installed
 from torch import Tensor, nn
 
 import zipfls_cuda as zls
@@ -74,7 +75,7 @@ def criteria() -> dict[str, Callable[[Tensor, nn.Linear, Tensor], Tensor]]:
         found[baselines.ours(b)] = made(zipf, functools.partial(zls.dense_vote, backend=b))
     found[baselines.CROSS_ENTROPY] = made(baselines.cross_entropy)
     found[baselines.SMOOTHING] = made(lambda x, y, votes: F.cross_entropy(x, y, label_smoothing=0.1))
-    if baselines.installed("scipy"):
+    if installed("scipy"):
         dense = lambda x, *fc: F.linear(x.permute(0, 2, 3, 1), *fc).argmax(-1).flatten(1)  # noqa: E731
         found[baselines.PUBLISHED] = made(baselines.published_zipf, dense)
     return found
@@ -123,9 +124,9 @@ class Case:
             loss.backward()
             optimizer.step()
 
-        made = functools.partial(Entry, deep=True, clear=optimizer.zero_grad)
+        clear, waits = optimizer.zero_grad, {baselines.PUBLISHED}
         entries = [
-            made(name, [functools.partial(step, f)], waits=name == baselines.PUBLISHED)
+            Entry(name, [functools.partial(step, f)], waits=name in waits, deep=True, clear=clear)
             for name, f in criteria().items()
         ]
         seconds = 30.0 if ON_GPU else 10.0

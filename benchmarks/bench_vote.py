@@ -105,9 +105,7 @@ def gpu_cases() -> list[Case]:
     ]
 
 
-def tiny_cases() -> list[Case]:
+CASES = gpu_cases() if ON_GPU else cpu_cases()
+if TINY:
     varied = ({}, {"dtype": "bfloat16", "layout": "NCHW"}, {"layout": "tokens"}, {"upsample": 2})
-    return [Case(2, 2, 2, 8, 10, **options) for options in varied]
-
-
-CASES = tiny_cases() if TINY else gpu_cases() if ON_GPU else cpu_cases()
+    CASES = [Case(2, 2, 2, 8, 10, **options) for options in varied]

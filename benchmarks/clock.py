@@ -249,16 +249,15 @@ def quantiles(values: Sequence[float]) -> list[float]:
 
 
 def compare(
-    entries: Sequence[Entry], clock: Clock, *, seconds: float = 2.0, least_rounds: int = 7,
-    most_rounds: int = 64, memory: bool = False,
-) -> Comparison:  # fmt: skip
-    """Time the entries interleaved, ``seconds`` altogether as far as ``least_rounds`` of each allow.
+    entries: Sequence[Entry], clock: Clock, seconds: float = 2.0, most_rounds: int = 64, memory: bool = False
+) -> Comparison:
+    """Time the entries interleaved, ``seconds`` altogether as far as seven rounds of each allow.
 
     An entry ten times slower than the fastest gets three rounds. One that raises is left out, with its reason
     in ``failed``. ``memory``: measure the peak of one call first.
     """
     if TINY:
-        seconds, least_rounds, most_rounds = 0.01, 2, 2
+        seconds, most_rounds = 0.01, 2
     result, once, duration, wanted = Comparison(), {}, {}, {}
     for entry in entries:
         name = entry.name
@@ -267,7 +266,7 @@ def compare(
             result.peak[name] = peak_memory(entry) if memory else None
             result.samples[name] = []
     for name in result.samples:
-        least = 3 if once[name] > 10 * min(once[n] for n in result.samples) else least_rounds
+        least = 3 if once[name] > 10 * min(once[n] for n in result.samples) else 7
         wanted[name] = min(most_rounds, max(least, int(seconds / len(result.samples) / duration[name])))
     before = processors()
     gc.collect()

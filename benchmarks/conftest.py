@@ -10,9 +10,9 @@ An implementation that ends the CUDA context is put on record, and the process r
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Callable
 
 import clock
 import pytest
@@ -20,10 +20,9 @@ import records
 
 
 class Playback:
-    """A timer that advances by one recorded sample per call of ``next_round``."""
+    """A timer that advances by one of ``samples`` per call of ``next_round``."""
 
-    def __init__(self):
-        self.now, self.samples = 0.0, iter(())
+    now = 0.0
 
     def __call__(self) -> float:
         return self.now
@@ -43,7 +42,7 @@ def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj) -> list[
     tests = []
     for case in obj:
         for who in case.names:
-            call = lambda report, case=case, who=who: report(case, who)  # noqa: E731
+            call = lambda benchmark, case=case, who=who: play(benchmark, case, who)  # noqa: E731
             tests.append(pytest.Function.from_parent(collector, name=f"{case.where}-{who}", callobj=call))
             tests[-1].add_marker(pytest.mark.benchmark(timer=PLAYBACK, disable_gc=False))
     return tests
@@ -66,40 +65,34 @@ def pytest_unconfigure() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
-@pytest.fixture(scope="session")
-def machine() -> records.Records:
-    """Measure the ceilings before anything else in the same run."""
+@functools.cache
+def with_ceilings() -> records.Records:
+    """The records of this run, with the ceilings, which are measured before anything else."""
     ours, timer = records.of_this_run(), clock.best_clock()
     for case, *measured in clock.ceilings(timer):
         ours.add(records.Where(records.CEILING, case, "", timer.name), *measured)
     return ours
 
 
-@pytest.fixture
-def report(benchmark, request) -> Callable:
-    """``report(case, name)``: one implementation of a comparison that is made once."""
-
-    def play(case, name: str) -> None:
-        key, known = str(case.where), records.of_this_run().known(case.where)
-        if key not in _compared:
-            if known.keys() >= set(case.names):
-                _refuse(name, known[name])
-                pytest.skip("measured already")
-            ours = request.getfixturevalue("machine")
-            try:
-                _compared[key] = case.run(ours)
-            except clock.ContextLost as lost:
-                ours.fail(case.where, lost.name, lost.reason, lost=True)
-                _lost.append(str(lost))
-                pytest.exit(f"the CUDA context is lost, by {lost}; starting anew without it")
-        result = _compared[key]
-        _refuse(name, result.failed.get(name, ""))
-        samples = result.taken(name)
-        benchmark.group = key
-        PLAYBACK.samples = iter(samples)
-        benchmark.pedantic(PLAYBACK.next_round, rounds=len(samples))
-
-    return play
+def play(benchmark, case, name: str) -> None:
+    """One implementation of a comparison that is made once."""
+    key, known = str(case.where), records.of_this_run().known(case.where)
+    if key not in _compared:
+        if known.keys() >= set(case.names):
+            _refuse(name, known[name])
+            pytest.skip("measured already")
+        try:
+            _compared[key] = case.run(with_ceilings())
+        except clock.ContextLost as lost:
+            records.of_this_run().fail(case.where, lost.name, lost.reason, lost=True)
+            _lost.append(str(lost))
+            pytest.exit(f"the CUDA context is lost, by {lost}; starting anew without it")
+    result = _compared[key]
+    _refuse(name, result.failed.get(name, ""))
+    samples = result.taken(name)
+    benchmark.group = key
+    PLAYBACK.samples = iter(samples)
+    benchmark.pedantic(PLAYBACK.next_round, rounds=len(samples))
 
 
 def _refuse(name: str, reason: str) -> None:

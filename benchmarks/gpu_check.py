@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
 import json
 import os
@@ -38,7 +37,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from sources import ROOT, digest
+from sources import ROOT, digest, first_line, installed
 
 HERE = Path(__file__).resolve().parent
 BUILD = 240  # seconds
@@ -206,11 +205,9 @@ def cut(status: int, words: str) -> str:
 
 def architecture() -> str:
     """Of the first GPU, as TORCH_CUDA_ARCH_LIST has it; an H100's where nothing tells."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    output = ""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        output = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-    found = re.match(r"\d+\.\d+", output)
+    found = re.match(
+        r"\d+\.\d+", first_line("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    )
     arch = found[0] if found else "9.0"
     return arch + "a" * (float(arch) >= 9)
 
@@ -253,13 +250,9 @@ def outcomes(output: str) -> dict[str, str]:
     return {m["name"] or m["name1"]: m["word"] or m["word1"] for m in OUTCOME.finditer(output)}
 
 
-def has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def run_tests(check: Check, name: str, backend: str, files: Iterable[str], workers: int, limit: float):
     """Some files of the suite over one backend, each test with a time limit, in several processes."""
-    paths = [f"tests/test_{f}.py" for f in files if f != "properties" or has("hypothesis")]
+    paths = [f"tests/test_{f}.py" for f in files if f != "properties" or installed("hypothesis")]
     command = [*check.python, "-m", "pytest", *paths, "--backend", backend, "-p", "no:cacheprovider"]
     command += ["-o", "addopts=--strict-markers", "-v", "-rfE", "--tb=short"]
     for plugin, options in (
@@ -267,7 +260,7 @@ def run_tests(check: Check, name: str, backend: str, files: Iterable[str], worke
         ("pytest_timeout", ["--timeout", str(PATIENCE), "--timeout-method", "thread"]),
         ("xdist", ["-n", str(workers)]),
     ):
-        command += options if has(plugin) else []
+        command += options if installed(plugin) else []
     command += ["-k", "test_golden and 00"] if check.dry else []
     status, output = check.run(command, limit)
     found = outcomes(output)
@@ -305,14 +298,15 @@ def sanitize(check: Check, part: str, *tools: str) -> None:
 
     All tools and backends run side by side.
     """
-    if tools and (check.dry or not Path(find_sanitizer()).exists()):
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if tools and (check.dry or not Path(sanitizer).exists()):
         check.note(part, None, "absent: there is no compute-sanitizer")
         return
     running, end = {}, time.monotonic() + check.share(part)
     for tool, backend in itertools.product(tools or [""], check.usable):
         name, command, more = f"{tool or part}, {backend}", [], {}
         if tool:
-            command = [find_sanitizer(), "--tool", tool, "--target-processes", "application-only"]
+            command = [sanitizer, "--tool", tool, "--target-processes", "application-only"]
             command += ["--show-backtrace", "no", "--print-limit", "1000"]
             if tool != "initcheck":  # which must see all that is written
                 command += ["--kernel-name", f"kns={FILTERS[backend]}"]
@@ -322,10 +316,6 @@ def sanitize(check: Check, part: str, *tools: str) -> None:
             running[name] = check.start_process(command, **more)
     for name, child in running.items():
         check.note(name, *verdict(*check.finish(child, max(1, end - time.monotonic()))))
-
-
-def find_sanitizer() -> str:
-    return shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
 
 def reports(output: str) -> list[str]:
@@ -400,7 +390,6 @@ PARTS: dict[str, tuple] = {  # in order: seconds given at least, where they are 
     "sanitize": (80, sanitize, "racecheck", "synccheck", "initcheck"),
     "reference": (120, suite),
 }
-RECORDED = ("loss", "vote", "distill", "tune", "step", "train")  # what is on record they do not repeat
 
 
 def run_part(check: Check, part: str) -> None:
@@ -410,9 +399,7 @@ def run_part(check: Check, part: str) -> None:
 
 def run_parts(check: Check) -> None:
     for part in check.parts:
-        if part not in RECORDED and check.passed(part):
-            check.say(f"{part}: passed before")
-        elif check.left() < LEAST:
+        if check.left() < LEAST:
             check.note(part, None, "no time left")
         else:
             check.checks.pop(part, None)

@@ -40,7 +40,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from zipfls_cuda import triton_kernels
+from zipfls_cuda import check_rows, triton_kernels
 from zipfls_cuda.triton_kernels import distill as distill_file
 from zipfls_cuda.triton_kernels import launch_cache
 from zipfls_cuda.triton_kernels import loss as loss_file
@@ -185,14 +185,10 @@ def vote_case(
     layout = torch.contiguous_format if tokens or label == "NCHW" else torch.channels_last
 
     def call() -> object:
-        matmul = torch.backends.cuda.matmul
-        before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if label == "TF32" else "ieee"
-        try:
-            features = torch.empty(shape, dtype=dtype, memory_format=layout)
-            weight, bias = torch.empty(C, D, dtype=dtype), torch.empty(C, dtype=dtype)
+        features = torch.empty(shape, dtype=dtype, memory_format=layout)
+        weight, bias = torch.empty(C, D, dtype=dtype), torch.empty(C, dtype=dtype)
+        with check_rows.tensor_float_32(label == "TF32"):
             return triton_kernels.vote_fwd(features, weight, bias, upsample)
-        finally:
-            matmul.fp32_precision = before
 
     name = f"vote {math.prod(shape) // D}x{D}x{C} {NAMES[dtype]} {label}".rstrip()
     return Case(name, call, kernels, dtype.itemsize == 2)

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import clock
 import torch
 from clock import TINY, Comparison, Entry
-from sources import ROOT, digest
+from sources import ROOT, digest, first_line
 
 from zipfls_cuda import ops
 
@@ -30,15 +29,6 @@ RECORD = (
     "run", "bench", "case", "mode", "clock", "how", "name", "median", "p20", "p80", "rounds", "calls",
     "bytes", "flops", "peak", "ratio",
 )  # fmt: skip
-
-
-def _output(*command: str) -> str:
-    """First line a command prints; empty if it cannot run."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip().split("\n")[0] if done.returncode == 0 else ""
 
 
 def environment() -> dict[str, object]:
@@ -51,7 +41,7 @@ def environment() -> dict[str, object]:
     if kind == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
-        found = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split(",")
+        found = first_line("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split(",")
         driver, clocks = found[0], [x.strip() for x in found[1:]] or clocks
     build = ops.build_info()
     return {
@@ -68,11 +58,11 @@ def environment() -> dict[str, object]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "triton": next((d.version for d in importlib.metadata.distributions(name="triton")), ""),
-        "compiler": str(build.get("compiler", "")) or _output("g++", "--version"),
+        "compiler": str(build.get("compiler", "")) or first_line("g++", "--version"),
         "build": {k: v for k, v in build.items() if k != "compiler"},
         "backends": list(ops.backends()),
-        "commit": _output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
-        "dirty": bool(_output("git", "status", "--porcelain", "--", "zipfls_cuda", "csrc", "setup.py")),
+        "commit": first_line("git", "rev-parse", "--short=12", "HEAD") or "unknown",
+        "dirty": bool(first_line("git", "status", "--porcelain", "--", "zipfls_cuda", "csrc", "setup.py")),
         "source": digest(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "others": 0.0,  # the share of the processors that other processes took: Records.write puts it in
@@ -123,8 +113,8 @@ class Records:
         self.records: list[dict] = []
         self.others = self.total = 0.0  # seconds of the processors, other processes' and all
         same = ("source", "device", "torch", "threads", "tiny")
-        alike = {k for k, env in self.runs.items() if all(env[x] == self.environment[x] for x in same)}
-        self.valid = {self.run} | alike
+        self.valid = {k for k, env in self.runs.items() if all(env[x] == self.environment[x] for x in same)}
+        self.valid.add(self.run)
 
     def compare(
         self, where: Where, entries: Sequence[Entry], timer: clock.Clock, nbytes: int = 0, flops: int = 0,

@@ -121,40 +121,38 @@ def clock_of(records: list[dict]) -> str:
     return "device" if records[0]["env"]["kind"] == "cuda" else "host"
 
 
-LOSS_PEERS = {
+PEERS = {  # what ours is compared with: the headings of the columns
     baselines.COPY: "copying the logits",
     baselines.CROSS_ENTROPY: "`F.cross_entropy`",
     baselines.COMPILED_CROSS_ENTROPY: "compiled `F.cross_entropy`",
     baselines.COMPILED_REFERENCE: "compiled plain PyTorch",
     baselines.REFERENCE: "plain PyTorch",
+    baselines.PLAIN_LOSS: "`zipf_cross_entropy`",
     baselines.PUBLISHED: "published way (SciPy)",
     baselines.LIGER: "Liger-Kernel CE",
-    baselines.QUACK: "QuACK CE",
-}
-DISTILL_PEERS = {
-    baselines.REFERENCE: "plain PyTorch",
-    baselines.COMPILED_REFERENCE: "compiled plain PyTorch",
-    baselines.PLAIN_LOSS: "`zipf_cross_entropy`",
     baselines.LIGER_KL: "Liger-Kernel KL",
     baselines.LIGER_JSD: "Liger-Kernel JSD",
+    baselines.QUACK: "QuACK CE",
+    baselines.MATMUL: "`torch.matmul` alone",
+    baselines.MATMUL_BATCHED: "`torch.matmul` alone, no copy",
+    baselines.MATMUL_ARGMAX: "matmul + argmax",
+    baselines.ARGMAX: "argmax alone",
 }
 
 
 def each_backend(records: list[dict], bench: str, mode: str, write: Callable[..., str]) -> str:
-    """The tables of all our backends, and what could not be measured."""
-    texts = [
-        noted(write(records, name, rows))
-        for name in targets.names(records, bench)
-        if (rows := find(records, bench, name, mode, clock_of(records)))
-    ]
+    """The tables of all our backends, against the peers that they met, and what could not be measured."""
+    texts = []
+    for name in targets.names(records, bench):
+        if rows := find(records, bench, name, mode, clock_of(records)):
+            peers = [p for p in PEERS if any(targets.meeting(records, r, p) for r in rows)]
+            texts.append(noted(write(records, rows, peers)))
     return "\n\n".join(texts) + failures(records, bench) if texts else ""
 
 
-def loss_table(records: list[dict], name: str, rows: list[dict]) -> str:
-    """The loss, or distillation, on one backend against its peers."""
-    clock, bench = clock_of(records), rows[0]["bench"]
-    titles = LOSS_PEERS if bench == "loss" else DISTILL_PEERS
-    peers = [p for p in titles if any(targets.meeting(records, r, p) for r in rows)]
+def loss_table(records: list[dict], rows: list[dict], peers: list[str]) -> str:
+    """The loss, or distillation, on one backend."""
+    clock, backend = clock_of(records), _backend(rows[0]["name"])
     copies = {r["run"]: targets.ceiling(records, "copy", run=r["run"]) for r in rows}
     head = ["logits", "dtype", "time", "GB/s", *["of the copy"] * (clock == "device")]
     body = []
@@ -165,28 +163,19 @@ def loss_table(records: list[dict], name: str, rows: list[dict]) -> str:
         body.append(cells + [times(records, r, p) for p in peers])
     reached = " and ".join(f"{copy / 1e9:.3g}" for copy in dict.fromkeys(copies.values()) if copy)
     what, votes = "`distillation_loss`", "T = 4"
-    if bench == "loss":
+    if rows[0]["bench"] == "loss":
         what, votes = "`zipf_cross_entropy`", f"P = {rows[0]['case']['P']} votes a sample"
     return (
-        f"{what} ({_backend(name)} backend), value and gradient, {votes}: "
+        f"{what} ({backend} backend), value and gradient, {votes}: "
         f"its time, and **its time over that of** each other (below 1: ours is faster)."
         + (f" A copy of large tensors reached {reached} GB/s in the same run." if reached else "")
-        + f"\n\n{table(head + [titles[p] for p in peers], body)}"
+        + f"\n\n{table(head + [PEERS[p] for p in peers], body)}"
     )
 
 
-VOTE_PEERS = {
-    baselines.MATMUL: "`torch.matmul` alone",
-    baselines.MATMUL_BATCHED: "`torch.matmul` alone, no copy",
-    baselines.MATMUL_ARGMAX: "matmul + argmax",
-    baselines.ARGMAX: "argmax alone",
-}
-
-
-def vote_table(records: list[dict], name: str, rows: list[dict]) -> str:
+def vote_table(records: list[dict], rows: list[dict], peers: list[str]) -> str:
     """Dense votes on one backend."""
-    peers = [p for p in VOTE_PEERS if any(p in r["ratio"] for r in rows)]
-    body = []
+    body, backend = [], _backend(rows[0]["name"])
     for r in rows:
         c = r["case"]
         dense = one(records, "vote", baselines.MATMUL_ARGMAX, **c)
@@ -198,9 +187,9 @@ def vote_table(records: list[dict], name: str, rows: list[dict]) -> str:
         row += [times(records, r, p) for p in peers]
         body.append([*row, f"{size(r['peak'])} ({size(dense['peak']) if dense else '-'})"])
     head = ["votes", "NxP, D, C", "dtype", "layout", "time", "GFLOP/s (of a large product)"]
-    head += [*(VOTE_PEERS[p] for p in peers), "extra memory (matmul + argmax's)"]
+    head += [*(PEERS[p] for p in peers), "extra memory (matmul + argmax's)"]
     return (
-        f"`dense_vote` ({_backend(name)} backend): its time, **its time over that of** each other; its peak "
+        f"`dense_vote` ({backend} backend): its time, **its time over that of** each other; its peak "
         f"extra memory.\n\n{table(head, body)}"
     )
 

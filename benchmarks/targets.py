@@ -67,8 +67,7 @@ class Target:
         if doubt := next((f.doubt for f in figures if f.doubt), ""):
             text += f", not judged ({doubt})"
         elif self.target != "-":
-            number = float(re.search(r"[\d.]+", self.target)[0])
-            bound = number if self.bound is None else self.bound
+            bound = float(re.search(r"[\d.]+", self.target)[0]) if self.bound is None else self.bound
             met = worst.value >= bound if above else worst.value <= bound
         return Verdict(self.group, self.text, self.target, text, met, name)
 
@@ -127,9 +126,7 @@ def _shape(r: dict) -> str:
 
 SHAPES: dict[str, Callable[[dict], bool]] = {  # of the loss, by record
     "any": lambda r: True,
-    "small": lambda r: (
-        (r["case"]["N"], r["case"]["C"]) in ((256, 1000), (512, 1000), (1024, 1000), (128, 100))
-    ),
+    "small": lambda r: (r["case"]["N"], r["case"]["C"]) in baselines.SMALL,
     "large": lambda r: r["bytes"] > 128e6,
     "wide": lambda r: r["bytes"] > 128e6 and r["case"]["C"] >= 4096 and r["case"]["C"] % 8 == 0,
     "unaligned": lambda r: r["case"]["C"] in (21841, 10007),
@@ -138,18 +135,14 @@ SHAPES: dict[str, Callable[[dict], bool]] = {  # of the loss, by record
 
 
 def ratio(
-    records: list[dict], name: str, peer: str, shapes: str = "any", bench: str = "loss", **case
-) -> list[Figure]:
-    """Our time over a peer's."""
+    records: list[dict], name: str, peer: str, shapes: str = "any", bench: str = "loss", power: int = 1,
+    **case,
+) -> list[Figure]:  # fmt: skip
+    """Our time over a peer's, or with power -1 theirs over ours."""
     rows = filter(SHAPES[shapes], find(records, bench, name, **case))
     met = [(r, *found) for r in rows if (found := meeting(records, r, peer))]
     several = len({_shape(r) for r, _, _ in met}) > 1
-    return [Figure(x[0], _shape(r) if several else "", how) for r, x, how in met]
-
-
-def faster(records: list[dict], name: str, peer: str, **case) -> list[Figure]:
-    """A peer's time over ours, of votes."""
-    return [Figure(1 / f.value, "", f.how) for f in ratio(records, name, peer, bench="vote", **case)]
+    return [Figure(x[0] ** power, _shape(r) if several else "", how) for r, x, how in met]
 
 
 def of_copy(records: list[dict], name: str, shapes: str) -> Iterator[Figure]:
@@ -260,6 +253,7 @@ def gpu_targets() -> Iterator[tuple]:
 
 
 def gpu_vote_targets() -> Iterator[tuple]:
+    faster = partial(ratio, peer=baselines.MATMUL_ARGMAX, bench="vote", power=-1)
     for what, bound, times, case in (
         ("ResNet-50, ImageNet", 1.02, 1.3, {"N": 256, "layout": "channels_last"}),
         ("ResNet-18, ImageNet", 1.05, 1.8, {"layout": "channels_last"}),
@@ -269,13 +263,13 @@ def gpu_vote_targets() -> Iterator[tuple]:
         case |= {"what": what, "dtype": "bfloat16"}
         figures = partial(ratio, peer=baselines.MATMUL, bench="vote", **case)
         yield "vote", f"time of torch.matmul alone, {what}", f"<= {bound}", "{:.3g}", figures
-        figures = partial(faster, peer=baselines.MATMUL_ARGMAX, **case)
+        figures = partial(faster, **case)
         yield "vote", f"speed over matmul + argmax, {what}", f">= {times}x", "{:.3g}x", figures
     last = {"dtype": "bfloat16", "layout": "channels_last"}
     for what in ("CIFAR-100, stage 1", "CIFAR-100, stage 2"):
         figures = partial(microseconds, clock="device", bench="vote", what=what, **last)
         yield "vote", f"{what}, with and without upsampling", "<= 6 us", "{:.3g} us", figures
-        figures = partial(faster, peer=baselines.MATMUL_ARGMAX, what=what, **last)
+        figures = partial(faster, what=what, **last)
         yield "vote", f"speed over matmul + argmax, {what}", ">= 2x", "{:.3g}x", figures
     yield "vote", "NCHW, rate against channels_last", ">= 85 %", "{:.0f} %", layouts
     for what, bound in (("ResNet-50, ImageNet", 0.5), ("ResNet-50, iNat21", 4)):

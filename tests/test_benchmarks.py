@@ -778,7 +778,7 @@ def test_blocks_of_a_gpu_show_both_backends():
         for start in ("| logits | dtype", "| 8192 x 10000 |")
     )
     for peer in bench_loss.COMPILED:  # from a comparison of their own
-        assert row[head.index(report.LOSS_PEERS[peer])] == "1.00"
+        assert row[head.index(report.PEERS[peer])] == "1.00"
 
 
 def test_a_run_cut_short_can_be_reported():

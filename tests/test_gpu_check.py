@@ -186,7 +186,7 @@ def test_commands_of_the_tests(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     for there in (True, False):
-        monkeypatch.setattr(gpu_check, "has", lambda module, there=there: there)
+        monkeypatch.setattr(gpu_check, "installed", lambda module, there=there: there)
         check = make_check(tmp_path, parts=["cuda", "triton", "reference"])
         for part in ("cuda", "triton", "reference"):
             gpu_check.run_part(check, part)
