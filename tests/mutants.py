@@ -270,7 +270,7 @@ MUTANTS = [
             ("probabilities taken to sum to 1", "(prob * total - u)", "(prob - u)"),
             (
                 "only_correct by the logits' own argmax",
-                "is_correct(logits, _argmax_lowest(t).long()",
+                "is_correct(logits, argmax_lowest(t).long()",
                 "is_correct(logits, logits.argmax(1)",
             ),
         )

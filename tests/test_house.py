@@ -16,7 +16,7 @@ from zipfls_cuda import ops
 
 ROOT = Path(__file__).parent.parent
 ARROWS = {
-    "__init__": {"attach", "checks", "functional", "labels", "methods", "modules", "ops"},
+    "__init__": {"attach", "checks", "functional", "labels", "linear", "methods", "modules", "ops"},
     "__main__": {"", "check", "extension", "ops"},
     "check": {"", "check_rows", "expected", "ops"},
     "check_rows": {"", "expected", "functional", "ops"},
@@ -24,6 +24,8 @@ ARROWS = {
     "attach": {"checks", "compiling", "functional"},
     "methods": {"checks", "functional"},
     "modules": {"attach", "checks", "functional", "labels"},
+    "linear": {"checks", "chunked", "functional", "labels", "ops"},
+    "chunked": {"autograd", "ops", "reference"},
     "functional": {"autograd", "checks", "labels", "ops", "scalars", "sharded"},
     "autograd": {"checks", "ops"},
     "sharded": {"checks", "compiling", "labels", "ops", "reference"},

@@ -15,7 +15,6 @@ from .functional import (
     fit_zipf,
     rank_votes,
     zipf_cross_entropy,
-    zipf_head_loss,
     zipf_label,
     zipf_loss,
 )
@@ -29,6 +28,7 @@ from .labels import (
     RandomUniform,
     Zipf,
 )
+from .linear import linear_distillation_loss, linear_zipf_cross_entropy, zipf_head_loss
 from .modules import ZipfLoss
 from .ops import backends, use_backend
 
@@ -54,6 +54,8 @@ __all__ = [
     "detach",
     "distillation_loss",
     "fit_zipf",
+    "linear_distillation_loss",
+    "linear_zipf_cross_entropy",
     "rank_votes",
     "use_backend",
     "zipf_cross_entropy",

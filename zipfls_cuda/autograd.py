@@ -40,7 +40,7 @@ def loss(
         backward = ops.select("loss_bwd", backend, logits)
         return function.apply(logits, options, forward, backward, *tensors)[:3]
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
-        raise RuntimeError(_NO_FORWARD_MODE)
+        raise RuntimeError(NO_FORWARD_MODE)
     # Grad mode is asked for here: inside a Function it is always off.
     wanted = torch.is_grad_enabled() and logits.requires_grad
     compiling = torch.compiler.is_compiling()
@@ -68,7 +68,7 @@ def _anchor(logits: Tensor) -> tuple[Tensor, ...]:
     return (logits.narrow(0, 0, 0).clone(),)  # narrow_copy has no derivative in torch 2.11
 
 
-_NO_FORWARD_MODE = "zipfls_cuda: forward-mode differentiation of a loss is not supported; use reverse mode"
+NO_FORWARD_MODE = "zipfls_cuda: forward-mode differentiation of a loss is not supported; use reverse mode"
 _NO_SECOND = (
     "zipfls_cuda: the gradient of a loss cannot be differentiated again (gradient penalty, Hessian, grad of "
     "grad, create_graph=True followed by a backward pass through the gradient)"
@@ -93,13 +93,20 @@ class RefuseSecond(torch.autograd.Function):
         raise RuntimeError(_NO_SECOND)
 
 
+def refusing_second(grad: Tensor, grad_loss: Tensor, anchor: Tensor) -> Tensor:
+    """``grad``, tied to the graph of ``anchor``: differentiating it raises."""
+    if _is_batched(grad_loss):  # the graph belongs to the tensor inside, which an operator reaches
+        return grad + RefuseSecond.apply(anchor.new_zeros(()), anchor)
+    return RefuseSecond.apply(grad, anchor)
+
+
 def _is_batched(x: Tensor) -> bool:
     """Whether ``x`` stands for a batch of gradients, as in vmap and under is_grads_batched."""
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
-def _may_overwrite(grad_loss: Tensor) -> bool:
+def may_overwrite(grad_loss: Tensor) -> bool:
     """Whether backward may scale the saved gradient in place: the graph is not kept.
 
     It may not where the upstream gradient is batched (the in-place operator has no batching rule), fake or
@@ -127,15 +134,12 @@ class Loss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 7
         grad, grad_scale, *anchor = ctx.saved_tensors
-        if _may_overwrite(grad_loss):
+        if may_overwrite(grad_loss):
             ctx.backward_(grad, grad_loss, grad_scale)  # at once if by one
         else:
             grad = ctx.backward(grad, grad_loss, grad_scale)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if _is_batched(grad_loss):  # the graph belongs to the tensor inside, which an operator reaches
-                grad = grad + RefuseSecond.apply(anchor[0].new_zeros(()), anchor[0])
-            else:
-                grad = RefuseSecond.apply(grad, anchor[0])
+            grad = refusing_second(grad, grad_loss, anchor[0])
         return grad, None, None, None, None, None, None
 
 
@@ -169,7 +173,8 @@ class LossInPlace(torch.autograd.Function):
             )
         logits, *tensors = ctx.saved_tensors
         grad = logits.detach()  # the same memory and version counter
-        ctx.scale_(grad, grad_loss, ctx.backward_(grad, *tensors, *ctx.options))
+        *_, grad_scale = ctx.backward_(grad, *tensors, *ctx.options)
+        ctx.scale_(grad, grad_loss, grad_scale)
         torch.autograd.graph.increment_version(logits)  # operators written in C++ do not
         return grad, *(None,) * (len(ctx.needs_input_grad) - 1)
 
@@ -205,4 +210,4 @@ class LossRefusingForwardMode(LossInTransforms):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        raise RuntimeError(_NO_FORWARD_MODE)
+        raise RuntimeError(NO_FORWARD_MODE)

@@ -82,7 +82,8 @@ def invoke(operator: str, backend: str, case: LossCase, p: Problem) -> Results:
     if not operator.endswith("_"):
         return op(p.logits, *arguments, True)
     grad = p.logits.clone()
-    return grad, op(grad, *arguments)
+    *parts, scale = op(grad, *arguments)
+    return *parts, grad, scale
 
 
 def compare(
@@ -129,7 +130,7 @@ def bad_row(device, backend, operator, dtype, case: LossCase) -> Prepared:
             x = getattr(p, name).clone()
             x[2, ...] = value
             bad.append((f"{name}[2] = {value}", p._replace(**{name: x}).to(device)))
-    width = 1 if operator in ("rank_fwd", "label_fwd") else 2 if operator.endswith("_") else 5
+    width = 1 if operator in ("rank_fwd", "label_fwd") else 5
 
     def call() -> Results:
         found: list[Tensor] = []
@@ -208,7 +209,8 @@ def distill_row(device, backend, operator, dtype, case: DistillCase) -> Prepared
         if not operator.endswith("_"):
             return op(logits, *others, *options, True)
         grad = logits.clone()
-        return grad, op(grad, *others, *options)
+        *parts, scale = op(grad, *others, *options)
+        return *parts, grad, scale
 
     def judge(results: Results) -> Iterator[Deviation]:
         *parts, grad, scale = results

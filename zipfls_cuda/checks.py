@@ -302,6 +302,43 @@ def target_of_methods(logits: Tensor, t: Tensor, ignore_index: int) -> tuple[Ten
     return t, counted
 
 
+def linear_inputs(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, num_samples: int | None = None
+) -> torch.dtype:
+    """The tensors of a linear layer; returns the dtype of its products, autocast's where it is on.
+
+    Args:
+        name: of ``x`` in messages; those of the others have "linear" in the place of "input".
+    """
+    of = name.removesuffix("input") or "linear_"
+    tensors = [(name, x), (f"{of}weight", weight)] + ([] if bias is None else [(f"{of}bias", bias)])
+    for of_tensor, tensor in tensors:
+        _tensor(of_tensor, tensor)
+        _float(of_tensor, tensor)
+    if x.dim() != 2 or (num_samples is not None and x.shape[0] != num_samples):
+        raise ValueError(
+            f"{name} must have shape ({'N' if num_samples is None else num_samples}, D), got {_shape(x)}"
+        )
+    D = x.shape[1]
+    if weight.dim() != 2 or weight.shape[1] != D:
+        raise ValueError(f"{of}weight must have shape (C, D) with D = {D} as in {name}, got {_shape(weight)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{of}bias must have shape (C,) = ({weight.shape[0]},), got {_shape(bias)}")
+    dtypes = [product_dtype(tensor) for _, tensor in tensors]
+    for (of_tensor, tensor), dtype in zip(tensors, dtypes, strict=True):
+        if dtype != dtypes[0]:
+            raise TypeError(f"{of_tensor} must have the dtype of {name}, {dtypes[0]}, got {dtype}")
+        _same_device(of_tensor, tensor, name, x)
+    return dtypes[0]
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which F.linear takes ``x``: under autocast, autocast's for all floats but float64."""
+    if autocast_enabled(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def temperature(x: float) -> float:
     """``temperature`` > 0."""
     x = float(number("temperature", x))

@@ -8,7 +8,6 @@ from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, checks, labels, ops, scalars, sharded
@@ -219,12 +218,12 @@ def zipf_loss(
     """
     law = checks.law(alpha, distribution)
     options = (0.0, *checks.loss_options(1.0, 0.0, only_correct, ignore_index, reduction))
-    inputs = _loss_inputs(logits, target, votes, None, law, options[4], backend, process_group)
+    inputs = loss_inputs(logits, target, votes, None, law, options[4], backend, process_group)
     return autograd.loss(*inputs, options, inplace, backend)[0]
 
 
 class LossOptions(TypedDict, total=False):
-    """Options of ``zipf_cross_entropy`` and ``zipf_head_loss`` alike."""
+    """Options of ``zipf_cross_entropy`` and of the losses of a head (linear.py) alike."""
 
     zipf_weight: float
     alpha: float
@@ -241,11 +240,6 @@ class LossOptions(TypedDict, total=False):
 class _CrossEntropyOptions(LossOptions, total=False):
     weight: Tensor | None
     process_group: dist.ProcessGroup | None
-
-
-class _HeadOptions(LossOptions, total=False):
-    upsample: int
-    class_weight: Tensor | None
 
 
 @overload
@@ -344,17 +338,32 @@ def zipf_cross_entropy(
     Source: Eq. 6.
     """
     law = checks.law(alpha, distribution)
+    options, num_items = loss_options(
+        zipf_weight, label_smoothing, only_correct, ignore_index, reduction, num_items
+    )
+    inputs = loss_inputs(logits, target, votes, weight, law, options[4], backend, process_group)
+    parts = per_item(autograd.loss(*inputs, options, inplace, backend), num_items)
+    return parts if return_parts else parts[0]
+
+
+def loss_options(
+    zipf_weight: float,
+    label_smoothing: float,
+    only_correct: bool,
+    ignore_index: int,
+    reduction: str,
+    num_items: float | Tensor | None,
+) -> tuple[tuple, float | Tensor | None]:
+    """The operator's options, checked, from ce_weight to reduction; and num_items."""
     options = checks.loss_options(zipf_weight, label_smoothing, only_correct, ignore_index, reduction)
     options = (1.0, *map(float, options[:2]), *options[2:])
     if num_items is not None:
         num_items = checks.num_items(num_items, reduction)
         options = (*options[:-1], "sum")
-    inputs = _loss_inputs(logits, target, votes, weight, law, options[4], backend, process_group)
-    parts = _per_item(autograd.loss(*inputs, options, inplace, backend), num_items)
-    return parts if return_parts else parts[0]
+    return options, num_items
 
 
-def _per_item(
+def per_item(
     parts: tuple[Tensor, Tensor, Tensor], num_items: float | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the samples divided by ``num_items``, where it is given."""
@@ -362,82 +371,6 @@ def _per_item(
         return parts
     n = num_items.detach().to(parts[0].dtype) if isinstance(num_items, Tensor) else num_items
     return parts[0] / n, parts[1] / n, parts[2] / n
-
-
-@overload
-def zipf_head_loss(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    *,
-    return_parts: Literal[False] = False,
-    **options: Unpack[_HeadOptions],
-) -> Tensor: ...
-@overload
-def zipf_head_loss(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    *,
-    return_parts: Literal[True],
-    **options: Unpack[_HeadOptions],
-) -> tuple[Tensor, Tensor, Tensor]: ...
-def zipf_head_loss(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    *,
-    upsample: int = 1,
-    zipf_weight: float = 0.1,
-    alpha: float = DEFAULT_ALPHA,
-    distribution: Distribution | None = None,
-    only_correct: bool = False,
-    label_smoothing: float = 0.0,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    return_parts: bool = False,
-    num_items: float | Tensor | None = None,
-    inplace: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Global pooling, classifier, votes and loss in one call, with gradients to features, weight and bias.
-
-    Args:
-        features: (N, D, H, W) map or (N, T, D) tokens; pooled by the mean over positions.
-        weight: (C, D) of the classifier, which gives logits and votes both.
-        bias: (C,) of the classifier, or None.
-        target: (N,) int64 or uint8 in [0, C), or ``ignore_index``; or probabilities (N, C).
-        upsample: as in ``dense_vote``.
-        class_weight: the ``weight`` of ``zipf_cross_entropy``; the other options go by its names.
-
-    Result and errors are those of ``zipf_cross_entropy``.
-
-    Example:
-        >>> features = torch.randn(8, 16, 7, 7, requires_grad=True)
-        >>> weight, bias = torch.randn(10, 16), torch.zeros(10)
-        >>> loss = zls.zipf_head_loss(features, weight, bias, torch.randint(10, (8,)), zipf_weight=0.1)
-        >>> loss.backward()
-        >>> features.grad.shape
-        torch.Size([8, 16, 7, 7])
-
-    Source: Fig. 1.
-    """
-    checks.constant("class_weight", class_weight)
-    votes = dense_vote(features, weight, bias, upsample=upsample, backend=backend)
-    # Pooled logits are the mean of the dense scores, but not taken from there: weight's gradient needs the
-    # pooled features all the same, and with them the logits are a product of 1/P the size.
-    pooled = features.mean((2, 3) if features.dim() == 4 else 1)
-    logits = F.linear(pooled, weight, bias)
-    return zipf_cross_entropy(
-        logits, target, votes, zipf_weight=zipf_weight, alpha=alpha, distribution=distribution,
-        only_correct=only_correct, label_smoothing=label_smoothing, weight=class_weight,
-        ignore_index=ignore_index, reduction=reduction, return_parts=return_parts, num_items=num_items,
-        inplace=inplace, backend=backend,
-    )  # fmt: skip
 
 
 def cross_entropy(
@@ -460,16 +393,16 @@ def cross_entropy(
     options = checks.loss_options(0.0, label_smoothing, False, ignore_index, reduction)
     options = (float(scale), *map(float, options[:2]), *options[2:])
     law = labels.Zipf(1.0)  # without a part in the loss
-    inputs = _loss_inputs(logits, target, None, None, law, options[4], backend, None)
+    inputs = loss_inputs(logits, target, None, None, law, options[4], backend, None)
     return autograd.loss(*inputs, options, False, backend)[0]
 
 
-def _accumulation_dtype(logits: Tensor) -> torch.dtype:
+def accumulation_dtype(logits: Tensor) -> torch.dtype:
     """The type of the tensors that a loss takes beside the logits."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _loss_inputs(
+def loss_inputs(
     logits: Tensor,
     target: Tensor,
     votes: Tensor | None,
@@ -489,7 +422,7 @@ def _loss_inputs(
     else:
         target = checks.loss_inputs(logits, target, votes, weight)
         forward, C = ops.select("loss_fwd", backend, logits), logits.shape[1]
-    dtype = _accumulation_dtype(logits)
+    dtype = accumulation_dtype(logits)
     P = None if votes is None else votes.shape[1]
     log_mass = labels.log_mass(law, logits.shape[0], C, P, dtype, logits.device)
     if weight is not None:
@@ -613,6 +546,41 @@ def distillation_loss(
     Source: Hinton et al., arXiv 1503.02531; Zhao et al., CVPR 2022, Eq. 7 (TCKD, NCKD); Yang et al.,
     ICCV 2023 (the soft target).
     """
+    options, num_items = distillation_options(
+        target, ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight,
+        temperature, form, ignore_index, reduction, num_items,
+    )  # fmt: skip
+    is_shard = process_group is not None or (type(logits) is not Tensor and checks.is_class_shard(logits, 1))
+    if is_shard:
+        logits, teacher, target, sample_weight, shard = sharded.distill_inputs(
+            logits, teacher, target, sample_weight, backend, process_group
+        )
+        forward = functools.partial(sharded.distill_fwd, shard)
+    else:
+        target = checks.distillation_inputs(logits, teacher, target, sample_weight)
+        forward = ops.select("distill_fwd", backend, logits)
+    if sample_weight is not None:
+        sample_weight = sample_weight.detach().to(accumulation_dtype(logits))
+    tensors = (teacher.detach(), target, sample_weight)
+    parts = autograd.loss(forward, logits, tensors, is_shard, options, inplace, backend, "distill_grad_")
+    parts = per_item(parts, num_items)
+    return parts if return_parts else parts[0]
+
+
+def distillation_options(
+    target: Tensor | None,
+    ce_weight: float,
+    kd_weight: float,
+    tckd_weight: float,
+    nckd_weight: float,
+    soft_target_weight: float,
+    temperature: float,
+    form: str,
+    ignore_index: int,
+    reduction: str,
+    num_items: float | Tensor | None,
+) -> tuple[tuple, float | Tensor | None]:
+    """The operator's options, checked, from ce_weight to reduction; and num_items."""
     weights = {
         "ce_weight": ce_weight,
         "kd_weight": kd_weight,
@@ -626,18 +594,4 @@ def distillation_loss(
     if num_items is not None:
         num_items = checks.num_items(num_items, reduction)
         options = (*options[:-1], "sum")
-    is_shard = process_group is not None or (type(logits) is not Tensor and checks.is_class_shard(logits, 1))
-    if is_shard:
-        logits, teacher, target, sample_weight, shard = sharded.distill_inputs(
-            logits, teacher, target, sample_weight, backend, process_group
-        )
-        forward = functools.partial(sharded.distill_fwd, shard)
-    else:
-        target = checks.distillation_inputs(logits, teacher, target, sample_weight)
-        forward = ops.select("distill_fwd", backend, logits)
-    if sample_weight is not None:
-        sample_weight = sample_weight.detach().to(_accumulation_dtype(logits))
-    tensors = (teacher.detach(), target, sample_weight)
-    parts = autograd.loss(forward, logits, tensors, is_shard, options, inplace, backend, "distill_grad_")
-    parts = _per_item(parts, num_items)
-    return parts if return_parts else parts[0]
+    return options, num_items

@@ -43,7 +43,7 @@ SCHEMAS = {
     "loss_grad_": (
         "(Tensor(a!) logits, Tensor target, Tensor? votes, Tensor log_mass, Tensor? weight, float ce_weight, "
         "float zipf_weight, float label_smoothing, bool only_correct, int ignore_index, str reduction) "
-        "-> Tensor"
+        "-> (Tensor loss, Tensor ce, Tensor zipf, Tensor grad_scale)"
     ),
     "distill_fwd": (
         "(Tensor logits, Tensor teacher, Tensor? target, Tensor? sample_weight, float ce_weight, "
@@ -54,10 +54,35 @@ SCHEMAS = {
     "distill_grad_": (
         "(Tensor(a!) logits, Tensor teacher, Tensor? target, Tensor? sample_weight, float ce_weight, "
         "float kd_weight, float tckd_weight, float nckd_weight, float soft_target_weight, float temperature, "
-        "str form, int ignore_index, str reduction) -> Tensor"
+        "str form, int ignore_index, str reduction) "
+        "-> (Tensor loss, Tensor ce, Tensor distillation, Tensor grad_scale)"
     ),
     "loss_bwd": "(Tensor grad, Tensor grad_loss, Tensor grad_scale) -> Tensor",
     "loss_bwd_": "(Tensor(a!) grad, Tensor grad_loss, Tensor grad_scale) -> ()",
+}
+
+
+_LINEAR = "Tensor input, Tensor linear_weight, Tensor? linear_bias"
+_CHUNKS = (
+    "ScalarType dtype, SymInt? chunk_rows, str backend, bool of_input, bool of_weight, bool of_bias, "
+    "Tensor? grad_loss"
+)
+_GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale"
+
+# Linear layer and loss (chunked.py). One operator serves all backends: it calls those of the one it is given.
+LINEAR_SCHEMAS = {
+    "linear_loss_fwd": (
+        f"({_LINEAR}, Tensor target, Tensor? votes, Tensor log_mass, Tensor? weight, float ce_weight, "
+        "float zipf_weight, float label_smoothing, bool only_correct, int ignore_index, str reduction, "
+        f"{_CHUNKS}) -> (Tensor loss, Tensor ce, Tensor zipf, {_GRADIENTS})"
+    ),
+    "linear_distill_fwd": (
+        f"({_LINEAR}, Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, "
+        "Tensor? sample_weight, ScalarType teacher_dtype, float ce_weight, float kd_weight, "
+        "float tckd_weight, float nckd_weight, float soft_target_weight, float temperature, str form, "
+        f"int ignore_index, str reduction, {_CHUNKS}) -> (Tensor loss, Tensor ce, Tensor distillation, "
+        f"{_GRADIENTS})"
+    ),
 }
 
 
@@ -89,8 +114,22 @@ def _loss_fake(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     return *parts, grad, logits.new_empty(() if scaled else (0,), dtype=dtype)
 
 
-def _loss_grad_fake(logits: Tensor, *args) -> Tensor:
-    return _loss_fake(logits, *args, True)[4]
+def _loss_grad_fake(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *parts, _, grad_scale = _loss_fake(logits, *args, True)
+    return *parts, grad_scale
+
+
+def _linear_fake(input: Tensor, linear_weight: Tensor, *args) -> tuple[Tensor, ...]:
+    reduction, dtype, _, _, of_input, of_weight, of_bias, _ = args[-8:]
+    wide, (C, D) = reference.accumulation_dtype(dtype), linear_weight.shape
+    shape = input.shape[:1] if reduction == "none" else ()
+    parts = (input.new_empty(shape, dtype=wide) for _ in range(3))
+    grads = (
+        input.new_empty((input.shape[0], D) if of_input else (0,)),
+        linear_weight.new_empty((C, D) if of_weight else (0,), dtype=wide),
+        linear_weight.new_empty((C,) if of_bias else (0,), dtype=wide),
+    )
+    return *parts, *grads, input.new_empty((), dtype=wide)
 
 
 def _loss_bwd_fake(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:
@@ -111,6 +150,7 @@ FAKES: dict[str, Callable] = {
     "distill_grad_": _loss_grad_fake,
     "loss_bwd": _loss_bwd_fake,
     "loss_bwd_": _loss_bwd_inplace_fake,
+    **dict.fromkeys(LINEAR_SCHEMAS, _linear_fake),
 }
 
 STAGES = tuple(SCHEMAS)
@@ -178,6 +218,8 @@ def _register(name: str, stage: str, schema: str) -> None:
             _library.impl(name, _stage_of("triton_kernels", stage), key)
     elif name.endswith("_reference"):
         _library.impl(name, _stage_of("reference", stage), "CompositeExplicitAutograd")
+    elif name in LINEAR_SCHEMAS:
+        _library.impl(name, _stage_of("chunked", name.removeprefix("linear_")), "CompositeExplicitAutograd")
     torch.library.register_fake(f"zipfls::{name}", FAKES[stage], lib=_library)
     if not stage.endswith("_"):  # in place
         op = getattr(torch.ops.zipfls, name).default
@@ -199,6 +241,10 @@ for _stage, _schema in SCHEMAS.items():
             _register(_name, _stage, _schema)
         for _backend in _serving:
             OPERATORS[_stage, _backend] = getattr(torch.ops.zipfls, _name).default
+
+for _name, _schema in LINEAR_SCHEMAS.items():
+    if not _registered(_name, _schema):
+        _register(_name, _name, _schema)
 
 # Losses with their gradient attached by C++ (csrc/autograd.cpp), for eager calls of these operators.
 NATIVE: dict[Callable, Callable] = {
@@ -387,6 +433,11 @@ class _Forced(threading.local):
 
 _forced = _Forced()
 _resolved: dict[tuple, torch._ops.OpOverload] = {}
+
+
+def name_of(stage: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the backend that ``select`` would choose for tensors of a device and dtype."""
+    return _resolve(stage, backend or _forced.backend, device, dtype)
 
 
 def select(stage: str, backend: str | None, x: Tensor) -> torch._ops.OpOverload:

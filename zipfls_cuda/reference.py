@@ -61,7 +61,7 @@ def vote_fwd(features: Tensor, weight: Tensor, bias: Tensor | None, upsample: in
             scores = _upsample2(scores.unflatten(1, (H, W)))
         if bias is not None:
             scores = scores + bias.to(dtype)  # after interpolating: a -inf bias times zero is NaN
-        votes.append(_argmax_lowest(scores))
+        votes.append(argmax_lowest(scores))
     return torch.cat(votes).reshape(N, P)
 
 
@@ -76,7 +76,7 @@ def _upsample2(scores: Tensor) -> Tensor:
     return scores.flatten(1, 2)
 
 
-def _argmax_lowest(scores: Tensor) -> Tensor:
+def argmax_lowest(scores: Tensor) -> Tensor:
     """Index of the largest score along the last axis (int32): lowest on ties, NaN skipped, -1 if all NaN."""
     C = scores.shape[-1]
     valid = ~scores.isnan()
@@ -385,7 +385,7 @@ def _soft_loss_fwd(
     samples = z.new_full((), N)
     counted = torch.ones_like(bad)
     if only_correct:
-        counted = is_correct(logits, _argmax_lowest(t).long().clamp(min=0))
+        counted = is_correct(logits, argmax_lowest(t).long().clamp(min=0))
     ce_scale, zipf_scale = z.new_ones(()), z.new_ones(())
     if reduction == "mean":
         ce_scale = 1 / samples
@@ -418,18 +418,18 @@ def _soft_loss_fwd(
     return _results((ce, zipf), dz, weights, scales, reduction, logits.dtype, with_grad)
 
 
-def loss_grad_(logits: Tensor, *args) -> Tensor:
-    """The gradient that ``loss_fwd`` computes, written over the logits; kernels want them contiguous.
+def loss_grad_(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``loss_fwd`` with the gradient written over the logits; kernels want them contiguous.
 
     Args:
         logits and the others as for ``loss_fwd``, but for ``with_grad``.
 
     Returns:
-        grad_scale, as ``loss_fwd``.
+        loss, ce, zipf, grad_scale, as ``loss_fwd``.
     """
-    *_, grad, grad_scale = loss_fwd(logits, *args, True)
+    *parts, grad, grad_scale = loss_fwd(logits, *args, True)
     logits.copy_(grad)
-    return grad_scale
+    return *parts, grad_scale
 
 
 def loss_bwd(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tensor:
@@ -491,7 +491,7 @@ def distill_fwd(
     z, t = logits.to(dtype), teacher.to(dtype)
     if target is None:
         ignored = bad = torch.zeros(N, dtype=torch.bool, device=z.device)
-        y = _argmax_lowest(t).long().clamp(min=0)
+        y = argmax_lowest(t).long().clamp(min=0)
     else:
         ignored = target == ignore_index
         bad, y = _bad_rows(target, None, C, ignored), target.clamp(0, C - 1)
@@ -643,8 +643,8 @@ def _times(weight: Tensor, x: Tensor) -> Tensor:
     return (weight * x).masked_fill(weight == 0, 0)
 
 
-def distill_grad_(logits: Tensor, *args) -> Tensor:
+def distill_grad_(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``loss_grad_`` of ``distill_fwd``."""
-    *_, grad, grad_scale = distill_fwd(logits, *args, True)
+    *parts, grad, grad_scale = distill_fwd(logits, *args, True)
     logits.copy_(grad)
-    return grad_scale
+    return *parts, grad_scale

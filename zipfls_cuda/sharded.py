@@ -360,7 +360,7 @@ def loss_fwd(
     # m = max_{c != y} z_c, and its class: with it, only_correct is an exact comparison.
     column = torch.full_like(y, -1)
     if shard.width:
-        column = reference._argmax_lowest(z.masked_fill(at_target, torch.nan)).long()
+        column = reference.argmax_lowest(z.masked_fill(at_target, torch.nan)).long()
     top = shard.pick(z, (column + shard.offset)[:, None])[:, 0]
     m, leader = _best_of_all(top, (column + shard.offset).where(column >= 0, -1), shard.group)
 
@@ -493,7 +493,7 @@ def distill_fwd(
     z, t = logits.to(dtype), teacher.to(dtype)
     if target is None:
         ignored = bad = torch.zeros(N, dtype=torch.bool, device=z.device)
-        column = reference._argmax_lowest(t).long() if shard.width else ignored.long() - 1
+        column = reference.argmax_lowest(t).long() if shard.width else ignored.long() - 1
         top = shard.pick(t, (column + shard.offset)[:, None])[:, 0]
         _, y = _best_of_all(top, (column + shard.offset).where(column >= 0, -1), shard.group)
         y = y.clamp(min=0)

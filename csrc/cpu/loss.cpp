@@ -21,6 +21,13 @@ namespace {
 
 // loss, ce, zipf, grad, grad_scale
 using Parts = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// loss, ce, zipf, grad_scale
+using Losses = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Losses without_grad(const Parts& parts) {
+  const auto& [loss, ce, zipf, grad, grad_scale] = parts;
+  return {loss, ce, zipf, grad_scale};
+}
 
 double element(const at::Tensor& x, int64_t i) {  // x float32 or float64, contiguous
   return x.scalar_type() == at::kDouble ? x.const_data_ptr<double>()[i]
@@ -232,15 +239,15 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
 }
 
 /// As reference.loss_grad_.
-at::Tensor loss_grad__cpu(at::Tensor& logits, const at::Tensor& target,
+Losses loss_grad__cpu(at::Tensor& logits, const at::Tensor& target,
                           const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
                           const std::optional<at::Tensor>& weight, double ce_weight,
                           double zipf_weight, double label_smoothing, bool only_correct,
                           int64_t ignore_index, std::string_view reduction) {
   check_contiguous(logits, "logits");
-  return std::get<4>(loss_into(logits, logits, target, votes, log_mass, weight, ce_weight,
-                               zipf_weight, label_smoothing, only_correct, ignore_index,
-                               reduction));
+  return without_grad(loss_into(logits, logits, target, votes, log_mass, weight, ce_weight,
+                                zipf_weight, label_smoothing, only_correct, ignore_index,
+                                reduction));
 }
 
 /// reference.distill_fwd on CPU tensors; grad as of loss_into.
@@ -317,17 +324,17 @@ Parts distill_fwd_cpu(const at::Tensor& logits, const at::Tensor& teacher,
 
 /// As reference.distill_grad_. A teacher in the logits' memory is copied: its rows may be other
 /// ones.
-at::Tensor distill_grad__cpu(at::Tensor& logits, const at::Tensor& teacher,
-                             const std::optional<at::Tensor>& target,
-                             const std::optional<at::Tensor>& sample_weight, double ce_weight,
-                             double kd_weight, double tckd_weight, double nckd_weight,
-                             double soft_target_weight, double temperature, std::string_view form,
-                             int64_t ignore_index, std::string_view reduction) {
+Losses distill_grad__cpu(at::Tensor& logits, const at::Tensor& teacher,
+                         const std::optional<at::Tensor>& target,
+                         const std::optional<at::Tensor>& sample_weight, double ce_weight,
+                         double kd_weight, double tckd_weight, double nckd_weight,
+                         double soft_target_weight, double temperature, std::string_view form,
+                         int64_t ignore_index, std::string_view reduction) {
   check_contiguous(logits, "logits");
-  return std::get<4>(distill_into(logits, logits,
-                                  teacher.is_alias_of(logits) ? teacher.clone() : teacher, target,
-                                  sample_weight, ce_weight, kd_weight, tckd_weight, nckd_weight,
-                                  soft_target_weight, temperature, form, ignore_index, reduction));
+  return without_grad(distill_into(
+      logits, logits, teacher.is_alias_of(logits) ? teacher.clone() : teacher, target,
+      sample_weight, ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight,
+      temperature, form, ignore_index, reduction));
 }
 
 /// out = in * grad_loss * grad_scale, row by row. in and out may be one tensor, which a scale of 1

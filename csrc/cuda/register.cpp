@@ -31,6 +31,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Parts =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // loss, ce, zipf, grad, grad_scale
+using Losses = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, ce, zipf, grad_scale
 
 Dtype dtype_of(at::ScalarType type) {
   switch (type) {
@@ -267,18 +268,19 @@ Parts loss_fwd(const Tensor& logits, const Tensor& target, const OptionalTensor&
                     with_grad ? Gradient::kNew : Gradient::kNone);
 }
 
-/// Writes a gradient over the logits, by compute(where it goes), and returns grad_scale.
+/// Writes a gradient over the logits, by compute(where it goes).
 template <class Compute>
-Tensor over_logits(Tensor& logits, Compute compute) {
+Losses over_logits(Tensor& logits, Compute compute) {
   const bool aligned = reinterpret_cast<uintptr_t>(logits.const_data_ptr()) % 16 == 0;
   const bool in_place = logits.is_contiguous() && aligned;
   const Parts parts = compute(in_place ? Gradient::kInPlace : Gradient::kNew);
-  if (!in_place) logits.copy_(std::get<3>(parts));
-  return std::get<4>(parts);
+  const auto& [loss, ce, zipf, grad, grad_scale] = parts;
+  if (!in_place) logits.copy_(grad);
+  return {loss, ce, zipf, grad_scale};
 }
 
-/// loss_fwd's gradient over the logits; returns grad_scale.
-Tensor loss_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& votes,
+/// loss_fwd with the gradient over the logits.
+Losses loss_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& votes,
                   const Tensor& log_mass, const OptionalTensor& weight, double ce_weight,
                   double zipf_weight, double label_smoothing, bool only_correct,
                   int64_t ignore_index, std::string_view reduction) {
@@ -347,7 +349,7 @@ Parts distill_fwd(const Tensor& logits, const Tensor& teacher, const OptionalTen
 }
 
 /// distill_fwd's gradient over the logits; returns grad_scale.
-Tensor distill_grad_(Tensor& logits, const Tensor& teacher, const OptionalTensor& target,
+Losses distill_grad_(Tensor& logits, const Tensor& teacher, const OptionalTensor& target,
                      const OptionalTensor& sample_weight, double ce_weight, double kd_weight,
                      double tckd_weight, double nckd_weight, double soft_target_weight,
                      double temperature, std::string_view form, int64_t ignore_index,

@@ -127,10 +127,10 @@ def distill_fwd(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     return _distill(GRADIENT if with_grad else NO_GRADIENT, logits, *inputs)
 
 
-def distill_grad_(logits: Tensor, *args) -> Tensor:
+def distill_grad_(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See reference.distill_grad_."""
-    if logits.is_contiguous():
-        return _distill(IN_PLACE, logits, *args)[4]
-    grad, grad_scale = _distill(GRADIENT, logits, *args)[3:]
-    logits.copy_(grad)
-    return grad_scale
+    in_place = logits.is_contiguous()
+    *parts, grad, grad_scale = _distill(IN_PLACE if in_place else GRADIENT, logits, *args)
+    if not in_place:
+        logits.copy_(grad)
+    return *parts, grad_scale

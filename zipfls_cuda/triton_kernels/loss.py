@@ -316,10 +316,10 @@ def loss_fwd(
     )  # fmt: skip
 
 
-def loss_grad_(logits: Tensor, *args) -> Tensor:
+def loss_grad_(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See reference.loss_grad_."""
-    if logits.is_contiguous():
-        return _loss(IN_PLACE, logits, *args)[4]
-    grad, grad_scale = _loss(GRADIENT, logits, *args)[3:]
-    logits.copy_(grad)
-    return grad_scale
+    in_place = logits.is_contiguous()
+    *parts, grad, grad_scale = _loss(IN_PLACE if in_place else GRADIENT, logits, *args)
+    if not in_place:
+        logits.copy_(grad)
+    return *parts, grad_scale
