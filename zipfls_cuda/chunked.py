@@ -88,9 +88,17 @@ class Head:
         if wanted[1]:
             add_product(to_weight, dz, x)
         if wanted[2]:
-            block = len(to_bias) if dz.is_cuda else 1 + len(to_bias) // PARTS  # a CPU converts it to sum it
-            for to, part in zip(to_bias.split(block), dz.split(block, 1), strict=True):
-                to.add_(part.sum(0, dtype=to.dtype))
+            add_sum(to_bias, dz)
+
+
+def add_sum(out: Tensor, dz: Tensor) -> None:
+    """out += sum of the rows of dz, where ``out`` (C,) is of the accumulation dtype."""
+    if dz.dtype == out.dtype:
+        out.addmv_(dz.t(), dz.new_ones(len(dz)))
+        return
+    block = len(out) if dz.is_cuda else 1 + len(out) // PARTS  # a CPU converts all that it sums
+    for to, part in zip(out.split(block), dz.split(block, 1), strict=True):
+        to.add_(part.sum(0, dtype=to.dtype))
 
 
 def add_product(out: Tensor, dz: Tensor, x: Tensor) -> None:

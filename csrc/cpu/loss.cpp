@@ -240,10 +240,10 @@ Parts loss_fwd_cpu(const at::Tensor& logits, const at::Tensor& target,
 
 /// As reference.loss_grad_.
 Losses loss_grad__cpu(at::Tensor& logits, const at::Tensor& target,
-                          const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
-                          const std::optional<at::Tensor>& weight, double ce_weight,
-                          double zipf_weight, double label_smoothing, bool only_correct,
-                          int64_t ignore_index, std::string_view reduction) {
+                      const std::optional<at::Tensor>& votes, const at::Tensor& log_mass,
+                      const std::optional<at::Tensor>& weight, double ce_weight, double zipf_weight,
+                      double label_smoothing, bool only_correct, int64_t ignore_index,
+                      std::string_view reduction) {
   check_contiguous(logits, "logits");
   return without_grad(loss_into(logits, logits, target, votes, log_mass, weight, ce_weight,
                                 zipf_weight, label_smoothing, only_correct, ignore_index,
@@ -331,10 +331,10 @@ Losses distill_grad__cpu(at::Tensor& logits, const at::Tensor& teacher,
                          double soft_target_weight, double temperature, std::string_view form,
                          int64_t ignore_index, std::string_view reduction) {
   check_contiguous(logits, "logits");
-  return without_grad(distill_into(
-      logits, logits, teacher.is_alias_of(logits) ? teacher.clone() : teacher, target,
-      sample_weight, ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight,
-      temperature, form, ignore_index, reduction));
+  return without_grad(distill_into(logits, logits,
+                                   teacher.is_alias_of(logits) ? teacher.clone() : teacher, target,
+                                   sample_weight, ce_weight, kd_weight, tckd_weight, nckd_weight,
+                                   soft_target_weight, temperature, form, ignore_index, reduction));
 }
 
 /// out = in * grad_loss * grad_scale, row by row. in and out may be one tensor, which a scale of 1

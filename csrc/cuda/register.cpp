@@ -30,7 +30,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Parts =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // loss, ce, zipf, grad, grad_scale
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;     // loss, ce, zipf, grad, grad_scale
 using Losses = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, ce, zipf, grad_scale
 
 Dtype dtype_of(at::ScalarType type) {
