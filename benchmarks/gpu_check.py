@@ -384,6 +384,7 @@ PARTS: dict[str, tuple] = {  # in order: seconds given at least, where they are 
     "loss": (350, bench),
     "vote": (160, bench),
     "distill": (100, bench),
+    "methods": (60, bench),
     "tune": (100, tune),
     "step": (250, bench),
     "train": (200, train),

@@ -1,6 +1,6 @@
 """From records to figures: writes the tables in README.md and docs/.
 
-A table goes between ``<!-- report:NAME -->`` and ``<!-- /report -->``; NAMES and EFFICACY list the names.
+A table goes between ``<!-- report:NAME -->`` and ``<!-- /report -->``, NAME in NAMES or EFFICACY, or TABLE_1.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from targets import find
 sys.path.append(str(ROOT))
 
 from experiments import efficacy
+from experiments.model import LOSSES
 from experiments.study import tables
 
 MARKED = re.compile(r"<!-- report:([\w-]+) -->\n(.*?)<!-- /report -->", re.S)
@@ -301,6 +302,39 @@ def study_block(preset: str, folder: Path) -> str:
 
 
 EFFICACY = {f"efficacy-{preset}": preset for preset in efficacy.PLANS | efficacy.STUDIES}  # block -> its plan
+KINDS = {"cpu": "cpu", "gpu": "cuda"}
+TABLE_1 = "methods"  # name of the block of all methods, on a CPU and on a GPU
+
+
+def methods_block(results: dict[Path, list[dict]]) -> str:
+    """A step with every method against plain cross-entropy; columns of a GPU stay empty without one."""
+    found: dict[str, dict[str, dict]] = {kind: {} for kind in KINDS.values()}
+    for r in (r for records in results.values() for r in records if r["bench"] == "methods"):
+        found[r["env"]["kind"]].setdefault(r["name"], r)
+    records = [r for rows in found.values() for r in rows.values()]
+    body, plain = [], LOSSES["ce"]
+    for name in dict.fromkeys(r["name"] for r in records):
+        cells, kept = [name], max(r["facts"]["kept"] for r in records if r["name"] == name)
+        for rows in found.values():
+            r = rows.get(name)
+            ratio = r and (1.0 if name == plain else r["ratio"].get(plain, [0.0])[0])
+            rate = r and digits(r["case"]["N"] / r["median"])
+            cells += [timed(r), digits(ratio), rate, size(r["peak"])] if r else [""] * 4
+        body.append([*cells, size(kept) if kept else "nothing"])
+    if not body:
+        return NOTHING
+    head = [f"{label} {what}" for label in ("CPU", "GPU") for what in ("step", "of CE's", "images/s", "peak")]
+    case = next(iter(records))["case"]
+    words = (
+        f"A training step with each method of `experiments.run`, ResNet-{case['depth']} on {case['size']}x"
+        f"{case['size']} images, C = {case['C']}: its time, its time over plain cross-entropy's, images a "
+        "second, peak memory beyond what was held before, and what the method keeps beside the network it "
+        f"trains, for {case['M']} training images."
+    )
+    text = noted(f"{words}\n\n{table(['method', *head, 'kept'], body)}")
+    return f"{text}\n\n<sub>{provenance(records)}.</sub>"
+
+
 BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "speed": speed_block,
     "loss": functools.partial(each_backend, bench="loss", mode="both", write=loss_table),
@@ -310,7 +344,6 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "step": step_block,
     "targets": lambda records: target_table(targets.judge(records, records[0]["env"]["kind"])),
 }
-KINDS = {"cpu": "cpu", "gpu": "cuda"}
 NAMES = [f"{label}-{name}" for label in KINDS for name in BLOCKS]
 
 
@@ -319,6 +352,8 @@ def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESUL
     if name in EFFICACY:
         preset = EFFICACY[name]
         return (study_block if preset in efficacy.STUDIES else efficacy_block)(preset, folder)
+    if name == TABLE_1:
+        return methods_block(results)
     label, what = name.split("-")
     needed, parts = what if what in ("vote", "step", "distill") else "loss", []
     for records in results.values():
@@ -350,8 +385,8 @@ def renewed(text: str, folder: Path = files.RESULTS) -> str:
 
     def renew(found: re.Match) -> str:
         name, old = found.groups()
-        if name not in (*NAMES, *EFFICACY):
-            raise ValueError(f"there is no block {name}; there are {', '.join((*NAMES, *EFFICACY))}")
+        if name not in (names := (*NAMES, *EFFICACY, TABLE_1)):
+            raise ValueError(f"there is no block {name}; there are {', '.join(names)}")
         body = block(name, results, folder)
         if not old and body == NOTHING:
             return found[0]

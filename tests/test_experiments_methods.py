@@ -178,7 +178,7 @@ def in_two_processes(rank, out, port, names):
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Weights stay alike on both ranks, and what each rank keeps of its own is resumed from."""
-    names = "rm,mrkd,cskd,ddgsd,byot,ctc,ctc2,dkd"
+    names = "rm,mrkd,cskd,ddgsd,byot,ctc,ctc2,dkd,pskd,ols,uskd,bake,maxsup"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
