@@ -125,6 +125,17 @@ def test_shorter_and_longer_batches():
         past = images, labels, logits
 
 
+def test_gradients_to_the_images():
+    mix = mixer((0, 0, 4, 2), num_classes=3)
+    mix(torch.randn(2, 1, 4, 4), torch.tensor([0, 1]))
+    x = torch.randn(2, 1, 4, 4, requires_grad=True)
+    images, *_ = mix(x, torch.tensor([0, 1]))
+    images.sum().backward()
+    assert (x.grad[:, :, 2:] == 1).all()
+    assert (x.grad[:, :, :2] == 0).all()
+    assert not mix.images.requires_grad
+
+
 def test_boxes_follow_the_law_and_the_generator():
     mix = methods.RecursiveMix(0.4)
     torch.manual_seed(0)
@@ -340,6 +351,9 @@ def test_losses_have_the_gradient_of_plain_autograd():
 
 def test_normalizer_is_of_the_first_batch_and_stays():
     memory, index = small(), torch.arange(4)
+    memory.eval().contrast_loss(embeddings(seed=7), embeddings(seed=8), index)
+    assert (memory.normalizer == -1).all(), "validation before the first batch"
+    memory.train()
     first = (embeddings() @ memory.frozen_memory.T / 0.1).exp()
     sampled = memory.draw(index)
     memory.contrast_loss(embeddings(), embeddings(seed=1), index, sampled=sampled)
@@ -455,8 +469,19 @@ def test_bad_memory_is_named():
             memory.instance_loss(*given)
     with pytest.raises(ValueError, match="e_frozen must have the shape of e"):
         memory.contrast_loss(e, e[:3], index)
-    with pytest.raises(ValueError, match=r"sampled must have shape \(4, K \+ 1\), got \(3, 5\)"):
-        memory.contrast_loss(e, e, index, sampled=torch.zeros(3, 5, dtype=torch.long))
+    for sampled, error, message in (
+        (
+            torch.zeros(3, 5).long(),
+            ValueError,
+            r"sampled must have shape \(4, K \+ 1\) and be on cpu, got \(3, 5\)",
+        ),
+        (torch.zeros(4, 1).long(), ValueError, r"sampled must have shape \(4, K \+ 1\)"),
+        (torch.zeros(4).long(), ValueError, r"sampled must have shape \(N, K \+ 1\), got \(4,\)"),
+        (torch.zeros(4, 5), TypeError, "sampled must be int64"),
+        (torch.full((4, 5), 12), IndexError, r"sampled\[0, 0\] = 12 is outside \[0, 12\)"),
+    ):
+        with pytest.raises(error, match=message):
+            memory.contrast_loss(e, e, index, sampled=sampled)
     for error, message, options in (
         (ValueError, "num_samples must be at least 2", {"M": 1}),
         (ValueError, "dim must be at least 1", {"dim": 0}),

@@ -366,18 +366,21 @@ def features(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     _same_device(name, x, other_name, other)
 
 
-def sample_index(x: Tensor, size: int) -> None:
-    """``index`` (N,) int64 of samples in a store; on the CPU in [0, size), elsewhere not looked at."""
-    _tensor("index", x)
-    if x.dim() != 1:
-        raise ValueError(f"index must have shape (N,), one sample a row, got {_shape(x)}")
+def sample_index(x: Tensor, size: int, name: str = "index", shape: str = "(N,)") -> None:
+    """Samples of a store, int64; on the CPU in [0, size), elsewhere not looked at. ``shape``: its axes."""
+    _tensor(name, x)
+    if x.dim() != 1 + shape.count(", "):
+        raise ValueError(f"{name} must have shape {shape}, got {_shape(x)}")
     if x.dtype != torch.int64:
-        raise TypeError(f"index must be int64, got {x.dtype}")
+        raise TypeError(f"{name} must be int64, got {x.dtype}")
     if x.device.type == "cpu":
         outside = (x < 0) | (x >= size)
         if outside.any():
-            i = int(outside.nonzero()[0])
-            raise IndexError(f"index[{i}] = {int(x[i])} is outside [0, {size}), the samples of the store")
+            i = outside.nonzero()[0].tolist()
+            where = ", ".join(map(str, i))
+            raise IndexError(
+                f"{name}[{where}] = {int(x[tuple(i)])} is outside [0, {size}), a store's samples"
+            )
 
 
 def images(x: Tensor) -> None:

@@ -77,10 +77,8 @@ class InstanceMemory(nn.Module):
     ) -> None:
         super().__init__()
         M, dim = checks.count("num_samples", num_samples, 2), checks.count("dim", dim, 1)
-        self.temperature, self.momentum = (
-            checks.temperature(temperature),
-            checks.number("momentum", momentum, 0, 1),
-        )
+        self.temperature = checks.temperature(temperature)
+        self.momentum = checks.number("momentum", momentum, 0.0, 1.0)
         self.negatives = checks.count("negatives", negatives, 1)
         for name in ("memory", "frozen_memory"):
             self.register_buffer(name, torch.empty(M, dim).uniform_(-1, 1) * math.sqrt(3 / dim))
@@ -114,34 +112,36 @@ class InstanceMemory(nn.Module):
         negatives drawn here.
         """
         checks.alike("e_frozen", e_frozen, "e", e)
-        x, index, valid = self._batch("e", e, index)
         y, *_ = self._batch("e_frozen", e_frozen, index)
-        sampled = self.draw(index) if sampled is None else sampled
-        if sampled.dim() != 2 or len(sampled) != len(index) or sampled.shape[1] < 2:
-            raise ValueError(f"sampled must have shape ({len(index)}, K + 1), got {tuple(sampled.shape)}")
+        x, index, valid = self._batch("e", e, index)
+        sampled, M = self.draw(index) if sampled is None else sampled, len(self.memory)
+        checks.sample_index(sampled, M, "sampled", "(N, K + 1)")
+        if len(sampled) != len(index) or sampled.shape[1] < 2 or sampled.device != index.device:
+            raise ValueError(
+                f"sampled must have shape ({len(index)}, K + 1) and be on {index.device}, got "
+                f"{tuple(sampled.shape)} on {sampled.device}"
+            )
+        sampled = sampled.clamp(0, M - 1)  # elsewhere than on the CPU values are not looked at
 
         def exponentials(x: Tensor, store: Tensor) -> Tensor:
             return (F.linear(x, store).gather(1, sampled) / self.temperature).exp()  # (N, K + 1)
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
-            found = exponentials(x, self.frozen_memory), exponentials(y, self.memory)
+            found, scale = (
+                (exponentials(x, self.frozen_memory), exponentials(y, self.memory)),
+                self.normalizer,
+            )
             if not self.has_normalizer:
-                means = torch.stack([x.detach().nanmean() for x in found]) * len(self.memory)
-                self.normalizer.copy_(_everyones(means[None]).mean(0))
-                self.has_normalizer = True
-            return sum(self._nce(x / Z) for x, Z in zip(found, self.normalizer, strict=True))
+                scale = M * _everyones(torch.stack([x.detach().nanmean() for x in found])[None]).mean(0)
+                if self.training:
+                    self.normalizer.copy_(scale)
+                    self.has_normalizer = True
+            return sum(_nce(x / Z, M) for x, Z in zip(found, scale, strict=True))
 
         value = _with_gradient(loss, x, y)
         self._move(self.memory, x, index, valid)
         self._move(self.frozen_memory, y, index, valid)
         return value
-
-    def _nce(self, x: Tensor) -> Tensor:
-        """Mean over the samples of x (N, K + 1), the sample itself first."""
-        noise = (x.shape[1] - 1) / len(self.memory)
-        first, others = x[:, 0], x[:, 1:]
-        each = (first / (first + noise + EPSILON)).log() + (noise / (others + noise + EPSILON)).log().sum(1)
-        return -each.mean()
 
     def draw(self, index: Tensor) -> Tensor:
         """``index`` (N,) and K samples of other classes each: (N, K + 1)."""
@@ -173,7 +173,7 @@ class InstanceMemory(nn.Module):
         if self.training:
             e, index, valid = _everyones(e.detach()), _everyones(index), _everyones(valid)
             old = store[index]
-            new = F.normalize(self.momentum * old + (1 - self.momentum) * e, eps=0)
+            new = F.normalize(self.momentum * old + (1 - self.momentum) * e)
             new = torch.where(valid[:, None], new, old)
             last = ((index[:, None] == index) * torch.arange(len(index), device=index.device)).amax(1)
             store[index] = new[last]  # equal rows at an index that stands twice
@@ -188,6 +188,14 @@ class InstanceMemory(nn.Module):
 def _look_at_the_normalizer(module: InstanceMemory, _: object) -> None:
     """After load_state_dict."""
     module.has_normalizer = bool(module.normalizer[0] >= 0)
+
+
+def _nce(x: Tensor, M: int) -> Tensor:
+    """Mean over the samples of x (N, K + 1), the sample itself first."""
+    noise = (x.shape[1] - 1) / M
+    first, others = x[:, 0], x[:, 1:]
+    each = (first / (first + noise + EPSILON)).log() + (noise / (others + noise + EPSILON)).log().sum(1)
+    return -each.mean()
 
 
 def _everyones(x: Tensor) -> Tensor:

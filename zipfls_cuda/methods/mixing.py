@@ -80,7 +80,7 @@ class RecursiveMix(nn.Module):
         box = (0, 0, W, H)
         if not self.training:
             return images, labels, box
-        images, share = images.detach().clone(), 0.0
+        images, share = images.clone(), 0.0
         if self.images is not None:
             kept = (("images", images, self.images, "channels"), ("target", labels, self.labels, "classes"))
             for name, x, past, what in kept:
@@ -94,7 +94,7 @@ class RecursiveMix(nn.Module):
                 size = (y1 - y0, x1 - x0)
                 images[:, :, y0:y1, x0:x1] = F.interpolate(_rows(self.images, N).to(images), size)  # nearest
                 labels = (1 - share) * labels + share * _rows(self.labels, N).to(labels)
-        self.images, self.labels, self.share = images, labels, share
+        self.images, self.labels, self.share = images.detach(), labels, share
         self.past_logits, self.logits = self.logits, None
         return images, labels, box
 
