@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -533,3 +533,46 @@ def test_loss_takes_its_gradient_and_no_more(backend, device, distilled):
         return torch.autograd.grad(loss, x)
 
     assert peak_of(call) <= 1.01 * x.nbytes
+
+
+def test_instance_memory(backend, device):
+    """As on the CPU, without synchronisation; an index outside gives NaN, and the store stays as it is."""
+    torch.manual_seed(0)
+    on_cpu = zls.methods.InstanceMemory(50, 8, temperature=0.2, momentum=0.5, negatives=16)
+    memory = zls.methods.InstanceMemory(50, 8, temperature=0.2, momentum=0.5, negatives=16).to(device)
+    memory.load_state_dict(on_cpu.state_dict())
+    e, index = F.normalize(torch.randn(6, 8)), torch.tensor([3, 9, 3, 0, 49, 7])
+    sampled = on_cpu.draw(index)
+    results = []
+    for one, where in ((on_cpu, "cpu"), (memory, device)):
+        x, i, drawn = e.to(where).requires_grad_(), index.to(where), sampled.to(where)
+        one.draw(i)
+        with no_synchronisation() if where == device else nullcontext():
+            loss = one.instance_loss(x, i) + one.contrast_loss(x, x.detach().flip(1), i, sampled=drawn)
+            loss.backward()
+        results.append([loss.detach(), x.grad, *one.state_dict().values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-5)
+    before, bad = memory.memory.clone(), torch.tensor([5, 50, -1, 2**40, 6, 7], device=device)
+    x = e.to(device).requires_grad_()
+    loss = memory.instance_loss(x, bad)
+    loss.backward()
+    torch.cuda.synchronize()  # raises if the context is lost
+    assert loss.isnan()
+    assert x.grad.isfinite().all(1).tolist() == [True, False, False, False, True, True]
+    assert torch.equal(memory.memory[[0, 49]], before[[0, 49]])
+
+
+def test_recursive_mix(backend, device):
+    """A step waits for nothing: mixing, pooling, the consistency term."""
+    mix = zls.methods.RecursiveMix(num_classes=37, backend=backend)
+    made = [torch.randn(4, 3, 32, 32, device=device) for _ in range(3)]
+    target, maps = torch.arange(4, device=device), torch.randn(4, 16, 8, 8, device=device)
+    weight = torch.randn(37, 16, device=device, requires_grad=True)
+    mix.draw = lambda H, W: (4, 8, 20, 30)
+    for k, images in enumerate(made):
+        with no_synchronisation() if k == 2 else nullcontext():  # by then every kernel is loaded
+            _, soft, box = mix(images, target)
+            roi_logits, logits = F.linear(mix.pool(maps, box), weight), F.linear(maps.mean((2, 3)), weight)
+            (F.cross_entropy(logits, soft) + mix.consistency(roi_logits, logits)).backward()
+    assert weight.grad.isfinite().all()

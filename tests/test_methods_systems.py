@@ -427,6 +427,7 @@ def test_an_index_outside_on_another_device_gives_nan(monkeypatch):
     loss.backward()
     assert loss.isnan()
     assert x.grad[[0, 3]].isfinite().all()
+    assert x.grad[[1, 2]].isnan().all()
     assert torch.equal(memory.memory[[0, 11]], before[[0, 11]]), "where they were clamped to"
     assert not torch.equal(memory.memory[3], before[3])
     assert memory.memory.isfinite().all()

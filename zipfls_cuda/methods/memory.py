@@ -164,7 +164,7 @@ class InstanceMemory(nn.Module):
                 "memory.to(device) moves the store"
             )
         valid = (index >= 0) & (index < M)
-        x = torch.where(valid[:, None], e.to(self.memory.dtype), math.nan)
+        x = e.to(self.memory.dtype) * torch.where(valid, 1.0, math.nan)[:, None]  # the gradient too is NaN
         return x, index.clamp(0, M - 1), valid
 
     @torch.no_grad()
