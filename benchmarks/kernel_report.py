@@ -151,6 +151,7 @@ def distill_case(
     teacher: torch.dtype | None = None,
     target: bool = True,
     weight: bool = False,
+    table: bool = False,
     **options,
 ) -> Case:
     """A call of distill_fwd, by default for DKD at T = 4; ``label`` says what is special about it."""
@@ -168,6 +169,7 @@ def distill_case(
             torch.empty(N, C, dtype=teacher or dtype),
             torch.empty(N, dtype=torch.int64) if target else None,
             torch.empty(N, dtype=FP64 if dtype == FP64 else FP32) if weight else None,
+            torch.empty(N, dtype=torch.int64) if table else None,
             *settings.values(),
         )
 
@@ -270,6 +272,7 @@ def distill_cases() -> Iterator[Case]:
         yield distill_case(256, C, FP32, "everything", reduction="none", **everything)
         yield distill_case(256, C, label="T=1", temperature=1.0, form="cross_entropy", soft_target_weight=1.0)
         yield distill_case(256, C, label="no target", target=False)
+        yield distill_case(256, C, label="by index", table=True)
         yield distill_case(256, C, label="plain CE", tckd_weight=0.0, nckd_weight=0.0, reduction="sum")
         yield distill_case(256, C, label="float32 teacher", teacher=FP32)
         yield distill_case(256, C, FP32, "bfloat16 teacher", teacher=BF16)

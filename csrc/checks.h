@@ -117,15 +117,26 @@ inline void check_loss(const at::Tensor& logits, const at::Tensor& target,
   check_reduction(reduction);
 }
 
-/// logits, teacher (N, C); target (N,) int64 or none; sample_weight (N,) in the accumulation type.
+/// logits, teacher (N, C), or teacher (R, C) with teacher_index (N,) int64; target (N,) int64 or
+/// none; sample_weight (N,) in the accumulation type.
 inline void check_distill(const at::Tensor& logits, const at::Tensor& teacher,
                           const std::optional<at::Tensor>& target,
-                          const std::optional<at::Tensor>& sample_weight, double temperature,
+                          const std::optional<at::Tensor>& sample_weight,
+                          const std::optional<at::Tensor>& teacher_index, double temperature,
                           std::string_view form, std::string_view reduction) {
-  const int64_t N = check_logits(logits);
+  const int64_t N = check_logits(logits), C = logits.size(1);
   check_float(teacher, "teacher");
-  TORCH_CHECK_VALUE(teacher.sizes() == logits.sizes(), "teacher must have shape ", logits.sizes(),
-                    ", got ", teacher.sizes());
+  if (teacher_index.has_value()) {
+    TORCH_CHECK_VALUE(teacher.dim() == 2 && teacher.size(0) > 0 && teacher.size(1) == C,
+                      "teacher must have shape (R, ", C, "), got ", teacher.sizes());
+    TORCH_CHECK_VALUE(teacher_index->dim() == 1 && teacher_index->size(0) == N,
+                      "teacher_index must have shape (", N, ",), got ", teacher_index->sizes());
+    check_type(*teacher_index, "teacher_index", at::kLong);
+    check_same_device(*teacher_index, "teacher_index", logits);
+  } else {
+    TORCH_CHECK_VALUE(teacher.sizes() == logits.sizes(), "teacher must have shape ", logits.sizes(),
+                      ", got ", teacher.sizes());
+  }
   check_same_device(teacher, "teacher", logits);
   if (target.has_value()) {
     check_target(*target, N);

@@ -637,6 +637,7 @@ class Taught(NamedTuple):
     teacher: torch.Tensor  # (N, C), of the same type or of the accumulation type
     target: torch.Tensor | None  # (N,) int64
     sample_weight: torch.Tensor | None  # (N,)
+    index: torch.Tensor | None = None  # (N,) int64: the teacher is a table (R, C)
 
 
 def taught(N=5, C=12, dtype=torch.float32, *, wide=False, seed=0, scale=2.0) -> Taught:
@@ -660,7 +661,9 @@ def split(options: dict) -> tuple[dict, dict]:
 def distill_case(case: Taught, **options) -> Case:
     """A call of distill_fwd, as register.cpp would make it."""
     o, header = split(options)
-    z, t, target, weight = case
+    by_index = header.pop("by_index", case.index is not None)  # else rows were taken before
+    table_rows = header.pop("table_rows", len(case.teacher))
+    z, t, target, weight, index = case
     A = reference.accumulation_dtype(z.dtype)
     mean = o["reduction"] == "mean"
     gap = header.get("row_gap", 0)
@@ -680,9 +683,10 @@ def distill_case(case: Taught, **options) -> Case:
         **header,
     )
     flags = (t.dtype != z.dtype, target is not None, weight is not None, o["form"] == "divergence")
-    data += struct.pack("4q5d", *flags, *(o[term] for term in TERMS[1:]), o["temperature"])
+    table = (index is not None, by_index, table_rows)
+    data += struct.pack("7q5d", *flags, *table, *(o[term] for term in TERMS[1:]), o["temperature"])
     arrays = [spaced(z, gap), spaced(t, gap)]
-    arrays += [x for x in (target, None if weight is None else weight.to(A)) if x is not None]
+    arrays += [x for x in (target, None if weight is None else weight.to(A), index) if x is not None]
     return Case(data + raw(arrays), outputs_of(z, o["reduction"], o["with_grad"]))
 
 
@@ -692,7 +696,7 @@ def distill_by_reference(case: Taught, dtype, **options) -> tuple[torch.Tensor, 
     weight = None if case.sample_weight is None else case.sample_weight.to(A)
     values = list(o.values())
     *parts, grad, scale = reference.distill_fwd(
-        case.logits.to(dtype), case.teacher.to(A), case.target, weight, *values
+        case.logits.to(dtype), case.teacher.to(A), case.target, weight, case.index, *values
     )
     return *parts, grad.to(A) * scale if scale.numel() else grad
 
@@ -839,6 +843,31 @@ def test_distillation_out_of_range(drivers, tmp_path):
         assert mean[0].isnan()
         assert mean[3][row].isnan().all()
         assert mean[3][good].isfinite().all()
+
+
+def test_distillation_rows_of_a_table(drivers, tmp_path):
+    """Rows by index, held and of several parts; of those taken before only an index outside is looked at."""
+    calls = []
+    for C, dtype in itertools.product((16, 64, 5008), DTYPES):
+        case, table = taught(5, C, dtype, seed=C), taught(3, C, dtype, seed=1).teacher
+        for target in (case.target, None):
+            given = case._replace(teacher=table, index=torch.tensor([2, 0, 1, 2, 2]), target=target)
+            options = {"temperature": 2.0, **ALL} if target is not None else {"kd_weight": 1.0}
+            calls.append((given, options | {"blocks": 1 + len(calls) % 3, "threads": 32 * (len(calls) % 3)}))
+    check_distill(drivers["plain"], tmp_path, calls)
+    for bad, by_index in itertools.product((-1, 3, 2**40), (True, False)):
+        case, table = taught(5, 16), taught(3 if by_index else 5, 16, seed=1).teacher
+        index = torch.tensor([2, 0, 1, 2, 2])
+        rows = table[index] if by_index else table
+        expected = distill_by_reference(case._replace(teacher=rows), torch.float32, reduction="none", **ALL)
+        index[3] = bad
+        given = case._replace(teacher=table, index=index)
+        data = distill_case(given, by_index=by_index, table_rows=3, reduction="none", **ALL)
+        ((faults, got),) = execute(drivers["sanitized"], [data], tmp_path)
+        assert not faults
+        for a, b in zip(got[:4], expected):
+            assert a[3].isnan().all()
+            torch.testing.assert_close(a[[0, 1, 2, 4]], b[[0, 1, 2, 4]])
 
 
 def test_distillation_of_no_sample(drivers, tmp_path):

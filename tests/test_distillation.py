@@ -416,6 +416,63 @@ def test_sample_weight_of_zero(backend, device):
     assert torch.equal(grad[rows], wanted[rows])
 
 
+@pytest.mark.parametrize("C", [9, 64, 3000])
+def test_rows_of_a_table(backend, device, C):
+    """teacher_index: as with the rows taken before, whatever their type and strides."""
+    z, _, y = make(5, C, device=device)
+    table, index = make(7, C, device=device)[1], torch.tensor([6, 0, 0, 3, 5], device=device)
+    weight = torch.rand(5, device=device)
+    y[3] = -100
+    for dtype in DTYPES:
+        for given in (table, table.to(torch.bfloat16), table.t().contiguous().t()):
+            options = {"temperature": 2.0, "sample_weight": weight, "backend": backend, **ALL}
+            x = z.to(dtype)
+            ours = run(x, given, y, teacher_index=index, **options)
+            theirs = run(x, given[index], y, **options)
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    options = {"ce_weight": 0.0, "kd_weight": 1.0, "backend": backend, "reduction": "none"}
+    ours, theirs = run(z, table, None, teacher_index=index, **options), run(z, table[index], None, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_table_in_the_memory_of_the_logits(backend, device):
+    """inplace=True: a row that another sample's gradient overwrites is copied before."""
+    for C in (9, 64):
+        z, _, y = make(5, C, device=device)
+        index = torch.tensor([4, 0, 0, 3, 1], device=device)
+        options = {"backend": backend, "temperature": 2.0, **ALL}
+        for by_index in (True, False):
+            expected = run(z, z[index] if by_index else z[:1].expand_as(z), y, **options)[1]
+            logits = z.clone().requires_grad_() * 1
+            teacher = logits.detach() if by_index else logits.detach()[:1].expand_as(z)
+            options["teacher_index"] = index if by_index else None
+            zls.distillation_loss(logits, teacher, y, inplace=True, **options).backward()
+            del options["teacher_index"]
+            torch.testing.assert_close(logits.detach(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_index_out_of_range(backend, device):
+    """IndexError on the CPU, NaN of that sample elsewhere; an ignored sample's index is not read."""
+    for C in (9, 64):
+        z, _, y = make(5, C, device=device)
+        table = make(3, C, device=device)[1]
+        for bad in (-1, 3, 2**40):
+            index = torch.tensor([0, bad, 2, 1, 1], device=device)
+            options = {"teacher_index": index, "reduction": "none", "backend": backend, **ALL}
+            if device.type == "cpu" and backend in ("reference", "cpu"):
+                with pytest.raises(IndexError, match=rf"teacher_index\[1\] = {bad} is outside \[0, 3\)"):
+                    run(z, table, y, **options)
+            else:
+                loss, grad = run(z, table, y, **options)
+                assert loss.isnan().tolist() == grad.isnan().all(1).tolist() == [False, True, *[False] * 3]
+            ignored = y.clone()
+            ignored[1] = -100
+            loss, grad = run(z, table, ignored, **options)
+            assert loss[1] == 0
+            assert (grad[1] == 0).all()
+            assert grad.isfinite().all()
+
+
 def test_bitwise_repeatable_and_whatever_the_strides(backend, device):
     z, t, y = make(64, 200, device=device)
     weight = torch.rand(64, device=device)
@@ -568,14 +625,18 @@ def test_operators_guard_memory():
         (z, t, y, w[:4]), (z, t, y, w.double()), (z.long(), t, y, w),
         (z, t.long(), y, w), (z, t, y + 9, w), (z, t, y - 9, w),
     ]  # fmt: skip
+    bad = [(*args, None) for args in bad]
+    i = torch.arange(5)
+    bad += [(z, t, y, w, index) for index in (i[:4], i.int(), i + 1, i - 1, i[None])]
+    bad += [(z, table, y, w, i * 0) for table in (t[:0], t[:, :8], t[0])]
     for args in bad:
         with pytest.raises((ValueError, TypeError, IndexError)):
             ops.OPERATORS["distill_fwd", "cpu"](*args, *tail, True)
     for options in (("kl", -100, "mean"), ("divergence", -100, "avg")):
         with pytest.raises(ValueError, match="must be"):
-            ops.OPERATORS["distill_fwd", "cpu"](z, t, y, w, *tail[:6], *options, True)
+            ops.OPERATORS["distill_fwd", "cpu"](z, t, y, w, None, *tail[:6], *options, True)
     with pytest.raises(ValueError, match="logits must be contiguous"):
-        ops.OPERATORS["distill_grad_", "cpu"](torch.randn(5, 18)[:, ::2], t, y, w, *tail)
+        ops.OPERATORS["distill_grad_", "cpu"](torch.randn(5, 18)[:, ::2], t, y, w, None, *tail)
 
 
 def test_backends_without_it():
@@ -595,7 +656,33 @@ def test_backends_without_it():
 
 X, T, Y = make()
 W = torch.ones(5)
+INDEX = torch.arange(5)
 BAD = [
+    (
+        lambda: zls.distillation_loss(X, T[:0], Y, teacher_index=INDEX),
+        ValueError,
+        r"teacher must have shape \(R, 9\) beside teacher_index, got \(0, 9\)",
+    ),
+    (
+        lambda: zls.distillation_loss(X, T[:, :8], Y, teacher_index=INDEX),
+        ValueError,
+        r"teacher must have shape \(R, 9\) beside teacher_index, got \(5, 8\)",
+    ),
+    (
+        lambda: zls.distillation_loss(X, T, Y, teacher_index=INDEX[:4]),
+        ValueError,
+        r"teacher_index must have shape \(5,\), one row of teacher per row of logits, got \(4,\)",
+    ),
+    (
+        lambda: zls.distillation_loss(X, T, Y, teacher_index=INDEX.int()),
+        TypeError,
+        "teacher_index must be int64, got torch.int32",
+    ),
+    (
+        lambda: zls.distillation_loss(X, T, Y, teacher_index=INDEX.to("meta")),
+        ValueError,
+        "teacher_index must be on the device of logits, cpu, got meta",
+    ),
     (lambda: zls.distillation_loss([1.0], T, Y), TypeError, "logits must be a torch.Tensor, got list"),
     (lambda: zls.distillation_loss(X[:, :1], T, Y), ValueError, "logits must have at least 2 classes"),
     (lambda: zls.distillation_loss(X, None, Y), TypeError, "teacher must be a torch.Tensor, got NoneType"),

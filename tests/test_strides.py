@@ -65,9 +65,10 @@ def calls(device):
             yield "label_fwd", (y, v, mass, C, -100)
     yield "loss_grad_", (z, y, *tail, -100, "sum")
     yield "loss_grad_", (z, soft, *tail, -100, "mean")
-    distilled = (z.flip(0), y, rows, 1.0, 0.5, 0.2, 0.3, 0.1, 4.0, "divergence", -100)
+    distilled = (z.flip(0), y, rows, None, 1.0, 0.5, 0.2, 0.3, 0.1, 4.0, "divergence", -100)
     yield "distill_fwd", (z, *distilled, "none", True)
     yield "distill_grad_", (z, *distilled, "mean")
+    yield "distill_fwd", (z, *distilled[:3], y.clamp(min=0) % len(z), *distilled[4:], "sum", True)
     for upstream in (scalar, rows):
         yield "loss_bwd", (z, upstream, scalar)
         yield "loss_bwd_", (z, upstream, scalar)

@@ -290,6 +290,7 @@ def distill_args(
     teacher=None,
     target=True,
     weight=False,
+    index=None,
     terms=EVERY_TERM,
     temperature=2.5,
     form="divergence",
@@ -305,7 +306,7 @@ def distill_args(
         y[1] = -100
     w = torch.rand(N, dtype=reference.accumulation_dtype(dtype)) if weight else None
     terms = terms if target else (0.0, 0.9, 0.0, 0.0, 0.0)
-    args = map(placed, (z, t, y if target else None, w))
+    args = map(placed, (z, t, y if target else None, w, index))
     return (*args, *terms, temperature, form, -100, reduction, with_grad)
 
 
@@ -471,6 +472,19 @@ def test_distill_out_of_range_poisons_its_row_alone(distill_kernel):
         torch.testing.assert_close(x[:2].cpu(), y[:2])
     args[-2] = "mean"
     assert triton_kernels.distill_fwd(*args)[0].isnan()
+
+
+@pytest.mark.parametrize("C", [40, 77])
+def test_distill_rows_of_a_table(distill_kernel, C):
+    """Read where they are if they are made of whole vectors (40 classes), gathered otherwise."""
+    table, index = torch.randn(3, C, dtype=torch.float64), torch.tensor([2, 0, 2, 1, 1])
+    for target in (True, False):
+        args = distill_args(5, C, torch.float64, teacher=table, index=index, target=target, reduction="none")
+        ours = assert_distilled(args)
+        args = list(args)
+        args[1:5:3] = table[index], None
+        for x, y in zip(ours, triton_kernels.distill_fwd(*args), strict=True):
+            assert torch.equal(x, y)
 
 
 def test_distill_float16_mean_leaves_the_denominator_to_backward():

@@ -199,9 +199,10 @@ def distill_row(device, backend, operator, dtype, case: DistillCase) -> Prepared
         if operator == "distillation_loss":
             logits = logits.clone().requires_grad_()
             parts = functional.distillation_loss(
-                logits, *others[:2], sample_weight=others[2], ce_weight=a, kd_weight=kd, tckd_weight=tckd,
-                nckd_weight=nckd, soft_target_weight=soft, temperature=case.temperature, form=case.form,
-                reduction=case.reduction, return_parts=True, backend=backend,
+                logits, *others[:2], sample_weight=others[2], teacher_index=others[3], ce_weight=a,
+                kd_weight=kd, tckd_weight=tckd, nckd_weight=nckd, soft_target_weight=soft,
+                temperature=case.temperature, form=case.form, reduction=case.reduction, return_parts=True,
+                backend=backend,
             )  # fmt: skip
             grad = torch.autograd.grad(parts[0], logits, torch.full_like(parts[0], upstream))
             return [*(part.detach() for part in parts), *grad, torch.empty(0)]

@@ -232,13 +232,34 @@ def which_samples(ignore_index: int, reduction: str) -> tuple[int, str]:
 
 
 def distillation_inputs(
-    logits: Tensor, teacher: Tensor, t: Tensor | None, sample_weight: Tensor | None, *, shard: bool = False
+    logits: Tensor,
+    teacher: Tensor,
+    t: Tensor | None,
+    sample_weight: Tensor | None,
+    teacher_index: Tensor | None = None,
+    *,
+    shard: bool = False,
 ) -> Tensor | None:
     """The tensors of ``distillation_loss``, as ``loss_inputs``; returns the target."""
-    N, _ = _logits(logits, shard)
+    N, C = _logits(logits, shard)
     _tensor("teacher", teacher)
-    if teacher.shape != logits.shape:
-        raise ValueError(f"teacher must have the shape of logits, {_shape(logits)}, got {_shape(teacher)}")
+    if teacher_index is None:
+        if teacher.shape != logits.shape:
+            raise ValueError(
+                f"teacher must have the shape of logits, {_shape(logits)}, got {_shape(teacher)}"
+            )
+    else:
+        if teacher.dim() != 2 or teacher.shape[1] != C or not len(teacher):
+            raise ValueError(f"teacher must have shape (R, {C}) beside teacher_index, got {_shape(teacher)}")
+        _tensor("teacher_index", teacher_index)
+        if teacher_index.shape != (N,):
+            raise ValueError(
+                f"teacher_index must have shape ({N},), one row of teacher per row of logits, "
+                f"got {_shape(teacher_index)}"
+            )
+        if teacher_index.dtype != torch.int64:
+            raise TypeError(f"teacher_index must be int64, got {teacher_index.dtype}")
+        _same_device("teacher_index", teacher_index, "logits", logits)
     _float("teacher", teacher)
     _same_device("teacher", teacher, "logits", logits)
     if t is not None:

@@ -374,7 +374,7 @@ def distill_fwd(
 
         def others(rows: Rows) -> tuple:
             of_rows = (None if x is None else x[rows] for x in (target, sample_weight))
-            return teacher.logits(rows, most)[1], *of_rows
+            return teacher.logits(rows, most)[1], *of_rows, None
 
         wanted = (of_input, of_weight, of_bias)
         return _run("distill", head, chunks, most, others, options, backend, wanted, factors, grad_loss)

@@ -181,6 +181,7 @@ class Taught(NamedTuple):
     teacher: Tensor  # (N, C)
     target: Tensor  # (N,) int64
     sample_weight: Tensor | None  # (N,)
+    teacher_index: Tensor | None  # (N,) int64
 
     def to(self, device: torch.device) -> Taught:
         return Taught(*(x if x is None else x.to(device) for x in self))
@@ -230,7 +231,9 @@ def distillation(case: DistillCase, dtype: torch.dtype) -> tuple[Taught, Expecte
     size = (a + soft) * (z.softmax(1) + onehot)
     size = size + T * (kd + tckd + nckd) * (log_p.exp() + q + log_p_others.exp() + q_others)
     x = Expected(*(y.detach() for y in (loss, ce, rest, grad, size * scale)), q, q)
-    return Taught(logits, teacher, target, weight if case.options else None), x
+    if not case.options:
+        return Taught(logits, teacher, target, None, None), x
+    return Taught(logits, teacher.flip(0), target, weight, torch.arange(N).flip(0)), x
 
 
 # Comparing ----------------------------------------------------------------------------------------------

@@ -447,6 +447,7 @@ class DistillationOptions(TypedDict, total=False):
     soft_target_weight: float
     form: str
     sample_weight: Tensor | None
+    teacher_index: Tensor | None
     ignore_index: int
     reduction: str
     num_items: float | Tensor | None
@@ -486,6 +487,7 @@ def distillation_loss(
     soft_target_weight: float = 0.0,
     form: str = "divergence",
     sample_weight: Tensor | None = None,
+    teacher_index: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     return_parts: bool = False,
@@ -516,6 +518,8 @@ def distillation_loss(
             -sum q log p for KL and likewise for TCKD and NCKD.
         sample_weight: (N,) any float type, w of each sample, of the T^2 terms alone and without gradient.
             Means do not divide by it.
+        teacher_index: (N,) int64, the row of each sample in ``teacher``, which is then a table (R, C): logits
+            kept by sample, or a row for every class. None: row i of sample i.
         ignore_index: as in F.cross_entropy.
         reduction: "mean" over the samples that are not ignored, "sum" or "none".
         return_parts: return (loss, ce, distillation), detached but for the loss: the unweighted
@@ -532,8 +536,8 @@ def distillation_loss(
     Raises:
         TypeError: an argument of the wrong type or dtype, by name.
         ValueError: an argument of a wrong shape or value, by name.
-        IndexError: a target out of range in CPU tensors (on other devices that sample's loss and gradient are
-            NaN).
+        IndexError: a target or teacher_index out of range in CPU tensors (on other devices that sample's loss
+            and gradient are NaN).
         RuntimeError: the named backend cannot serve; sample_weight requires grad.
 
     Example:
@@ -553,15 +557,17 @@ def distillation_loss(
     is_shard = process_group is not None or (type(logits) is not Tensor and checks.is_class_shard(logits, 1))
     if is_shard:
         logits, teacher, target, sample_weight, shard = sharded.distill_inputs(
-            logits, teacher, target, sample_weight, backend, process_group
+            logits, teacher, target, sample_weight, teacher_index, backend, process_group
         )
         forward = functools.partial(sharded.distill_fwd, shard)
     else:
-        target = checks.distillation_inputs(logits, teacher, target, sample_weight)
+        target = checks.distillation_inputs(logits, teacher, target, sample_weight, teacher_index)
         forward = ops.select("distill_fwd", backend, logits)
     if sample_weight is not None:
         sample_weight = sample_weight.detach().to(accumulation_dtype(logits))
     tensors = (teacher.detach(), target, sample_weight)
+    if not is_shard:
+        tensors = (*tensors, teacher_index)
     parts = autograd.loss(forward, logits, tensors, is_shard, options, inplace, backend, "distill_grad_")
     parts = per_item(parts, num_items)
     return parts if return_parts else parts[0]

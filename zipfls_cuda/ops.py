@@ -46,15 +46,15 @@ SCHEMAS = {
         "-> (Tensor loss, Tensor ce, Tensor zipf, Tensor grad_scale)"
     ),
     "distill_fwd": (
-        "(Tensor logits, Tensor teacher, Tensor? target, Tensor? sample_weight, float ce_weight, "
-        "float kd_weight, float tckd_weight, float nckd_weight, float soft_target_weight, float temperature, "
-        "str form, int ignore_index, str reduction, bool with_grad) "
+        "(Tensor logits, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? teacher_index, "
+        "float ce_weight, float kd_weight, float tckd_weight, float nckd_weight, float soft_target_weight, "
+        "float temperature, str form, int ignore_index, str reduction, bool with_grad) "
         "-> (Tensor loss, Tensor ce, Tensor distillation, Tensor grad, Tensor grad_scale)"
     ),
     "distill_grad_": (
-        "(Tensor(a!) logits, Tensor teacher, Tensor? target, Tensor? sample_weight, float ce_weight, "
-        "float kd_weight, float tckd_weight, float nckd_weight, float soft_target_weight, float temperature, "
-        "str form, int ignore_index, str reduction) "
+        "(Tensor(a!) logits, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? teacher_index, "
+        "float ce_weight, float kd_weight, float tckd_weight, float nckd_weight, float soft_target_weight, "
+        "float temperature, str form, int ignore_index, str reduction) "
         "-> (Tensor loss, Tensor ce, Tensor distillation, Tensor grad_scale)"
     ),
     "loss_bwd": "(Tensor grad, Tensor grad_loss, Tensor grad_scale) -> Tensor",

@@ -457,6 +457,7 @@ def distill_fwd(
     teacher: Tensor,
     target: Tensor | None,
     sample_weight: Tensor | None,
+    teacher_index: Tensor | None,
     ce_weight: float,
     kd_weight: float,
     tckd_weight: float,
@@ -476,9 +477,11 @@ def distill_fwd(
     over the classes: what is small beside it keeps its digits, and no logarithm is taken of what underflows.
 
     Args:
-        logits, teacher: (N, C) z and t, any float types; the arithmetic's is that of the logits.
+        logits, teacher: (N, C) z and t, any float types; the arithmetic's is that of the logits. The teacher
+            may be a table (R, C) beside a ``teacher_index``.
         target: (N,) int64; or None with kd_weight alone, when the teacher's largest class takes its place.
         sample_weight: (N,) w in the accumulation dtype, or None for 1.
+        teacher_index: (N,) int64, the teacher's row of each sample; None: the i-th of the i-th.
         form: "divergence", or "cross_entropy" without the teacher's entropies: -sum q log p.
         The others as for ``loss_fwd``. A term whose weight is 0 is skipped, and so is a class without mass.
 
@@ -488,13 +491,16 @@ def distill_fwd(
     """
     N, C = logits.shape
     dtype = accumulation_dtype(logits.dtype)
-    z, t = logits.to(dtype), teacher.to(dtype)
-    if target is None:
-        ignored = bad = torch.zeros(N, dtype=torch.bool, device=z.device)
-        y = argmax_lowest(t).long().clamp(min=0)
-    else:
+    z = logits.to(dtype)
+    ignored = bad = torch.zeros(N, dtype=torch.bool, device=z.device)
+    if target is not None:
         ignored = target == ignore_index
-        bad, y = _bad_rows(target, None, C, ignored), target.clamp(0, C - 1)
+        bad = _bad_rows(target, None, C, ignored)
+    if teacher_index is not None:
+        teacher, nobody = rows_by_index(teacher, teacher_index, ignored)
+        bad = bad | nobody
+    t = teacher.to(dtype)
+    y = argmax_lowest(t).long().clamp(min=0) if target is None else target.clamp(0, C - 1)
     at_target = F.one_hot(y, C).bool()
     m, m_t = (x.masked_fill(at_target, -torch.inf).amax(1) for x in (z, t))
     rows = DistillRows(z, t, at_target, finite_max(m), finite_max(m_t), temperature, form)
@@ -503,6 +509,19 @@ def distill_fwd(
     ce, distillation, factors = rows.losses(z_y, t_y, rows.sums(), sample_weight, *weights)
     dz = rows.gradient(*factors) if with_grad else z.new_empty(0)
     return distill_results(ce, distillation, dz, ignored, bad, ce_weight, reduction, logits.dtype, with_grad)
+
+
+def rows_by_index(table: Tensor, index: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (N, C) of a table (R, C), and for which samples (N,) bool the index is outside, unless ignored.
+
+    On the CPU that is an IndexError.
+    """
+    R = len(table)
+    bad = ((index < 0) | (index >= R)) & ~ignored
+    if index.device.type == "cpu" and bad.any():
+        i = int(bad.nonzero()[0])
+        raise IndexError(f"teacher_index[{i}] = {int(index[i])} is outside [0, {R})")
+    return table[index.clamp(0, R - 1)], bad
 
 
 def finite_max(m: Tensor) -> Tensor:

@@ -452,15 +452,24 @@ def distill_inputs(
     teacher: Tensor,
     target: Tensor | None,
     sample_weight: Tensor | None,
+    teacher_index: Tensor | None,
     backend: str | None,
     process_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Shard]:
-    """As ``loss_inputs``, of ``distillation_loss``; teacher (N, C/W) is a class shard as the logits are."""
+    """As ``loss_inputs``, of ``distillation_loss``; teacher (N, C/W) is a class shard as the logits are.
+
+    Its rows by ``teacher_index`` are taken here, NaN where the index is outside.
+    """
     logits, group = _local("logits", logits, 1, process_group)
     teacher, group = _local("teacher", teacher, 1, group)
     target, sample_weight = _replica("target", target), _replica("sample_weight", sample_weight)
+    teacher_index = _replica("teacher_index", teacher_index)
     _reference_alone(backend)
-    target = checks.distillation_inputs(logits, teacher, target, sample_weight, shard=True)
+    target = checks.distillation_inputs(logits, teacher, target, sample_weight, teacher_index, shard=True)
+    if teacher_index is not None:
+        nobody = torch.zeros_like(teacher_index, dtype=torch.bool)
+        teacher, bad = reference.rows_by_index(teacher, teacher_index, nobody)
+        teacher = teacher.masked_fill(bad[:, None], torch.nan)
     shard = _shard(group, logits.shape[1], len(logits), 0, logits if target is None else target)
     return logits, teacher, target, sample_weight, shard
 

@@ -120,8 +120,9 @@ ZIPFLS_INLINE void distill_row(const DistillFwd& a, const Scratch& scratch, int6
     if (grad_row != nullptr) __builtin_memset(grad_row, 0, C * sizeof(T));
     return;
   }
-  const T* const logits = static_cast<const T*>(a.logits) + i * a.logits_stride;     // (C,) T
-  const U* const teacher = static_cast<const U*>(a.teacher) + i * a.teacher_stride;  // (C,) U
+  const T* const logits = static_cast<const T*>(a.logits) + i * a.logits_stride;  // (C,) T
+  const int64_t source = a.teacher_index == nullptr ? i : a.teacher_index[i];
+  const U* const teacher = static_cast<const U*>(a.teacher) + source * a.teacher_stride;  // (C,) U
   const T* const z = padded_row<A>(logits, C, scratch.padded[0]);
   const U* const t = padded_row<A>(teacher, C, scratch.padded[1]);
   const int64_t y = a.target != nullptr ? a.target[i] : largest_class<A>(t, C);

@@ -79,11 +79,12 @@ struct LossFwd {
 /// distill_fwd: one call serves rows [begin, end).
 struct DistillFwd {
   int64_t C;
-  const void* logits;      // (N, C) T
-  int64_t logits_stride;   // elements from row to row
-  const void* teacher;     // (N, C) T or A
-  int64_t teacher_stride;  // elements from row to row
-  const int64_t* target;   // (N,) in [0, C) or ignore_index; null: the teacher's largest class
+  const void* logits;            // (N, C) T
+  int64_t logits_stride;         // elements from row to row
+  const void* teacher;           // (N, C) T or A; (R, C) by teacher_index
+  int64_t teacher_stride;        // elements from row to row
+  const int64_t* teacher_index;  // (N,) in [0, R) but for ignored samples; null: row i of sample i
+  const int64_t* target;  // (N,) in [0, C) or ignore_index; null: the teacher's largest class
   int64_t ignore_index;
   const void* sample_weight;  // (N,) A, or null
   double ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight;

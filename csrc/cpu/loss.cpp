@@ -250,14 +250,27 @@ Losses loss_grad__cpu(at::Tensor& logits, const at::Tensor& target,
                                 reduction));
 }
 
+/// IndexError that names the first row outside a table of R rows, of samples that are not ignored.
+void raise_outside_table(const at::Tensor& index, int64_t R, const at::Tensor& target,
+                         int64_t ignore_index) {
+  const auto* const rows = index.const_data_ptr<int64_t>();
+  const auto* const y = target.defined() ? target.const_data_ptr<int64_t>() : nullptr;
+  for (int64_t i = 0; i < index.size(0); i++) {
+    if ((y == nullptr || y[i] != ignore_index) && (rows[i] < 0 || rows[i] >= R))
+      TORCH_CHECK_INDEX(false, "teacher_index[", i, "] = ", rows[i], " is outside [0, ", R, ")");
+  }
+}
+
 /// reference.distill_fwd on CPU tensors; grad as of loss_into.
 Parts distill_into(const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& teacher,
                    const std::optional<at::Tensor>& target,
-                   const std::optional<at::Tensor>& sample_weight, double ce_weight,
+                   const std::optional<at::Tensor>& sample_weight,
+                   const std::optional<at::Tensor>& teacher_index, double ce_weight,
                    double kd_weight, double tckd_weight, double nckd_weight,
                    double soft_target_weight, double temperature, std::string_view form,
                    int64_t ignore_index, std::string_view reduction) {
-  check_distill(logits, teacher, target, sample_weight, temperature, form, reduction);
+  check_distill(logits, teacher, target, sample_weight, teacher_index, temperature, form,
+                reduction);
   const int64_t N = logits.size(0), C = logits.size(1);
   const auto type = accumulation_type(logits.scalar_type());
   const bool mean = reduction == "mean", with_grad = grad.dim() == 2;
@@ -265,7 +278,6 @@ Parts distill_into(const at::Tensor& grad, const at::Tensor& logits, const at::T
 
   const Dtype dtype = dtype_of(logits);
   const at::Tensor z = with_contiguous_rows(logits);
-  const at::Tensor t = with_contiguous_rows(same_type ? teacher : teacher.to(type));
   const at::Tensor y = target.has_value() ? target->contiguous() : at::Tensor();
   const at::Tensor w = sample_weight.has_value() ? sample_weight->contiguous() : at::Tensor();
   int64_t samples = N;
@@ -274,6 +286,19 @@ Parts distill_into(const at::Tensor& grad, const at::Tensor& logits, const at::T
     if (!totals.inside) raise_outside(&y, nullptr, C, &ignore_index);
     samples = totals.samples;
   }
+  at::Tensor index;
+  if (teacher_index.has_value()) {
+    index = teacher_index->contiguous();
+    raise_outside_table(index, teacher.size(0), y, ignore_index);
+  }
+  // Of a table that is to be copied, the rows of the samples alone.
+  const bool copied = !same_type || (teacher.stride(1) != 1 && C > 1);
+  at::Tensor t = teacher;  // (N, C), or (R, C) by index
+  if (index.defined() && copied) {
+    t = t.index_select(0, index.clamp(0, teacher.size(0) - 1));
+    index = at::Tensor();
+  }
+  t = with_contiguous_rows(same_type ? t : t.to(type));
   const double mean_scale = mean ? 1 / static_cast<double>(samples) : 1.0;
   const double scale = held_back(mean_scale, logits.scalar_type(), mean, with_grad);
   const auto row_losses = std::make_unique_for_overwrite<double[]>(2 * N);  // (2, N) float64
@@ -284,6 +309,7 @@ Parts distill_into(const at::Tensor& grad, const at::Tensor& logits, const at::T
   a.logits_stride = z.stride(0);
   a.teacher = t.const_data_ptr();
   a.teacher_stride = t.stride(0);
+  a.teacher_index = index.defined() ? index.const_data_ptr<int64_t>() : nullptr;
   a.target = y.defined() ? y.const_data_ptr<int64_t>() : nullptr;
   a.ignore_index = ignore_index;
   a.sample_weight = w.defined() ? w.const_data_ptr() : nullptr;
@@ -313,28 +339,30 @@ Parts distill_into(const at::Tensor& grad, const at::Tensor& logits, const at::T
 
 Parts distill_fwd_cpu(const at::Tensor& logits, const at::Tensor& teacher,
                       const std::optional<at::Tensor>& target,
-                      const std::optional<at::Tensor>& sample_weight, double ce_weight,
+                      const std::optional<at::Tensor>& sample_weight,
+                      const std::optional<at::Tensor>& teacher_index, double ce_weight,
                       double kd_weight, double tckd_weight, double nckd_weight,
                       double soft_target_weight, double temperature, std::string_view form,
                       int64_t ignore_index, std::string_view reduction, bool with_grad) {
   return distill_into(gradient_like(logits, with_grad), logits, teacher, target, sample_weight,
-                      ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight,
-                      temperature, form, ignore_index, reduction);
+                      teacher_index, ce_weight, kd_weight, tckd_weight, nckd_weight,
+                      soft_target_weight, temperature, form, ignore_index, reduction);
 }
 
 /// As reference.distill_grad_. A teacher in the logits' memory is copied: its rows may be other
 /// ones.
 Losses distill_grad__cpu(at::Tensor& logits, const at::Tensor& teacher,
                          const std::optional<at::Tensor>& target,
-                         const std::optional<at::Tensor>& sample_weight, double ce_weight,
+                         const std::optional<at::Tensor>& sample_weight,
+                         const std::optional<at::Tensor>& teacher_index, double ce_weight,
                          double kd_weight, double tckd_weight, double nckd_weight,
                          double soft_target_weight, double temperature, std::string_view form,
                          int64_t ignore_index, std::string_view reduction) {
   check_contiguous(logits, "logits");
-  return without_grad(distill_into(logits, logits,
-                                   teacher.is_alias_of(logits) ? teacher.clone() : teacher, target,
-                                   sample_weight, ce_weight, kd_weight, tckd_weight, nckd_weight,
-                                   soft_target_weight, temperature, form, ignore_index, reduction));
+  return without_grad(
+      distill_into(logits, logits, teacher.is_alias_of(logits) ? teacher.clone() : teacher, target,
+                   sample_weight, teacher_index, ce_weight, kd_weight, tckd_weight, nckd_weight,
+                   soft_target_weight, temperature, form, ignore_index, reduction));
 }
 
 /// out = in * grad_loss * grad_scale, row by row. in and out may be one tensor, which a scale of 1

@@ -68,6 +68,14 @@ Tensor with_aligned_rows(const Tensor& logits) {
       .copy_(logits);
 }
 
+/// Whether every row of x is made of whole 16-byte vectors, so that any row may stand beside any
+/// other of its type.
+bool whole_vectors(const Tensor& x) {
+  const auto itemsize = static_cast<int64_t>(x.element_size());
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(1) == 1 &&
+         x.size(1) * itemsize % 16 == 0 && x.stride(0) * itemsize % 16 == 0;
+}
+
 /// votes (N, P) with contiguous rows, as the kernels take them.
 OptionalTensor with_contiguous_rows(const OptionalTensor& votes) {
   if (!votes.has_value() || votes->size(1) <= 1 || votes->stride(1) == 1) return votes;
@@ -294,19 +302,26 @@ Losses loss_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& vo
 /// another type than the logits is first converted to the accumulation type.
 Parts distill_parts(const Tensor& given_logits, const Tensor& given_teacher,
                     const OptionalTensor& given_target, const OptionalTensor& given_weight,
-                    double ce_weight, double kd_weight, double tckd_weight, double nckd_weight,
-                    double soft_target_weight, double temperature, std::string_view form,
-                    int64_t ignore_index, std::string_view reduction, Gradient gradient) {
-  check_distill(given_logits, given_teacher, given_target, given_weight, temperature, form,
-                reduction);
+                    const OptionalTensor& given_index, double ce_weight, double kd_weight,
+                    double tckd_weight, double nckd_weight, double soft_target_weight,
+                    double temperature, std::string_view form, int64_t ignore_index,
+                    std::string_view reduction, Gradient gradient) {
+  check_distill(given_logits, given_teacher, given_target, given_weight, given_index, temperature,
+                form, reduction);
   const c10::cuda::CUDAGuard guard(given_logits.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const Dtype dtype = dtype_of(given_logits.scalar_type());
-  const bool wide = given_teacher.scalar_type() != given_logits.scalar_type();
-
   const Tensor logits = with_aligned_rows(given_logits);
-  const Tensor teacher = with_aligned_rows(
-      wide ? given_teacher.to(accumulation_type(given_logits.scalar_type())) : given_teacher);
+  const bool wide = given_teacher.scalar_type() != given_logits.scalar_type();
+  const bool by_index =
+      given_index.has_value() && !wide && whole_vectors(given_teacher) && whole_vectors(logits);
+  Tensor teacher = given_teacher;
+  OptionalTensor index;
+  if (given_index.has_value()) index = given_index->contiguous();
+  if (index.has_value() && !by_index)
+    teacher = teacher.index_select(0, index->clamp(0, given_teacher.size(0) - 1));
+  if (wide) teacher = teacher.to(accumulation_type(logits.scalar_type()));
+  if (!by_index) teacher = with_aligned_rows(teacher);
   OptionalTensor target, weight;
   if (given_target.has_value()) target = given_target->contiguous();
   if (given_weight.has_value()) weight = given_weight->contiguous();
@@ -321,6 +336,9 @@ Parts distill_parts(const Tensor& given_logits, const Tensor& given_teacher,
   a.teacher = teacher.const_data_ptr();
   a.teacher_stride = teacher.stride(0);
   a.wide = wide;
+  a.teacher_index = index.has_value() ? index->const_data_ptr<int64_t>() : nullptr;
+  a.table_rows = given_teacher.size(0);
+  a.by_index = by_index;
   a.sample_weight = data_or_null(weight);
   a.kd_weight = kd_weight;
   a.tckd_weight = tckd_weight;
@@ -339,25 +357,30 @@ Parts distill_parts(const Tensor& given_logits, const Tensor& given_teacher,
 }
 
 Parts distill_fwd(const Tensor& logits, const Tensor& teacher, const OptionalTensor& target,
-                  const OptionalTensor& sample_weight, double ce_weight, double kd_weight,
-                  double tckd_weight, double nckd_weight, double soft_target_weight,
-                  double temperature, std::string_view form, int64_t ignore_index,
-                  std::string_view reduction, bool with_grad) {
-  return distill_parts(logits, teacher, target, sample_weight, ce_weight, kd_weight, tckd_weight,
-                       nckd_weight, soft_target_weight, temperature, form, ignore_index, reduction,
-                       with_grad ? Gradient::kNew : Gradient::kNone);
+                  const OptionalTensor& sample_weight, const OptionalTensor& teacher_index,
+                  double ce_weight, double kd_weight, double tckd_weight, double nckd_weight,
+                  double soft_target_weight, double temperature, std::string_view form,
+                  int64_t ignore_index, std::string_view reduction, bool with_grad) {
+  return distill_parts(logits, teacher, target, sample_weight, teacher_index, ce_weight, kd_weight,
+                       tckd_weight, nckd_weight, soft_target_weight, temperature, form,
+                       ignore_index, reduction, with_grad ? Gradient::kNew : Gradient::kNone);
 }
 
 /// distill_fwd's gradient over the logits; returns grad_scale.
 Losses distill_grad_(Tensor& logits, const Tensor& teacher, const OptionalTensor& target,
-                     const OptionalTensor& sample_weight, double ce_weight, double kd_weight,
-                     double tckd_weight, double nckd_weight, double soft_target_weight,
-                     double temperature, std::string_view form, int64_t ignore_index,
-                     std::string_view reduction) {
+                     const OptionalTensor& sample_weight, const OptionalTensor& teacher_index,
+                     double ce_weight, double kd_weight, double tckd_weight, double nckd_weight,
+                     double soft_target_weight, double temperature, std::string_view form,
+                     int64_t ignore_index, std::string_view reduction) {
+  // In the memory of the logits, but not the logits themselves: its rows may be other samples'.
+  const bool same = teacher.const_data_ptr() == logits.const_data_ptr() &&
+                    teacher.strides() == logits.strides() &&
+                    teacher.scalar_type() == logits.scalar_type() && !teacher_index.has_value();
+  const Tensor apart = teacher.is_alias_of(logits) && !same ? teacher.clone() : teacher;
   return over_logits(logits, [&](Gradient gradient) {
-    return distill_parts(logits, teacher, target, sample_weight, ce_weight, kd_weight, tckd_weight,
-                         nckd_weight, soft_target_weight, temperature, form, ignore_index,
-                         reduction, gradient);
+    return distill_parts(logits, apart, target, sample_weight, teacher_index, ce_weight, kd_weight,
+                         tckd_weight, nckd_weight, soft_target_weight, temperature, form,
+                         ignore_index, reduction, gradient);
   });
 }
 

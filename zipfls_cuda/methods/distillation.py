@@ -35,14 +35,15 @@ class DistillationModule(nn.Module):
         temperature: float = 1.0,
         form: str = "divergence",
         sample_weight: Tensor | None = None,
+        teacher_index: Tensor | None = None,
         reduction: str | None = None,
     ) -> Tensor:
         """``distillation_loss`` with the settings of the module; ``reduction`` None is the module's."""
         return functional.distillation_loss(
             logits, teacher, target, ce_weight=ce_weight, kd_weight=kd_weight, tckd_weight=tckd_weight,
             nckd_weight=nckd_weight, soft_target_weight=soft_target_weight, temperature=temperature,
-            form=form, sample_weight=sample_weight, ignore_index=self.ignore_index,
-            reduction=reduction or self.reduction, backend=self.backend,
+            form=form, sample_weight=sample_weight, teacher_index=teacher_index,
+            ignore_index=self.ignore_index, reduction=reduction or self.reduction, backend=self.backend,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -108,12 +108,20 @@ class PSKDLoss(ScheduledModule):
 
     def _rows(self, index: Tensor, logits: Tensor) -> Tensor:
         """(N, C) rows of the store on the logits' device, NaN where the index is outside."""
-        index = index.to(self.past.device)
-        rows = self.past.index_select(0, index.clamp(0, self.num_samples - 1))
-        rows = rows.masked_fill(((index < 0) | (index >= self.num_samples))[:, None], torch.nan)
+        index, inside = self._checked(index.to(self.past.device))
+        rows = self.past.index_select(0, index)
+        if inside is not None:
+            rows = rows.masked_fill(~inside, torch.nan)
         if rows.device != logits.device:
             rows = rows.pin_memory().to(logits.device, non_blocking=True)
         return rows
+
+    def _checked(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """An index of the store, and where it was inside (N, 1); None if checks.rows_of_table has looked."""
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+            return index, None
+        inside = (index >= 0) & (index < self.num_samples)
+        return index.clamp(0, self.num_samples - 1), inside[:, None]
 
     @torch.no_grad()
     def _store(self, index: Tensor, p: Tensor) -> None:
@@ -141,9 +149,9 @@ class PSKDLoss(ScheduledModule):
         (index, rows, copied), self._late = self._late, None
         if copied is not None:
             copied.synchronize()
-        inside = (index >= 0) & (index < self.num_samples)
-        index = index.clamp(0, self.num_samples - 1)
-        rows = torch.where(inside[:, None], rows, self.past.index_select(0, index))
+        index, inside = self._checked(index)
+        if inside is not None:
+            rows = torch.where(inside, rows, self.past.index_select(0, index))
         self.past.index_copy_(0, index, rows)
 
     def set_epoch(self, epoch: int) -> None:
@@ -169,8 +177,8 @@ class OLSLoss(DistillationModule):
     weights 1 and 1; that for CIFAR-100 has S = 0 in the first epoch, and the others 1 / C, as here. Samples
     are counted in training mode where a gradient is recorded; otherwise S serves unchanged. Under DDP
     ``end_epoch`` adds what all ranks have counted: call it on each, and keep the criterion out of the wrapped
-    model, whose buffers DDP overwrites. Cost a step: a row of S a sample, gathered, and a softmax; the state
-    takes 2 C^2 numbers (8 MB at C = 1000, 800 MB at C = 10000).
+    model, whose buffers DDP overwrites. Cost a step: a row of S a sample, read where it is, and a softmax; S,
+    its logarithm and the next S take 3 C^2 numbers (12 MB at C = 1000, 1.2 GB at C = 10000).
 
     Args:
         num_classes: C >= 2.
@@ -195,6 +203,8 @@ class OLSLoss(DistillationModule):
     label_matrix: Tensor  # (C, C) S
     sums: Tensor  # (C, C) of this epoch's predictions, by class
     counts: Tensor  # (C,)
+    log_matrix: Tensor  # (C, C) log S, a teacher's table
+    row_sums: Tensor  # (C,) of S
 
     def __init__(
         self,
@@ -213,23 +223,34 @@ class OLSLoss(DistillationModule):
         self.register_buffer("label_matrix", torch.full((C, C), 1 / C))
         self.register_buffer("sums", torch.zeros(C, C))
         self.register_buffer("counts", torch.zeros(C))
+        self.register_buffer("log_matrix", torch.empty(C, C), persistent=False)
+        self.register_buffer("row_sums", torch.empty(C), persistent=False)
+        self._take_logarithms()
+        self.register_load_state_dict_post_hook(_after_load_state_dict)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (N, C) and target (N,)."""
         checks.table("label_matrix", self.label_matrix, logits, self.num_classes)
         target, counted = checks.target_of_methods(logits, target, self.ignore_index)
         y = target.clamp(0, self.num_classes - 1)
-        with torch.no_grad():
-            rows = self.label_matrix[y]  # (N, C)
-            weight = rows.sum(1)  # a row of zeros has no part in the loss
-            teacher = rows.masked_fill_((weight == 0)[:, None], 1).log_()
+        if torch.compiler.is_compiling():  # a graph cannot ask whether S was written to
+            (teacher, row_sums), index = _logarithms(self.label_matrix[y]), None
+        else:
+            if self.label_matrix._version != self._seen:
+                self._take_logarithms()
+            teacher, row_sums, index = self.log_matrix, self.row_sums[y], y
         loss = self.loss(
             logits, teacher, target, ce_weight=self.hard_weight, kd_weight=self.soft_weight,
-            form="cross_entropy", sample_weight=weight,
+            form="cross_entropy", sample_weight=row_sums, teacher_index=index,
         )  # fmt: skip
         if self.training and torch.is_grad_enabled():
             self._count(logits.detach(), y, counted & (target == y))
         return loss
+
+    @torch.no_grad()
+    def _take_logarithms(self) -> None:
+        self.log_matrix, self.row_sums = _logarithms(self.label_matrix)
+        self._seen = self.label_matrix._version
 
     @torch.no_grad()
     def _count(self, logits: Tensor, y: Tensor, counted: Tensor) -> None:
@@ -248,3 +269,14 @@ class OLSLoss(DistillationModule):
         self.label_matrix.copy_(torch.where(counts > 0, self.sums / counts, 1 / self.num_classes))
         self.sums.zero_()
         self.counts.zero_()
+        self._take_logarithms()
+
+
+def _logarithms(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """log of rows (R, C) of probabilities, and their sums (R,); a row of zeros has no part in a loss."""
+    sums = rows.sum(1)
+    return rows.masked_fill((sums == 0)[:, None], 1).log(), sums
+
+
+def _after_load_state_dict(module: OLSLoss, _: object) -> None:
+    module._take_logarithms()

@@ -57,6 +57,12 @@ def cut_rows(logits: Tensor) -> Rows:
     return Rows(held, B, R, warps, *share_rows(N, R, PROGRAMS), *row_layout(logits))
 
 
+def _whole_vectors(x: Tensor, logits: Tensor) -> bool:
+    """Whether every row of ``x`` is made of the whole vectors that the logits are read in."""
+    V = 16 // logits.element_size()
+    return x.stride(1) == 1 and x.stride(0) % V == 0 and x.shape[1] % V == 0
+
+
 def _plan(
     logits: Tensor, dtype: torch.dtype, options: tuple, no_target: bool, reduction: str, gradient: int
 ) -> Plan:
@@ -74,24 +80,31 @@ def _plan(
 
 def _distill(
     gradient: int, logits: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
-    ce_weight: float, kd_weight: float, tckd_weight: float, nckd_weight: float, soft_target_weight: float,
-    temperature: float, form: str, ignore_index: int, reduction: str,
+    teacher_index: Tensor | None, ce_weight: float, kd_weight: float, tckd_weight: float, nckd_weight: float,
+    soft_target_weight: float, temperature: float, form: str, ignore_index: int, reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     logits = with_unit_stride(logits)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     kd = kd_weight != 0 or tckd_weight != 0 or nckd_weight != 0
     needed = target is None or kd or soft_target_weight != 0  # else no term asks for the teacher
-    teacher = second_rows(teacher, logits) if needed else logits
+    table_rows, by_index = teacher.shape[0], needed and teacher_index is not None
+    if by_index and not (_whole_vectors(logits, logits) and _whole_vectors(teacher, logits)):
+        teacher, by_index = teacher[teacher_index.clamp(0, table_rows - 1)], False
+    if not needed:
+        teacher = logits
+    elif not by_index:
+        teacher = second_rows(teacher, logits)
     weighted = sample_weight is not None and kd
     options = (
-        target is not None, weighted, ce_weight != 0, soft_target_weight != 0, kd,
-        temperature == 1 or not kd, form == "divergence",
+        teacher_index is not None, by_index, target is not None, weighted, ce_weight != 0,
+        soft_target_weight != 0, kd, temperature == 1 or not kd, form == "divergence",
     )  # fmt: skip
     classes = logits if target is None else target
     weight = sample_weight if weighted else logits
+    index = logits if teacher_index is None else teacher_index
     key = (
         "distill", gradient, options, ignore_index, reduction, logits.device, signature(logits),
-        signature(teacher), signature(classes), signature(weight),
+        signature(teacher), signature(index), signature(classes), signature(weight),
     )  # fmt: skip
     plan = plan_cache.get(key) or store_plan(
         key, _plan(logits, dtype, options, target is None, reduction, gradient)
@@ -102,7 +115,7 @@ def _distill(
     N, C = logits.shape
     rows = plan.rows
     teacher_stride = teacher.stride(0)
-    if not rows.edges:
+    if not rows.edges and not by_index:
         teacher_stride = teacher_stride // rows.V * rows.V  # of a single row it may be anything
     totals, partials, sums, counter = loss, 0, loss, loss  # never read unless set below
     with device_of(logits):
@@ -112,8 +125,8 @@ def _distill(
         if reduction != "none":
             sums, counter = loss_reduce.workspace(logits, dtype)
         plan.launch(
-            logits, rows.stride, teacher, teacher_stride, classes, classes.stride(0),
-            weight, weight.stride(0), totals, partials,
+            logits, rows.stride, teacher, teacher_stride, index, index.stride(0), table_rows,
+            classes, classes.stride(0), weight, weight.stride(0), totals, partials,
             loss, ce, distillation, grad, grad_scale, sums, counter,
             N, C, rows.steps, ignore_index,
             ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight, temperature, *plan.constants,
@@ -127,10 +140,21 @@ def distill_fwd(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     return _distill(GRADIENT if with_grad else NO_GRADIENT, logits, *inputs)
 
 
+def _written_over(teacher: Tensor, logits: Tensor, teacher_index: Tensor | None) -> bool:
+    """Whether a row of the teacher may lie in another sample's logits, which its gradient overwrites."""
+    if teacher.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr():
+        return False
+    same = teacher.data_ptr() == logits.data_ptr() and teacher.stride() == logits.stride()
+    return teacher_index is not None or teacher.dtype != logits.dtype or not same
+
+
 def distill_grad_(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See reference.distill_grad_."""
     in_place = logits.is_contiguous()
-    *parts, grad, grad_scale = _distill(IN_PLACE if in_place else GRADIENT, logits, *args)
+    teacher, *others = args
+    if _written_over(teacher, logits, others[2]):
+        teacher = teacher.clone()
+    *parts, grad, grad_scale = _distill(IN_PLACE if in_place else GRADIENT, logits, teacher, *others)
     if not in_place:
         logits.copy_(grad)
     return *parts, grad_scale

@@ -35,8 +35,11 @@ from .loss_reduce import combine_losses, gradient_scales, mean_scales
 def distill_fwd_kernel(
     logits,  # (N, C) z, float16, bfloat16, float32 or float64, rows `stride` apart
     stride,
-    teacher,  # (N, C) t, any of these types, rows `teacher_stride` apart; TEACHER
+    teacher,  # (N, C) t, any of these types, rows `teacher_stride` apart; TEACHER. BY_INDEX: (R, C)
     teacher_stride,
+    teacher_index,  # (N,) int64, any stride; HAS_INDEX
+    index_stride,
+    table_rows,  # HAS_INDEX: where an index is outside [0, table_rows) the sample becomes NaN
     target,  # (N,) int64, any stride; HAS_TARGET
     target_stride,
     sample_weight,  # (N,) type of loss, any stride; HAS_WEIGHT
@@ -60,6 +63,8 @@ def distill_fwd_kernel(
     nckd_weight: tl.float64,
     soft_target_weight: tl.float64,
     T: tl.float64,
+    HAS_INDEX: tl.constexpr,
+    BY_INDEX: tl.constexpr,  # the teacher's row of a sample is that of its index; not EDGES
     HAS_TARGET: tl.constexpr,  # else the teacher's largest class, the lowest of equal ones
     HAS_WEIGHT: tl.constexpr,
     HAS_CE: tl.constexpr,
@@ -122,7 +127,13 @@ def distill_fwd_kernel(
         row = group * R + tl.arange(0, R)
         row_ok = row < N
         head, start, body = row_vectors(row, stride, C, V, EDGES)
-        teacher_start = row_vectors(row, teacher_stride, C, V, EDGES)[1]
+        teacher_row = row
+        if HAS_INDEX:
+            index = tl.load(teacher_index + row * index_stride, mask=row_ok, other=0)
+            missing = (index < 0) | (index >= table_rows)
+            if BY_INDEX:
+                teacher_row = tl.minimum(tl.maximum(index, 0), table_rows - 1)
+        teacher_start = row_vectors(teacher_row, teacher_stride, C, V, EDGES)[1]
 
         # Both rows, where they are held; their target.
         if HELD:
@@ -156,13 +167,15 @@ def distill_fwd_kernel(
                 )
                 row_best, y = argmax_combine(row_best, y, teacher_in(ends, D, o), False, o)
             y = tl.where(y < C, y, 0).to(tl.int64)
+        if HAS_INDEX:
+            invalid = invalid | (missing & ~ignored)
         # Beside an int64 class ptxas keeps what all threads of a streamed row share in uniform registers.
         if HELD:
             y = y.to(tl.int32)
         zy = tl.load(logits + row * stride + y, mask=row_ok, other=0).to(D)
         ty = zy
         if o.SOFT:
-            ty = tl.load(teacher + row * teacher_stride + y, mask=row_ok, other=0).to(D)
+            ty = tl.load(teacher + teacher_row * teacher_stride + y, mask=row_ok, other=0).to(D)
 
         # Sums. A held row's base is known before its sums; a streamed row's grows from tile to tile.
         if HELD:
