@@ -419,6 +419,25 @@ MUTANTS = [
         )
     ),
     *(
+        Mutant(f"Triton: {name}", f"{TRITON}/{file}.py", old, new, (f"tests/test_{test}",), "triton")
+        for name, file, old, new, test in (
+            (
+                "a teacher's row is clamped without NaN",
+                "distill_kernel",
+                "invalid = invalid | (missing & ~ignored)",
+                "invalid = invalid",
+                "distillation.py::test_index_out_of_range",
+            ),
+            (
+                "a teacher that the gradient overwrites",
+                "distill",
+                "if _written_over(teacher, logits, others[2]):",
+                "if False:",
+                "distillation.py::test_a_table_in_the_memory_of_the_logits",
+            ),
+        )
+    ),
+    *(
         Mutant(f"Triton: {name}", f"{TRITON}/distill_math.py", old, new, (f"tests/test_{test}",), "triton")
         for name, old, new, test in (
             (
@@ -504,6 +523,13 @@ MUTANTS = [
                 "nan_target |= y != y;",
                 "",
                 ("tests/test_soft.py",),
+            ),
+            (
+                "the teacher's row by the sample",
+                "cpu/distill_kernel.h",
+                "a.teacher_index == nullptr ? i : a.teacher_index[i]",
+                "i",
+                DISTILL,
             ),
             (
                 "a class without mass in the distillation",
