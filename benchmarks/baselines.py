@@ -58,9 +58,8 @@ def kernels(names: Iterable[str]) -> list[str]:
 
 def our_backends(device: str) -> list[str]:
     """Backends that serve a device type, best first; Triton's interpreter is not worth timing."""
-    slow = {"triton"} if ops.triton_interpreted() else set()
     usable = (b for b in zls.backends() if not ops.refusal(b, "loss_fwd", device, torch.float32))
-    return [b for b in usable if b not in slow]
+    return [b for b in usable if b != "triton" or not ops.triton_interpreted()]
 
 
 @dataclass(frozen=True)

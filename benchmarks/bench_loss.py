@@ -58,24 +58,16 @@ class Case:
         described = {k: v for k, v in asdict(self).items() if k not in ("mode", "clock")}
         return Where("loss", described, self.mode, self.timer.name)
 
-    @property
-    def inputs(self) -> list[tuple]:
-        """Logits, target and votes, as many copies as the caches ask for."""
-        dtype = getattr(torch, self.dtype)
-        seeds = range(clock.copies(2 * self.N * self.C * dtype.itemsize))
-        return [baselines.loss_inputs(self.N, self.C, self.P, dtype, seed) for seed in seeds]
-
     def run(self, records: Records) -> clock.Comparison:
         torch.compiler.reset()  # past a few shapes torch.compile would silently stop compiling
-        passes = 1 if self.mode == "infer" else 2
-        return records.compare(
-            self.where,
-            entries(self.names, LOSSES, self.inputs, self.mode),
-            self.timer,
-            passes * getattr(torch, self.dtype).itemsize * self.N * self.C,
-            seconds=2.5 if self.main else 0.8,
-            memory=self.main or self.sweep == "compiled",
-        )
+        dtype = getattr(torch, self.dtype)
+        nbytes = 2 * self.N * self.C * dtype.itemsize
+        seeds = range(clock.copies(nbytes))
+        inputs = [baselines.loss_inputs(self.N, self.C, self.P, dtype, seed) for seed in seeds]
+        nbytes = nbytes // 2 if self.mode == "infer" else nbytes
+        options = {"seconds": 2.5 if self.main else 0.8, "memory": self.main or self.sweep == "compiled"}
+        made = entries(self.names, LOSSES, inputs, self.mode)
+        return records.compare(self.where, made, self.timer, nbytes, **options)
 
 
 def cpu_cases() -> list[Case]:

@@ -56,15 +56,8 @@ class Case:
         if baselines.ARGMAX in self.names:
             calls = [functools.partial(torch.argmax, baselines.matmul_alone(*x), 1) for x in inputs]
             entries.append(Entry(baselines.ARGMAX, calls))
-        return records.compare(
-            self.where,
-            entries,
-            CLOCK,
-            nbytes=size + 4 * self.N * P * self.upsample**2,
-            flops=2 * self.N * P * self.D * self.C,
-            seconds=1.5,
-            memory=True,
-        )
+        nbytes, flops = size + 4 * self.N * P * self.upsample**2, 2 * self.N * P * self.D * self.C
+        return records.compare(self.where, entries, CLOCK, nbytes, flops, seconds=1.5, memory=True)
 
 
 RESNET18, RESNET50, VIT, INAT, STAGE1, STAGE2, WIDE = (

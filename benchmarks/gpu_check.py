@@ -205,10 +205,8 @@ def cut(status: int, words: str) -> str:
 
 def architecture() -> str:
     """Of the first GPU, as TORCH_CUDA_ARCH_LIST has it; an H100's where nothing tells."""
-    found = re.match(
-        r"\d+\.\d+", first_line("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    )
-    arch = found[0] if found else "9.0"
+    told = first_line("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    arch = found[0] if (found := re.match(r"\d+\.\d+", told)) else "9.0"
     return arch + "a" * (float(arch) >= 9)
 
 

@@ -143,17 +143,9 @@ def loss_case(
 
 
 def distill_case(
-    N: int,
-    C: int,
-    dtype: torch.dtype = BF16,
-    label: str = "",
-    *,
-    teacher: torch.dtype | None = None,
-    target: bool = True,
-    weight: bool = False,
-    table: bool = False,
-    **options,
-) -> Case:
+    N: int, C: int, dtype: torch.dtype = BF16, label: str = "", *, teacher: torch.dtype | None = None,
+    target: bool = True, weight: bool = False, table: bool = False, **options,
+) -> Case:  # fmt: skip
     """A call of distill_fwd, by default for DKD at T = 4; ``label`` says what is special about it."""
 
     def call() -> object:
@@ -335,8 +327,8 @@ def report_case(arch: int, index: int) -> tuple[list[Row], str]:
             cubin.write_bytes(kernel.asm["cubin"])
             found = vars(nvcc_report.rows(cubin, str(arch))[0]) | {"shared": kernel.metadata.shared}
             found |= {"case": f"{case.name}, {kernel.metadata.num_warps} warps"}
-            needs_wgmma, fused = case.wgmma and name in VOTE, fusible(kernel.asm["ptx"])
-            rows.append(Row(**found, needs_wgmma=needs_wgmma, fusible=fused))
+            found |= {"needs_wgmma": case.wgmma and name in VOTE, "fusible": fusible(kernel.asm["ptx"])}
+            rows.append(Row(**found))
     return rows, "" if rows else f"sm_{arch} {case.name}: launches none of {', '.join(case.kernels)}"
 
 

@@ -1,5 +1,4 @@
-"""Which code a measurement or a check is of, and what is there. Imports nothing of the package: it may not be
-built yet."""
+"""Which code a measurement is of, and what is there; imports nothing of the package: it may not be built."""
 
 from __future__ import annotations
 

@@ -123,12 +123,9 @@ def varied(kernels: Path, variant: Variant) -> None:
 
 def command(kind: str, arch: str, kernels: Path) -> list[str]:
     """nvcc's, for tune.cu over a copy of csrc/cuda; the sources of kernels are still to follow."""
-    return [
-        *(shutil.which("nvcc"), "-std=c++17", "-O3", "-Xcompiler", "-fPIC"),
-        *("-gencode", f"arch=compute_{arch},code=sm_{arch}", f"-I{kernels}"),
-        f"-DTUNE_{kind.upper()}",
-        str(Path(__file__).with_suffix(".cu")),
-    ]
+    options = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    options += [f"-I{kernels}", f"-DTUNE_{kind.upper()}"]
+    return [shutil.which("nvcc"), *options, str(Path(__file__).with_suffix(".cu"))]
 
 
 def compiled(kind: str, arch: str, variant: Variant) -> Path | None:

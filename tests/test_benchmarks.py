@@ -268,6 +268,20 @@ def test_slow_entries_run_in_few_rounds(monkeypatch):
     assert 3 <= len(together) < 7
 
 
+def test_what_the_first_call_compiles_is_not_timed(monkeypatch):
+    """It gets as many rounds, and calls a sample, as the calls that follow take."""
+    monkeypatch.setattr(clock, "TINY", False)
+    now, first = [0.0], [10.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+
+    def call():
+        now[0] += first.pop() if first else 3e-4
+
+    result = clock.compare([clock.Entry("x", [call])], clock.HostClock(), seconds=1.0, most_rounds=16)
+    assert result.calls == {"x": 4}
+    assert result.samples["x"] == pytest.approx([3e-4] * 16)
+
+
 class PretendGPU:
     """A device with a queue, on a clock of its own: the host launches, the device follows when it can.
 
