@@ -107,7 +107,3 @@ elif ON_GPU:
     CASES = [Case(256, 100, 50000, size=32, depth=20, width=64, dtype="bfloat16")]
 else:
     CASES = [Case(64, 100, 50000, size=32, depth=20, width=16, dtype="float32")]
-
-
-def bench_methods(case: Case, name: str, report) -> None:
-    report(case, name)
