@@ -540,7 +540,7 @@ def test_sizes_of_the_authors():
         head = methods.DynamicMLP(2048, 6, kind=kind)
         assert abs(millions(head.location) - 0.6) < 0.05
         assert abs(millions(head) - millions(head.location) - size) < 0.05
-    assert methods.DynamicMLP(8, 2, d=4, blocks=1, width=4)(torch.randn(3, 8), torch.randn(3, 2)).shape == (
+    assert methods.DynamicMLP(8, 2, d=4, blocks=1, width=8)(torch.randn(3, 8), torch.randn(3, 2)).shape == (
         3,
         8,
     )
@@ -584,7 +584,7 @@ def test_bad_metadata_is_named():
     ):
         with pytest.raises(error, match=message):
             methods.encode_metadata(*given)
-    head = methods.DynamicMLP(8, 6, d=4, hidden=2, width=4)
+    head = methods.DynamicMLP(8, 6, d=4, hidden=2, width=8)
     for given, message in (
         ((torch.zeros(2, 7), torch.zeros(2, 6)), r"features must have shape \(N, 8\), got \(2, 7\)"),
         ((torch.zeros(2, 8), torch.zeros(2, 4)), r"metadata must have shape \(N, 6\), got \(2, 4\)"),
