@@ -40,6 +40,10 @@ MATMUL_ARGMAX = "torch.matmul + torch.argmax"
 ARGMAX = "torch.argmax alone"
 LINEAR_CROSS_ENTROPY = "F.linear_cross_entropy"
 LINEAR_THEN_CROSS_ENTROPY = "F.linear + F.cross_entropy"
+LINEAR_THEN_LOSS = "F.linear + zipf_cross_entropy"
+COMPILED_LINEAR = "torch.compile(F.linear + F.cross_entropy)"
+PRODUCTS = "the three products alone"
+LIGER_LINEAR = "Liger-Kernel, fused linear"
 CUT = "cut-cross-entropy"
 
 SMALL = ((256, 1000), (512, 1000), (1024, 1000), (128, 100))  # logits of the targets of small batches

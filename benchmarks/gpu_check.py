@@ -49,7 +49,7 @@ CUT_SHORT = 124  # status of a program that took too long
 # What tests a backend, the most telling first. Some tests of test_gpu take 20 GiB of its memory.
 WORKERS_ON_GPU = 4
 SUITE = ("gpu_vote", "vote", "loss", "soft", "label", "inplace", "golden", "ops", "autograd")
-SUITE += ("distillation", "properties", "reliability")
+SUITE += ("distillation", "linear", "properties", "reliability")
 
 # Kernels of ours, as the sanitizer names them: C++ by its namespace, Triton by the function.
 OWN = re.compile(
@@ -383,6 +383,7 @@ PARTS: dict[str, tuple] = {  # in order: seconds given at least, where they are 
     "vote": (160, bench),
     "distill": (100, bench),
     "methods": (60, bench),
+    "linear": (80, bench),
     "tune": (100, tune),
     "step": (250, bench),
     "train": (200, train),

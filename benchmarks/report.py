@@ -138,6 +138,13 @@ PEERS = {  # what ours is compared with: the headings of the columns
     baselines.MATMUL_BATCHED: "`torch.matmul` alone, no copy",
     baselines.MATMUL_ARGMAX: "matmul + argmax",
     baselines.ARGMAX: "argmax alone",
+    baselines.PRODUCTS: "the products alone, in the same chunks",
+    baselines.LINEAR_THEN_LOSS: "`F.linear` + `zipf_cross_entropy`",
+    baselines.LINEAR_THEN_CROSS_ENTROPY: "`F.linear` + `F.cross_entropy`",
+    baselines.COMPILED_LINEAR: "the same compiled",
+    baselines.LINEAR_CROSS_ENTROPY: "`F.linear_cross_entropy`",
+    baselines.LIGER_LINEAR: "Liger-Kernel's",
+    baselines.CUT: "cut-cross-entropy",
 }
 
 
@@ -171,6 +178,23 @@ def loss_table(records: list[dict], rows: list[dict], peers: list[str]) -> str:
         f"its time, and **its time over that of** each other (below 1: ours is faster)."
         + (f" A copy of large tensors reached {reached} GB/s in the same run." if reached else "")
         + f"\n\n{table(head + [PEERS[p] for p in peers], body)}"
+    )
+
+
+def linear_table(records: list[dict], rows: list[dict], peers: list[str]) -> str:
+    """Linear layer and loss on one backend: time over its peers', and peak memory beside theirs."""
+    body, backend = [], _backend(rows[0]["name"])
+    for r in rows:
+        c, theirs = r["case"], {p: one(records, "linear", p, **r["case"]) for p in peers}
+        gradients = c["D"] * (c["N"] * r["bytes"] // (c["N"] * c["C"]) + c["C"] * 4)
+        memory = [size(r["peak"]), size(gradients), size(r["bytes"])]
+        cells = [f"{times(records, r, p)} ({size(x['peak'])})" if (x := theirs[p]) else "-" for p in peers]
+        body.append([f"{c['N']} x {c['D']} x {c['C']}", c["dtype"], timed(r), *memory, *cells])
+    head = ["N x D x C", "dtype", "time", "extra memory", "of it gradients", "the logits"]
+    return (
+        f"`linear_zipf_cross_entropy` ({backend} backend), value and gradients: its time and peak "
+        "extra memory, the gradients in it; **its time over that of** each other (and their peak memory)."
+        f"\n\n{table(head + [PEERS[p] for p in peers], body)}"
     )
 
 
@@ -339,6 +363,7 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "speed": speed_block,
     "loss": functools.partial(each_backend, bench="loss", mode="both", write=loss_table),
     "distill": functools.partial(each_backend, bench="distill", mode="both", write=loss_table),
+    "linear": functools.partial(each_backend, bench="linear", mode="both", write=linear_table),
     "vote": functools.partial(each_backend, bench="vote", mode="forward", write=vote_table),
     "host": host_block,
     "step": step_block,
@@ -355,7 +380,7 @@ def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESUL
     if name == TABLE_1:
         return methods_block(results)
     label, what = name.split("-")
-    needed, parts = what if what in ("vote", "step", "distill") else "loss", []
+    needed, parts = what if what in ("vote", "step", "distill", "linear") else "loss", []
     for records in results.values():
         source = [r for r in records if (r["bench"], r["env"]["kind"]) == (needed, KINDS[label])]
         if source and (text := BLOCKS[what](records)):

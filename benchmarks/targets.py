@@ -202,6 +202,18 @@ def distill_targets(*more: tuple[str, float]) -> Iterator[tuple]:
         yield "distillation", f"time of {peer}", f"<= {bound}", "{:.3g}", figures
 
 
+def linear_targets(*more: tuple[str, float]) -> Iterator[tuple]:
+    """Linear layer and loss, the worst over all shapes, against each peer."""
+    peers = (
+        (baselines.PRODUCTS, 1.1),
+        (baselines.LINEAR_THEN_LOSS, 1.0),
+        (baselines.LINEAR_CROSS_ENTROPY, 1.0),
+    )
+    for peer, bound in (*peers, *more):
+        figures = partial(ratio, peer=peer, bench="linear")
+        yield "linear and loss", f"time of {peer}", f"<= {bound}", "{:.3g}", figures
+
+
 def cpu_targets() -> Iterator[tuple]:
     for N, C, bound in ((256, 10000, 0.45), (64, 131072, 0.12), (256, 1000, 0.8), (128, 100, 1.2)):
         figures = partial(ratio, peer=baselines.CROSS_ENTROPY, N=N, C=C, mode="both", dtype="float32")
@@ -212,6 +224,7 @@ def cpu_targets() -> Iterator[tuple]:
         yield "CPU vote", f"time of torch.matmul alone, {name}", "<= 1.05", "{:.3g}", figures
     yield "CPU vote", "peak extra memory, any shape", "<= 64 MiB", "{:.2f} MiB", partial(peak, bench="vote")
     yield from distill_targets()
+    yield from linear_targets()
 
 
 def gpu_targets() -> Iterator[tuple]:
@@ -242,6 +255,7 @@ def gpu_targets() -> Iterator[tuple]:
     memory = partial(peak, bench="loss", clock="device", **both)
     yield "loss", "peak extra memory", "1 x logits", "{:.3f} x logits", memory, 1.01
     yield from distill_targets((baselines.LIGER_KL, 0.9), (baselines.LIGER_JSD, 0.9))
+    yield from linear_targets((baselines.LIGER_LINEAR, 0.9), (baselines.CUT, 0.9))
     yield from gpu_vote_targets()
     for C, percent, name in ((1000, 0.1, "ImageNet"), (10000, 0.7, "iNat21")):
         text, figures = f"ResNet-50, {name}: added", partial(added, C=C)
@@ -280,7 +294,9 @@ TARGETS = [Target("cpu", *row) for row in cpu_targets()] + [Target("cuda", *row)
 def judge(records: list[dict], kind: str) -> list[Verdict]:
     """Every row for a kind of device ("cpu", "cuda") against records from one, for each backend of ours."""
     timed = [
-        r for r in records if r["env"]["kind"] == kind and r["bench"] in ("loss", "vote", "step", "distill")
+        r
+        for r in records
+        if r["env"]["kind"] == kind and r["bench"] in ("loss", "vote", "step", "distill", "linear")
     ]
     ours = names(timed) or [""]
     rows = [target for target in TARGETS if target.kind == kind]

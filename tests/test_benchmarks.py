@@ -26,6 +26,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import baselines  # noqa: E402
 import bench_distill  # noqa: E402
+import bench_linear  # noqa: E402
 import bench_loss  # noqa: E402
 import bench_step  # noqa: E402
 import bench_vote  # noqa: E402
@@ -117,6 +118,38 @@ def test_baseline_distillations_agree_with_the_reference(method, monkeypatch):
         expected = without if name == baselines.PLAIN_LOSS else exact
         for a, b in zip(value_and_gradient(loss.call, logits, *args), expected, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_linear_losses_agree_with_the_reference(monkeypatch):
+    """Those of other packages through stand-ins: (weight, x, target) for Liger's, (x, weight, target)."""
+    x, weight, target, votes = bench_linear.linear_inputs(bench_linear.Case(6, 8, 10, 4))
+
+    class Liger:
+        def __call__(self, weight, x, target):
+            return bench_linear.plain(x, weight, target, None)
+
+    liger = type("transformers", (), {"LigerFusedLinearCrossEntropyLoss": Liger})
+    cut = type("cce", (), {"linear_cross_entropy": staticmethod(lambda *a: bench_linear.plain(*a, None))})
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", cut)
+    found = bench_linear.losses("cpu", tiny=True) | bench_linear.losses("cuda", tiny=True)
+    ours = [n for n in found if n.startswith("zipfls_cuda")]
+    assert {*found} - {*ours} <= {*report.PEERS}
+    assert len(found) - len(ours) == 7
+    results = {}
+    for name, loss in found.items():
+        weight.grad = None
+        if loss.backward:
+            results[name] = (*value_and_gradient(loss.call, x, weight, target, votes), weight.grad)
+        else:
+            assert loss.call(x, weight, target, votes) is None
+            assert weight.grad is None
+    for name, got in results.items():
+        same = baselines.LINEAR_THEN_LOSS if name in ours else baselines.LINEAR_THEN_CROSS_ENTROPY
+        if name != baselines.LINEAR_THEN_LOSS:
+            torch.testing.assert_close(got, results[same], msg=lambda m, n=name: f"{n}: {m}")
+    large = bench_linear.Case(2048, 256, 65536)
+    assert (baselines.LINEAR_CROSS_ENTROPY in large.names) == bench_linear.ON_GPU
 
 
 def test_distillations_of_16_bits_and_what_they_compare(monkeypatch):
@@ -602,6 +635,9 @@ def test_pages_follow_from_the_records():
     assert shown & {*report.NAMES}
 
 
+MEASURED = ("vote", "step", "distill", "linear")  # blocks that follow from records of their own
+
+
 def made_up(kind: str, time: float = 1e-3, copy_time: float = 1e-3, how: str = "") -> list[dict]:
     """Records of every case there is for a kind of device, each implementation taking the same ``time``."""
     env = dict.fromkeys(ENVIRONMENT, "")
@@ -635,6 +671,8 @@ def made_up(kind: str, time: float = 1e-3, copy_time: float = 1e-3, how: str = "
         add("loss", case, c.mode, c.clock or device, 2 * c.N * c.C * itemsize, 0)
     for c in bench_distill.cases(kind == "cuda"):
         add("distill", c.where.case, "both", device, 3 * c.N * c.C, 0)
+    for c in bench_linear.cases(kind == "cuda"):
+        add("linear", c.where.case, "both", device, 2 * c.N * c.C, 0)
     for c in bench_vote.gpu_cases() if kind == "cuda" else bench_vote.cpu_cases():
         add("vote", c.where.case, "forward", device, 1 << 20, 1 << 30)
     for C in (1000, 10000):
@@ -779,7 +817,7 @@ def test_what_could_not_be_measured_is_named_with_the_reason():
 
 def test_blocks_of_a_gpu_show_both_backends():
     results = {Path("x.json"): made_up("cuda")}
-    for name in ("gpu-loss", "gpu-distill", "gpu-vote"):
+    for name in ("gpu-loss", "gpu-distill", "gpu-linear", "gpu-vote"):
         text = report.block(name, results)
         assert "(cuda backend)" in text
         assert "(triton backend)" in text
@@ -837,11 +875,11 @@ def test_report_renews_the_blocks(kind, tmp_path):
 def test_the_page_waits_for_records_of_a_gpu(tmp_path):
     page = (ROOT / "docs" / "BENCHMARKS.md").read_text()
     blocks = dict(report.MARKED.findall(page))
-    assert {f"gpu-{name}" for name in ("targets", "loss", "distill", "vote", "host", "step")} <= set(blocks)
+    assert {f"gpu-{name}" for name in ("targets", "loss", *MEASURED, "host")} <= set(blocks)
     recorded = {f"{r['env']['kind']}-{r['bench']}".replace("cuda", "gpu") for r in RECORDED}
     for name, text in blocks.items():
         if name in report.NAMES:
-            source = name if name[4:] in ("vote", "step", "distill") else f"{name[:3]}-loss"
+            source = name if name[4:] in MEASURED else f"{name[:3]}-loss"
             assert (text in ("", report.NOTHING + "\n")) == (source not in recorded)
     text = report.renewed(page, dumped(tmp_path, made_up("cuda")))
     for name, body in report.MARKED.findall(text):

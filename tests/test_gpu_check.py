@@ -48,12 +48,31 @@ def test_gpu_check_dry_run(tmp_path):
             assert f"{target.group}: {target.text} | {target.target}" in table
     checks = json.loads((out / "checks.json").read_text())
     absent = {"cuda", "triton", "memcheck", "sanitize", "tune"}
-    done = {"exercise, cpu", "loss", "vote", "distill", "methods", "step", "train", "reference, suite"}
+    done = {
+        "exercise, cpu",
+        "loss",
+        "vote",
+        "distill",
+        "linear",
+        "methods",
+        "step",
+        "train",
+        "reference, suite",
+    }
     assert set(checks) == {"build"} | absent | done
     assert all(checks[name]["ok"] is True for name in done), checks
     assert all(checks[name]["text"].startswith("absent") for name in absent)
     records = files.load(out / "records.json")
-    assert {r["bench"] for r in records} == {"ceiling", "loss", "vote", "distill", "methods", "step", "head"}
+    assert {r["bench"] for r in records} == {
+        "ceiling",
+        "loss",
+        "vote",
+        "distill",
+        "linear",
+        "methods",
+        "step",
+        "head",
+    }
     assert all(set(files.RECORD) <= set(r) for r in records)
     assert all(r["env"]["tiny"] for r in records)
 

@@ -292,7 +292,7 @@ def peak_bytes(call) -> int:
 @pytest.mark.parametrize("only_correct", [False, True])
 def test_no_more_than_an_eighth_of_the_logits(dtype, reduction, only_correct):
     """Beside the gradients, which are kept in float32 and then given in the type of the weight."""
-    N, D, C = 1280, 16, 8192
+    N, D, C = 2016, 16, 4096
     x, w = (
         torch.randn(N, D, dtype=dtype, requires_grad=True),
         torch.randn(C, D, dtype=dtype, requires_grad=True),
@@ -314,13 +314,13 @@ def test_no_more_than_an_eighth_of_the_logits(dtype, reduction, only_correct):
     assert all(t.grad is not None for t in (x, w, b))
 
 
-VOTES = torch.randint(8192, (1280, 4), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+VOTES = torch.randint(4096, (2016, 4), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
 
 
 def test_default_rows():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert chunked.default_rows(2048, cpu, 1) == 204
-    assert chunked.default_rows(2048, cpu, 2) == 102
+    assert chunked.default_rows(2048, cpu, 1) == 227
+    assert chunked.default_rows(2048, cpu, 2) == 113
     assert chunked.default_rows(10, cpu, 1) == chunked.FEWEST_ROWS["cpu"]
     assert chunked.default_rows(10**6, cpu, 1) == chunked.MOST_ROWS["cpu"]
     assert chunked.default_rows(10**6, gpu, 1) == chunked.MOST_ROWS["cuda"]

@@ -32,8 +32,8 @@ Grads = tuple[Tensor, Tensor, Tensor]  # to input (N, D), weight (C, D), bias (C
 # added through a buffer of a PARTS-th of the chunk's elements. More than MOST_ROWS make the products no
 # faster, fewer than FEWEST_ROWS slower: on a GPU each chunk also reads weight and its gradient and writes the
 # latter, 12 bytes an element beside 6 n operations.
-SHARE, PARTS = 10, 16
-FEWEST_ROWS = {"cpu": 64, "cuda": 1024}
+SHARE, PARTS = 9, 24
+FEWEST_ROWS = {"cpu": 224, "cuda": 1024}
 MOST_ROWS = {"cpu": 1024, "cuda": 8192}
 
 
