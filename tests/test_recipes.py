@@ -151,11 +151,12 @@ SHRINK = {
     "accelerate": small_accelerate,
 }
 DISTILLATION = "Distillation"  # which has no votes
+LANGUAGE = "Language models"  # nor has this
 OUTPUTS = {"Two views": zls.methods.DDGSDLoss, "Branches": zls.methods.BYOTLoss}  # nor have these
 
 
 def test_no_snippet_is_forgotten():
-    assert list(SNIPPETS) == [*SHRINK, DISTILLATION, *OUTPUTS]
+    assert sorted(SNIPPETS) == sorted([*SHRINK, LANGUAGE, DISTILLATION, *OUTPUTS])
     assert PAGE.count("```python") == len(SNIPPETS)
     for name, code in SNIPPETS.items():
         lines = [line for line in code.splitlines() if line.strip()]
@@ -177,6 +178,83 @@ def test_snippet(name, given, steps, monkeypatch):
         assert step["grad"] > 0
     first, last = (torch.tensor([step["loss"] for step in part]).mean() for part in (steps[:4], steps[-4:]))
     assert last < 0.8 * first, (first, last)
+
+
+def small_language_model(seed: int = 0):
+    """A GPT-2 of 1,000 tokens and random weights, without dropout."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 1000, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    without = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, **without, bos_token_id=0, eos_token_id=0)
+    )
+
+
+def texts(count: int) -> list[dict]:
+    """Counting up from a random token, the first and the last two tokens without a label."""
+    starts = torch.randint(900, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+    made = []
+    for start in starts:
+        ids = torch.arange(start, start + 20)
+        labels = ids.clone()
+        labels[[0, 1, 18]] = -100
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+@pytest.mark.slow
+def test_language_model(given, monkeypatch):
+    """It learns; loss and gradients with zipf_weight 0, and whatever is evaluated, are the model's own."""
+    small_transformers(monkeypatch)
+    import transformers
+
+    models, calls, loss = [], [], zls.linear_zipf_cross_entropy
+
+    def from_pretrained(name):
+        models.append(small_language_model())
+        return models[-1]
+
+    def recorded(*args, **options):
+        found = loss(*args, **options)
+        calls.append((found.item(), options))
+        return found
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(zls, "linear_zipf_cross_entropy", recorded)
+    arguments = transformers.TrainingArguments.__init__
+    monkeypatch.setattr(
+        transformers.TrainingArguments, "__init__",
+        lambda self, *args, **options: arguments(
+            self, *args, **options, use_cpu=True, report_to=[], learning_rate=1e-2,
+            per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        ),
+    )  # fmt: skip
+    given["train_texts"] = texts(16)
+    exec(compile(SNIPPETS[LANGUAGE], "docs/RECIPES.md, language models", "exec"), given)
+    assert len(calls) == 10 * 4
+    assert all(int(options["num_items"]) == 8 * 17 for _, options in calls)
+    first, last = (sum(value for value, _ in part) for part in (calls[:4], calls[-4:]))
+    assert last < 0.8 * first, (first, last)
+
+    (ours,) = models
+    theirs = small_language_model()
+    theirs.load_state_dict(ours.state_dict())
+    batch = {k: torch.stack([t[k] for t in texts(3)]) for k in ("input_ids", "labels")}
+    monkeypatch.setattr(
+        zls, "linear_zipf_cross_entropy", lambda *a, **options: loss(*a, **options | {"zipf_weight": 0.0})
+    )
+    for n in (None, torch.tensor(40)):
+        found = []
+        for model in (ours.train(), theirs.train()):
+            model.zero_grad()
+            out = model(**batch, num_items_in_batch=n)
+            out.loss.backward()
+            found.append((out.loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+        torch.testing.assert_close(*found)
+    outs = [model.eval()(**batch) for model in (ours, theirs)]
+    torch.testing.assert_close(outs[0].logits, outs[1].logits)
+    torch.testing.assert_close(outs[0].loss, outs[1].loss)
 
 
 def test_distillation(given, monkeypatch):
