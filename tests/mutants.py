@@ -27,6 +27,7 @@ METHODS = ("tests/test_methods.py",)
 OUTPUTS = ("tests/test_methods_outputs.py",)
 MADE = ("tests/test_methods_labels.py",)
 SYSTEMS = ("tests/test_methods_systems.py",)
+LINEAR = ("tests/test_linear.py",)
 LABEL = ("tests/test_golden.py", "tests/test_label.py")
 VOTE = ("tests/test_vote.py",)
 
@@ -44,6 +45,7 @@ class Mutant(NamedTuple):
 
 REFERENCE = "zipfls_cuda/reference.py"
 AUTOGRAD = "zipfls_cuda/autograd.py"
+CHUNKED = "zipfls_cuda/chunked.py"
 LAWS = "zipfls_cuda/labels.py"
 TRITON = "zipfls_cuda/triton_kernels"
 MODULES, PAIRS, SNAPSHOTS, SEVERAL, MADE_LABELS, STORES, MIXING, MEMORY, DYNAMIC = (
@@ -62,6 +64,33 @@ MODULES, PAIRS, SNAPSHOTS, SEVERAL, MADE_LABELS, STORES, MIXING, MEMORY, DYNAMIC
 )
 
 MUTANTS = [
+    *(
+        Mutant(f"linear: {name}", CHUNKED, old, new, LINEAR)
+        for name, old, new in (
+            ("CE in the unit of Zipf's mean", "ratio = ce / grad", "ratio = ce / ce"),
+            ("ignored samples counted as correct", "correct & (t != ignore_index)", "correct"),
+            ("only the last chunk's weight", "out.addmm_(dz.t(), x)", "out.copy_(dz.t() @ x)"),
+            (
+                "the mean not in the gradient",
+                "grad_scale = ce_weight * ce + rest_weight * rest, factors.grad.clone()",
+                "grad_scale = ce_weight * ce + rest_weight * rest, grad_scale",
+            ),
+            ("upstream by row ignored", "scale_(dz, grad_loss[rows], scale)", "pass"),
+            ("float16 in Zipf's unit", "if dtype != torch.float16:", "if True:"),
+            (
+                "a gradient that can be differentiated",
+                "if not anchor or not torch.is_grad_enabled()",
+                "if True",
+            ),
+            ("ignored rows computed", "(~ignored).nonzero()[:, 0] if ignored.any() else None", "None"),
+            ("saved gradients scaled where the graph is kept", "if overwrite:", "if True:"),
+            (
+                "the teacher's last chunk",
+                "return teacher.logits(rows, most)[1], *of_rows",
+                "return teacher.logits(chunks[0], most)[1][: len(head.input[rows])], *of_rows",
+            ),
+        )
+    ),
     Mutant("DKD's warm-up from 0", MODULES, "((epoch + 1) / self.warmup", "(epoch / self.warmup", METHODS),
     Mutant("Tf-KD without 1 / C", MODULES, " / max(logits.shape[-1], 1)", "", METHODS),
     Mutant(

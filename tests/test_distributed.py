@@ -887,6 +887,49 @@ def fsdp2(rank, world):
     )
 
 
+class Headed(nn.Module):
+    """A model whose forward ends with the loss: its head's logits never exist whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage = nn.Sequential(nn.Linear(9, 16), nn.ReLU())
+        self.fc = nn.Linear(16, 40)
+
+    def forward(self, x, target):
+        return zls.linear_zipf_cross_entropy(
+            self.stage(x), self.fc.weight, target, linear_bias=self.fc.bias, chunk_rows=3, zipf_weight=0.5
+        )
+
+
+@check(2)
+def linear_loss_in_forward(rank, world):
+    """DDP, and FSDP2 with the head in the root's group, against one process with the whole batch."""
+    from torch.distributed.fsdp import fully_shard
+
+    def sharded_model(model):
+        fully_shard(model.stage)
+        return fully_shard(model)
+
+    X, y = torch.randn(8 * world, 9), torch.randint(40, (8 * world,))
+    mine = slice(8 * rank, 8 * rank + 8)
+    for wrap in (nn.parallel.DistributedDataParallel, sharded_model):
+        twin = Headed()
+        model = wrap(copy.deepcopy(twin))
+        both = [(m, torch.optim.SGD(m.parameters(), 0.1)) for m in (model, twin)]
+        for step in range(3):
+            for (m, optimizer), rows in zip(both, (mine, slice(None)), strict=True):
+                optimizer.zero_grad()
+                m(X[rows], y[rows]).backward()
+                optimizer.step()
+            for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+                grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                yield f"{wrap.__name__}, {name} {step}", differs(grad, q.grad, 1e-4, 1e-6)
+    model = Headed()
+    fully_shard(model.fc)
+    fully_shard(model)
+    yield "a head of its own group", refuses(TypeError, "linear_weight is a DTensor", model, X, y)
+
+
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_distributed(tmp_path, world):
     spawn(process, (world, str(tmp_path)), world)
