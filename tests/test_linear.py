@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -399,6 +401,26 @@ def test_no_gradient_through_the_parts_and_none_for_an_unused_loss():
 
 
 # Modes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("only_correct", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_nothing_waits_for_a_device(dtype, reduction, only_correct, grad):
+    """On meta tensors, which have no values: whatever looks at one raises."""
+    N, D, C, E = 4000, 6, 12, 9
+    empty = functools.partial(torch.empty, device="meta")
+    head = empty(N, D, dtype=dtype), empty(C, D, dtype=dtype), empty(C, dtype=dtype)
+    target, votes = empty(N, dtype=torch.int64), empty(N, 4, dtype=torch.int32)
+    upstream = empty(N) if reduction == "none" and grad else None
+    rest = (-100, reduction, dtype, None, "reference", grad, grad, grad, upstream)
+    for y in (target, empty(N, C)):
+        found = chunked.loss_fwd(*head, y, votes, empty(5), empty(C), 1.0, 0.1, 0.1, only_correct, *rest)
+        assert [x.shape for x in found[3:6]] == [x.shape if grad else (0,) for x in head]
+    teacher = empty(N, E), empty(C, E), None
+    options = (torch.float32, 1.0, 0.5, 0.0, 0.0, 0.0, 2.0, "divergence")
+    chunked.distill_fwd(*head, *teacher, target, empty(N), *options, *rest)
 
 
 @pytest.mark.interpreted(1)

@@ -265,7 +265,8 @@ def _run(
 @contextlib.contextmanager
 def _plain_products(device: torch.device) -> Iterator[None]:
     """Products in the dtype of their factors, not in autocast's, and without a graph."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    known = "cpu" if device.type == "meta" else device.type  # there is no autocast for meta tensors
+    with torch.no_grad(), torch.autocast(known, enabled=False):
         yield
 
 
