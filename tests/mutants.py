@@ -119,7 +119,7 @@ MUTANTS = [
     Mutant("MaxSup of samples that are ignored", MADE_LABELS, "number.clamp(min=1)", "N", MADE),
     Mutant("USKD's weight without the batch's mean", MADE_LABELS, "square + 1 - mean", "square + 1", MADE),
     Mutant("BAKE with the sample itself", MADE_LABELS, ".masked_fill(itself, 0)", "", MADE),
-    Mutant("PS-KD's first epoch from the store", STORES, "(epoch == 0) | (past", "(past", MADE),
+    Mutant("PS-KD's first epoch from the store", STORES, "(epoch == 0) | (sums", "(sums", MADE),
     Mutant("PS-KD forgets to store", STORES, "self.past.index_copy_(0, index, rows)", "pass", MADE),
     Mutant("OLS learns from what is wrong", STORES, "counted & (logits.argmax(1) == y)", "counted", MADE),
     Mutant("BYOT's soft term with T squared", SEVERAL, " / self.temperature**2", "", OUTPUTS),
@@ -347,8 +347,8 @@ MUTANTS = [
     Mutant(
         "second derivative let through",
         AUTOGRAD,
-        "grad = RefuseSecond.apply(grad, anchor[0])",
-        "pass",
+        "return RefuseSecond.apply(grad, anchor)",
+        "return grad",
         LOSS,
     ),
     Mutant(
