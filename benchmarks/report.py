@@ -298,6 +298,13 @@ def target_table(verdicts: list[targets.Verdict]) -> str:
     return table(["", "target", *(cell for name in heads for cell in (name, "met"))], body)
 
 
+def target_block(records: list[dict]) -> str:
+    """The groups of targets of which the device has a figure."""
+    verdicts = targets.judge(records, records[0]["env"]["kind"])
+    groups = {v.group for v in verdicts if v.measured != targets.GAP}
+    return target_table([v for v in verdicts if v.group in groups]) if groups else ""
+
+
 def efficacy_block(preset: str, folder: Path) -> str:
     """The accuracies of a plan, from its records."""
     path = folder / "efficacy" / f"{preset}.json"
@@ -367,7 +374,7 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "vote": functools.partial(each_backend, bench="vote", mode="forward", write=vote_table),
     "host": host_block,
     "step": step_block,
-    "targets": lambda records: target_table(targets.judge(records, records[0]["env"]["kind"])),
+    "targets": target_block,
 }
 NAMES = [f"{label}-{name}" for label in KINDS for name in BLOCKS]
 
@@ -380,9 +387,10 @@ def block(name: str, results: dict[Path, list[dict]], folder: Path = files.RESUL
     if name == TABLE_1:
         return methods_block(results)
     label, what = name.split("-")
-    needed, parts = what if what in ("vote", "step", "distill", "linear") else "loss", []
+    needed, parts = (what,) if what in ("vote", "step", "distill", "linear") else ("loss",), []
+    needed = targets.BENCHES if what == "targets" else needed
     for records in results.values():
-        source = [r for r in records if (r["bench"], r["env"]["kind"]) == (needed, KINDS[label])]
+        source = [r for r in records if r["bench"] in needed and r["env"]["kind"] == KINDS[label]]
         if source and (text := BLOCKS[what](records)):
             parts.append(f"{text}\n\n<sub>{provenance(source)}.</sub>")
     return "\n\n".join(parts) or NOTHING

@@ -14,6 +14,7 @@ from functools import partial
 import baselines
 from clock import SURE
 
+BENCHES = ("loss", "vote", "step", "distill", "linear")  # whose records the targets judge
 MIB = 1 << 20
 GAP = "not measured"
 
@@ -293,11 +294,7 @@ TARGETS = [Target("cpu", *row) for row in cpu_targets()] + [Target("cuda", *row)
 
 def judge(records: list[dict], kind: str) -> list[Verdict]:
     """Every row for a kind of device ("cpu", "cuda") against records from one, for each backend of ours."""
-    timed = [
-        r
-        for r in records
-        if r["env"]["kind"] == kind and r["bench"] in ("loss", "vote", "step", "distill", "linear")
-    ]
+    timed = [r for r in records if r["env"]["kind"] == kind and r["bench"] in BENCHES]
     ours = names(timed) or [""]
     rows = [target for target in TARGETS if target.kind == kind]
     return [t.judge(records, name) for t in rows for name in ([""] if t.target == "-" else ours)]

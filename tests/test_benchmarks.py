@@ -844,6 +844,13 @@ def test_a_run_cut_short_can_be_reported():
             assert not re.search(r"\| ---.*(\n(?!\|)|$)", text)  # no table without rows
 
 
+@pytest.mark.parametrize(("bench", "group"), [("distill", "distillation"), ("vote", "CPU vote")])
+def test_a_device_shows_the_targets_that_it_has_figures_of(bench, group):
+    some = [r for r in made_up("cpu") if r["bench"] == bench]
+    text = report.block("cpu-targets", {Path("x.json"): some})
+    assert {line.split(":")[0] for line in text.splitlines() if "<=" in line} == {f"| {group}"}
+
+
 def dumped(folder: Path, records: list[dict], **environment) -> Path:
     """A folder with a file of records."""
     bare = [{k: v for k, v in r.items() if k != "env"} for r in records]
