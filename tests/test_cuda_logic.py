@@ -661,8 +661,6 @@ def split(options: dict) -> tuple[dict, dict]:
 def distill_case(case: Taught, **options) -> Case:
     """A call of distill_fwd, as register.cpp would make it."""
     o, header = split(options)
-    by_index = header.pop("by_index", case.index is not None)  # else rows were taken before
-    table_rows = header.pop("table_rows", len(case.teacher))
     z, t, target, weight, index = case
     A = reference.accumulation_dtype(z.dtype)
     mean = o["reduction"] == "mean"
@@ -683,8 +681,9 @@ def distill_case(case: Taught, **options) -> Case:
         **header,
     )
     flags = (t.dtype != z.dtype, target is not None, weight is not None, o["form"] == "divergence")
-    table = (index is not None, by_index, table_rows)
-    data += struct.pack("7q5d", *flags, *table, *(o[term] for term in TERMS[1:]), o["temperature"])
+    data += struct.pack(
+        "6q5d", *flags, index is not None, len(t), *(o[term] for term in TERMS[1:]), o["temperature"]
+    )
     arrays = [spaced(z, gap), spaced(t, gap)]
     arrays += [x for x in (target, None if weight is None else weight.to(A), index) if x is not None]
     return Case(data + raw(arrays), outputs_of(z, o["reduction"], o["with_grad"]))
@@ -846,7 +845,7 @@ def test_distillation_out_of_range(drivers, tmp_path):
 
 
 def test_distillation_rows_of_a_table(drivers, tmp_path):
-    """Rows by index, held and of several parts; of those taken before only an index outside is looked at."""
+    """Rows by index, held and of several parts; a sample whose index is outside is NaN."""
     calls = []
     for C, dtype in itertools.product((16, 64, 5008), DTYPES):
         case, table = taught(5, C, dtype, seed=C), taught(3, C, dtype, seed=1).teacher
@@ -855,14 +854,12 @@ def test_distillation_rows_of_a_table(drivers, tmp_path):
             options = {"temperature": 2.0, **ALL} if target is not None else {"kd_weight": 1.0}
             calls.append((given, options | {"blocks": 1 + len(calls) % 3, "threads": 32 * (len(calls) % 3)}))
     check_distill(drivers["plain"], tmp_path, calls)
-    for bad, by_index in itertools.product((-1, 3, 2**40), (True, False)):
-        case, table = taught(5, 16), taught(3 if by_index else 5, 16, seed=1).teacher
-        index = torch.tensor([2, 0, 1, 2, 2])
-        rows = table[index] if by_index else table
-        expected = distill_by_reference(case._replace(teacher=rows), torch.float32, reduction="none", **ALL)
-        index[3] = bad
+    for bad in (-1, 3, 2**40):
+        case, table, index = taught(5, 16), taught(3, 16, seed=1).teacher, torch.tensor([2, 0, 1, 2, 2])
         given = case._replace(teacher=table, index=index)
-        data = distill_case(given, by_index=by_index, table_rows=3, reduction="none", **ALL)
+        expected = distill_by_reference(given, torch.float32, reduction="none", **ALL)
+        index[3] = bad
+        data = distill_case(given, reduction="none", **ALL)
         ((faults, got),) = execute(drivers["sanitized"], [data], tmp_path)
         assert not faults
         for a, b in zip(got[:4], expected):

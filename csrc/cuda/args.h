@@ -78,9 +78,8 @@ struct DistillFwd : LossFwd {
                         // as logits'. LossFwd::target null: its largest class, lowest on ties
   int64_t teacher_stride;  // elements from row to row
   bool wide;
-  const int64_t* teacher_index;  // (N,) int64, or null: where it is outside [0, table_rows) the
-  int64_t table_rows;            // sample becomes NaN
-  bool by_index;                 // the teacher is (table_rows, C), its row of a sample the index's
+  const int64_t* teacher_index;  // (N,) int64, or null: the teacher is (table_rows, C), its row of
+  int64_t table_rows;            // a sample the index's; outside of it the sample becomes NaN
   const void* sample_weight;     // (N,) A, or null
   double kd_weight, tckd_weight, nckd_weight, soft_target_weight, temperature;
   bool divergence;  // form; else "cross_entropy"

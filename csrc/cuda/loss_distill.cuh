@@ -257,16 +257,19 @@ loss_distill_kernel(DistillFwd a) {
   for (int64_t i = blockIdx.x; i < a.N; i += gridDim.x) {
     Sample sample = {i, 0, true, false, false};
     if (a.target != nullptr) sample = load_sample(a, i);
-    int64_t teacher_row = i;
-    if (a.teacher_index != nullptr && sample.live) {
-      const int64_t index = a.teacher_index[i];
-      sample.invalid = index < 0 || index >= a.table_rows;
-      sample.live = !sample.invalid;
-      if (a.by_index) teacher_row = sample.live ? index : 0;
-    }
     RowShare<T, S, kDistillVectors> x;
+    {
+      int64_t row = i;
+      if (a.teacher_index != nullptr) {
+        row = a.teacher_index[i];
+        if (sample.live && static_cast<uint64_t>(row) >= static_cast<uint64_t>(a.table_rows)) {
+          sample.live = false;
+          sample.invalid = true;
+        }
+      }
+      x.beside = static_cast<const S*>(a.teacher) + row * a.teacher_stride;  // read where live
+    }
     x.row = RowVectors<T>::of(a, sample);
-    x.beside = static_cast<const S*>(a.teacher) + teacher_row * a.teacher_stride;
     const uint32_t vectors = x.row.count;
     if (!sample.live) x.row.count = 0;  // no logit is read
     if (x.parts() == 1) x.load(0);

@@ -318,12 +318,20 @@ Parts distill_parts(const Tensor& given_logits, const Tensor& given_teacher,
   Tensor teacher = given_teacher;
   OptionalTensor index;
   if (given_index.has_value()) index = given_index->contiguous();
-  if (index.has_value() && !by_index)
-    teacher = teacher.index_select(0, index->clamp(0, given_teacher.size(0) - 1));
-  if (wide) teacher = teacher.to(accumulation_type(logits.scalar_type()));
-  if (!by_index) teacher = with_aligned_rows(teacher);
   OptionalTensor target, weight;
   if (given_target.has_value()) target = given_target->contiguous();
+  if (index.has_value() && !by_index) {  // rows are gathered; outside of the table: NaN
+    const int64_t R = given_teacher.size(0);
+    const Tensor outside = index->lt(0).logical_or(index->ge(R));
+    teacher = teacher.index_select(0, index->clamp(0, R - 1));
+    teacher.masked_fill_(outside.unsqueeze(1), NAN);
+    if (target.has_value())
+      target = target->masked_fill(outside.logical_and(target->ne(ignore_index)),
+                                   ignore_index == -1 ? -2 : -1);
+    index = std::nullopt;
+  }
+  if (wide) teacher = teacher.to(accumulation_type(logits.scalar_type()));
+  if (!by_index) teacher = with_aligned_rows(teacher);
   if (given_weight.has_value()) weight = given_weight->contiguous();
   DistillFwd a = {};
   const Parts results = allocate_results(a, logits, reduction, gradient);
@@ -338,7 +346,6 @@ Parts distill_parts(const Tensor& given_logits, const Tensor& given_teacher,
   a.wide = wide;
   a.teacher_index = index.has_value() ? index->const_data_ptr<int64_t>() : nullptr;
   a.table_rows = given_teacher.size(0);
-  a.by_index = by_index;
   a.sample_weight = data_or_null(weight);
   a.kd_weight = kd_weight;
   a.tckd_weight = tckd_weight;

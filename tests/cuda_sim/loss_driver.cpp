@@ -41,7 +41,7 @@ struct Numbers {
 
 /// What follows for a distillation.
 struct DistillHeader {
-  int64_t wide, has_target, has_sample_weight, divergence, has_index, by_index, table_rows;
+  int64_t wide, has_target, has_sample_weight, divergence, has_index, table_rows;
   double kd_weight, tckd_weight, nckd_weight, soft_target_weight, temperature;
 };
 
@@ -175,9 +175,9 @@ DistillFwd read_distill(const Header& h, const Numbers& x) {
   read_common<T>(h, x, a);
   a.wide = d.wide != 0;
   a.teacher_stride = a.logits_stride;
-  a.by_index = d.by_index != 0;
   a.table_rows = d.table_rows;
-  const int64_t taught = a.by_index ? (a.table_rows - 1) * a.teacher_stride + h.C : elements(h);
+  const int64_t taught =
+      d.has_index != 0 ? (a.table_rows - 1) * a.teacher_stride + h.C : elements(h);
   a.teacher = read_array(taught * (a.wide ? sizeof(A) : sizeof(T)), "teacher",
                          a.wide ? phase_of_wide<T>(h) : h.phase);
   if (d.has_target != 0) a.target = reinterpret_cast<int64_t*>(read_array(h.N * 8, "target"));
