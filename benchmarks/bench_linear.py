@@ -37,7 +37,7 @@ def products(x: Tensor, weight: Tensor, target: Tensor, votes: Tensor) -> None:
     x, weight = x.detach(), weight.detach()
     head = chunked.Head(x, weight, None, x.dtype)
     wanted = (True, True, False)
-    grads, most = head.gradients(wanted, False), chunked.default_rows(len(x), x.device, 1)
+    grads, most = head.gradients(wanted, False), chunked.default_rows(len(x), x.dtype, x.device, 1)
     for rows in chunked.chunks_of(len(x), None, most):
         head.accumulate(grads, wanted, rows, *head.logits(rows, most))
 

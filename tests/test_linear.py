@@ -294,7 +294,7 @@ def peak_bytes(call) -> int:
 @pytest.mark.parametrize("only_correct", [False, True])
 def test_no_more_than_an_eighth_of_the_logits(dtype, reduction, only_correct):
     """Beside the gradients, which are kept in float32 and then given in the type of the weight."""
-    N, D, C = 2016, 16, 4096
+    N, D, C = 2464, 16, 4096
     x, w = (
         torch.randn(N, D, dtype=dtype, requires_grad=True),
         torch.randn(C, D, dtype=dtype, requires_grad=True),
@@ -316,17 +316,32 @@ def test_no_more_than_an_eighth_of_the_logits(dtype, reduction, only_correct):
     assert all(t.grad is not None for t in (x, w, b))
 
 
-VOTES = torch.randint(4096, (2016, 4), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+VOTES = torch.randint(4096, (2464, 4), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
 
 
 def test_default_rows():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert chunked.default_rows(2048, cpu, 1) == 227
-    assert chunked.default_rows(2048, cpu, 2) == 113
-    assert chunked.default_rows(10, cpu, 1) == chunked.FEWEST_ROWS["cpu"]
-    assert chunked.default_rows(10**6, cpu, 1) == chunked.MOST_ROWS["cpu"]
-    assert chunked.default_rows(10**6, gpu, 1) == chunked.MOST_ROWS["cuda"]
-    assert chunked.default_rows(4096, gpu, 2) == chunked.FEWEST_ROWS["cuda"] // 2
+    wide, narrow = torch.float32, torch.bfloat16
+    assert chunked.default_rows(2048, wide, cpu, 1) == 227
+    assert chunked.default_rows(8192, narrow, cpu, 1) == 744
+    assert chunked.default_rows(8192, wide, cpu, 2) == 455
+    assert chunked.default_rows(10, wide, cpu, 1) == chunked.FEWEST_ROWS["cpu"]
+    assert chunked.default_rows(10**6, wide, cpu, 1) == chunked.MOST_ROWS["cpu"]
+    assert chunked.default_rows(10**6, narrow, gpu, 1) == chunked.MOST_ROWS["cuda"]
+    assert chunked.default_rows(4096, narrow, gpu, 2) == chunked.FEWEST_ROWS["cuda"] // 2
+
+
+def test_correct_samples_are_counted_without_those_ignored():
+    """As where ignored rows stay in the chunks, which they do not on a CPU."""
+    x, w, b, target, _ = (t.detach() for t in inputs())
+    top = F.linear(x, w, b).argmax(1)
+    head = chunked.Head(x, w, b, torch.float32)
+    spans = chunked.chunks_of(N, None, 5)
+    for ignore_index in (-100, int(top[0])):
+        count = chunked.count_correct(head, spans, 5, top, ignore_index)
+        assert count == (top != ignore_index).sum()
+    expected = ((top == target) & (target != -100)).sum()
+    assert chunked.count_correct(head, spans, 5, target, -100) == expected
 
 
 # Autograd ------------------------------------------------------------------------------------------------

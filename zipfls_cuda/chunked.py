@@ -28,19 +28,21 @@ from . import autograd, ops, reference
 Rows = slice | Tensor  # rows of a chunk: in a row, or their indices (n,) int64
 Grads = tuple[Tensor, Tensor, Tensor]  # to input (N, D), weight (C, D), bias (C,); (0,) where not wanted
 
-# Rows of a chunk by default: an eighth of the logits is the whole budget, and 16-bit products and sums are
-# added through a buffer of a PARTS-th of the chunk's elements. More than MOST_ROWS make the products no
+# Rows of a chunk by default: temporaries are to be an eighth of the logits at most. 16-bit products are added
+# through a buffer of a PARTS-th of the chunk's elements, which takes 6 bytes for each (a product of 16 bits
+# and its conversion), so their chunk is a SHARE_16-th of the logits. More than MOST_ROWS make the products no
 # faster, fewer than FEWEST_ROWS slower: on a GPU each chunk also reads weight and its gradient and writes the
 # latter, 12 bytes an element beside 6 n operations.
-SHARE, PARTS = 9, 24
+SHARE, SHARE_16, PARTS = 9, 11, 12
 FEWEST_ROWS = {"cpu": 224, "cuda": 1024}
 MOST_ROWS = {"cpu": 1024, "cuda": 8192}
 
 
-def default_rows(N: int, device: torch.device, buffers: int) -> int:
+def default_rows(N: int, dtype: torch.dtype, device: torch.device, buffers: int) -> int:
     """Rows of a chunk where none are given; ``buffers``: logits of one head, or of two."""
     low, high = (rows.get(device.type, rows["cuda"]) for rows in (FEWEST_ROWS, MOST_ROWS))
-    return max(low // buffers, min(N // (SHARE * buffers), high // buffers))
+    share = SHARE_16 if dtype.itemsize == 2 else SHARE
+    return max(low // buffers, min(N // (share * buffers), high // buffers))
 
 
 @dataclass
@@ -95,10 +97,10 @@ def add_sum(out: Tensor, dz: Tensor) -> None:
     """out += sum of the rows of dz, where ``out`` (C,) is of the accumulation dtype."""
     if dz.dtype == out.dtype:
         out.addmv_(dz.t(), dz.new_ones(len(dz)))
-        return
-    block = len(out) if dz.is_cuda else 1 + len(out) // PARTS  # a CPU converts all that it sums
-    for to, part in zip(out.split(block), dz.split(block, 1), strict=True):
-        to.add_(part.sum(0, dtype=to.dtype))
+    elif dz.is_cuda:
+        out.add_(dz.sum(0, dtype=out.dtype))
+    else:  # a CPU would convert all of dz to sum it
+        out.add_(torch.mm(dz.new_ones(1, len(dz)), dz)[0])
 
 
 def add_product(out: Tensor, dz: Tensor, x: Tensor) -> None:
@@ -308,7 +310,7 @@ def loss_fwd(
     """
     with _plain_products(input.device):
         head, (N, C) = Head(input, linear_weight, linear_bias, dtype), (len(input), len(linear_weight))
-        most = chunk_rows or default_rows(N, input.device, 1)
+        most = chunk_rows or default_rows(N, dtype, input.device, 1)
         chunks = chunks_of(N, counted_rows(target, votes, C, ignore_index), most)
         factors = None
         if reduction == "mean":
@@ -361,7 +363,7 @@ def distill_fwd(
     with _plain_products(input.device):
         head, (N, C) = Head(input, linear_weight, linear_bias, dtype), (len(input), len(linear_weight))
         teacher = Head(teacher_input, teacher_weight, teacher_bias, teacher_dtype)
-        most = chunk_rows or default_rows(N, input.device, 2)
+        most = chunk_rows or default_rows(N, dtype, input.device, 2)
         chunks = chunks_of(N, counted_rows(target, None, C, ignore_index), most)
         factors = None
         if reduction == "mean":

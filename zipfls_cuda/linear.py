@@ -190,8 +190,9 @@ def linear_zipf_cross_entropy(
         linear_weight: (C, D), C >= 2, same dtype and device; under autocast the products are in its dtype.
         target, votes: as for ``zipf_cross_entropy``, probabilities included. votes=None ranks by the logits.
         linear_bias: (C,) or None.
-        chunk_rows: logits of so many rows exist at a time; None: a ninth of N, but on a CPU 224
-            to 1,024 and on a GPU 1,024 to 8,192. The result is the same within rounding.
+        chunk_rows: logits of so many rows exist at a time. None: a ninth of N (of 16-bit logits an
+            eleventh), but on a CPU 224 to 1,024, on a GPU 1,024 to 8,192. The result is the same within
+            rounding.
         only_correct: as for ``zipf_cross_entropy``. A mean needs the number of correct samples before any
             gradient, and computes all logits once more.
         The others as for ``zipf_cross_entropy``. There is no ``inplace``, as the gradient is always written
