@@ -151,11 +151,10 @@ def test_report_reaches_every_configuration(monkeypatch):
     assert products >= {vote.EXACT, vote.FLOAT64}
     short = {(B, *tile) for B, tile in [*loss.ROW_TILES.items(), *loss.FEW_ROW_TILES.items()]}
     assert held >= {(False, *tile) for tile in short}
-    soft = {(B, R, 4 if warps == 2 else warps) for B, R, warps in short if B <= loss.LONGEST_SOFT_ROW}
-    assert held >= {(True, *tile) for tile in soft}
+    soft = [B for B in loss.ROW_TILES if B <= loss.LONGEST_SOFT_ROW]
+    assert held >= {(True, B, *loss.WIDE_ROW_TILES.get(B, (1, 4))) for B in soft}
     for soft, (B, warps) in (
-        (False, loss.LONG_TILES[0][1]),
-        (False, loss.LONG_TILES[1][1]),
+        *((False, tile) for _, tile in loss.LONG_TILES),
         (False, loss.LONG_TILE_DENSE),
         (True, loss.LONG_SOFT_TILE),
         (True, loss.LONG_SOFT_TILE_DENSE),

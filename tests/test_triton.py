@@ -166,8 +166,25 @@ def test_loss_several_rows_per_program(monkeypatch, N, R):
     monkeypatch.setattr(loss_file, "INTERPRET", False)
     monkeypatch.setattr(loss_file, "FEW_ROWS", 0 if R == 8 else 99)
     monkeypatch.setattr(loss_file, "PROGRAMS", 2)
-    assert loss_file.row_tile(N, 10, 16)[1] == R
+    assert loss_file.row_tile(N, 10, 16, True)[1] == R
     assert_same(loss_args(N, 10, dtype=torch.float64))
+
+
+def test_streamed_threads_of_several_vectors(monkeypatch):
+    """Four vectors a thread; -inf in a tile that needs no masks, all over one, and beside the target."""
+    monkeypatch.setattr(loss_file, "LONGEST_ROW", 32)
+    monkeypatch.setattr(loss_file, "LONG_TILES", ((INF, (256, 1)),))
+    z = torch.randn(4, 700, dtype=torch.float64)
+    z[0, 300] = -INF
+    z[2, 256:512] = -INF
+    z[3, 4] = -INF
+    args = list(loss_args(4, 700, dtype=torch.float64, logits=z, zipf=0.3))
+    args[1] = torch.tensor([5, 600, 5, 5], device=DEVICE)
+    args[10] = "none"
+    assert_same(tuple(args))
+    assert_same((*args[:3], placed(table(8, torch.float64, 400.0)), *args[4:]))  # unvoted: no mass, no loss
+    args[0][:] = 0.25 * torch.arange(700)  # all finite, and the maximum grows from tile to tile
+    assert_same(tuple(args))
 
 
 @pytest.mark.parametrize("weight", [False, True])
@@ -179,7 +196,7 @@ def test_loss_totals_from_partial_sums(monkeypatch, weight):
 
 @pytest.mark.parametrize("P", [0, 1, 16, 17, 256, 257, 600])
 def test_loss_vote_counts(P):
-    """Pairwise counting up to 256 votes, hashed above; classes that collide in the table included."""
+    """Sorted up to 256 votes, hashed above; classes that collide in the table included."""
     C = 1500
     votes = torch.randint(-1, 40, (2, P), dtype=torch.int64) * 32 + torch.randint(0, 2, (2, P))
     votes = votes.clamp(max=C - 1)
@@ -804,10 +821,11 @@ def test_backward_by_one_writes_nothing(rows):
 # Ranks and label -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("C,P", [(5, 3), (40, 60), (3000, 300)])
+@pytest.mark.parametrize("C,P", [(5, 3), (40, 16), (40, 60), (3000, 300)])
 def test_ranks_and_label(C, P):
     votes = torch.randint(-1, min(C, 50), (3, P), device=DEVICE)
     votes *= (C - 1) // votes.max()  # beyond the hash table, too
+    votes[2] = 3  # all for one class
     target = torch.randint(0, C, (3,), device=DEVICE)
     target[1] = -100
     assert torch.equal(triton_kernels.rank_fwd(votes, C).cpu(), reference.rank_fwd(votes.cpu(), C))

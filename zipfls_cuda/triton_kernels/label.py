@@ -7,16 +7,16 @@ see an (N, C) label. ``rank_fwd`` and ``label_fwd`` write the dense form out, fo
 
 How a row of votes is counted without indexing shared memory, which Triton does not offer:
 
-* P <= PAIRWISE_VOTES: every vote is compared with every other, P^2 comparisons spread over the program's
-  threads. At P = 49 that is 2 instructions for each of 3136 pairs, fewer than any sort has.
+* P <= SORTED_VOTES: a bitonic sort in registers, at P = 49 some 200 instructions of one warp. Equal votes are
+  then neighbours, and the last of them stands for its class. A class with n votes has a vote at each place
+  1 .. n of its run, so a histogram of the places gives b_k, the number of classes with at least k votes, and
+  the rank of a class with k votes is 1 + b_{k+1}.
 * larger P: a hash table in global memory, 20 P bytes for each program in flight, counted by integer atomics.
-  (Compiling tl.sort or tl.gather for thousands of votes takes minutes and gigabytes.)
+  (Compiling tl.sort or tl.gather for thousands of votes takes minutes and gigabytes.) Each vote i learns its
+  class's count n_i, and all of a class's votes stand for it, 1/n_i each. A histogram of the n_i gives, at
+  level k, h_k = k * a_k with a_k the number of classes with k votes, whose rank is 1 + sum_{j>k} a_j.
 
-Either way each vote i learns its class's count n_i. A histogram of the n_i then gives, at level k, h_k = k *
-a_k with a_k the number of classes that have k votes (each of them shows up k times), and the rank of a class
-with k votes is 1 + sum_{j>k} a_j. Sums over voted classes become sums over votes weighted 1/n_i, so which of
-several equal votes stands for its class never matters, nor the order of atomics: bitwise the same on every
-run.
+Neither depends on the order of equal votes or of atomics: bitwise the same on every run.
 """
 
 from __future__ import annotations
@@ -29,14 +29,20 @@ from torch import Tensor
 from .launch_cache import device_of, launch, with_unit_stride
 
 INTERPRET: bool = triton.knobs.runtime.interpret  # whether kernels run in Triton's interpreter
+INTERPRETED = tl.constexpr(INTERPRET)
 
-PAIRWISE_VOTES = 256  # 256^2 pairs * 2 instructions / 128 lanes: 1024 cycles; an L2 atomic takes about 700
-PAIRWISE_BLOCK = 16  # votes compared with all P at a time: (P, 16) comparisons live in registers
+SORTED_VOTES = 256  # 36 steps of 4 instructions for each vote; the compiler takes seconds for more
 MOST_VOTES = 4096  # P above is refused: a row of votes must fit in a program's registers
 HASHING_PROGRAMS = 264  # two per multiprocessor share 264 * 20 P bytes of scratch; rows are walked through
 
 
 # Device functions ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def maximum(a, b):
+    """What a scan combines by."""
+    return tl.maximum(a, b)
 
 
 @triton.jit
@@ -61,21 +67,31 @@ def load_votes(
 
 
 @triton.jit
-def count_pairwise(v, votes, votes_stride_n, votes_stride_p, row, row_ok, P, BLOCK: tl.constexpr):
-    """(R, P2) int32: votes that the class of each vote has. Each pair's other side is read again, from L1."""
-    count = tl.zeros_like(v)
-    for first in range(0, P, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        at = row[:, None] * votes_stride_n + j[None, :].to(tl.int64) * votes_stride_p
-        other = tl.load(votes + at, mask=row_ok[:, None] & (j < P)[None, :], other=-1)
-        other = tl.maximum(other, -1).to(tl.int32)  # -2^32 + 3 is not class 3
-        count += tl.sum((v[:, :, None] == other[:, None, :]).to(tl.int32), 2)
-    return count
+def sort_rows(v, P2: tl.constexpr):
+    """v (R, P2) in ascending order; tl.sort takes 0.3 s a program in the interpreter."""
+    if INTERPRETED:
+        i, j = tl.arange(0, P2)[None, :, None], tl.arange(0, P2)[None, None, :]
+        before = (v[:, None, :] < v[:, :, None]) | ((v[:, None, :] == v[:, :, None]) & (j < i))
+        place = tl.sum(before.to(tl.int32), 2)
+        return tl.sum(tl.where(place[:, None, :] == i, v[:, None, :], 0), 2)
+    else:
+        return tl.sort(v, 1)
+
+
+@triton.jit
+def count_sorted(v, R: tl.constexpr, P2: tl.constexpr):
+    """Of sorted rows (R, P2): whether a vote is the last of its equals, and its place among them, from 1."""
+    p = tl.arange(0, P2)[None, :]
+    none = tl.zeros([R, 1], tl.int32)
+    first = v != tl.gather(v, tl.maximum(p - 1, 0) + none, 1)
+    start = tl.associative_scan(tl.where(first, p, 0), 1, maximum)
+    last = (v != tl.gather(v, tl.minimum(p + 1, P2 - 1) + none, 1)) | (p == P2 - 1)
+    return last, p - start + 1
 
 
 @triton.jit
 def count_hashed(v, live, scratch, P2: tl.constexpr):
-    """As count_pairwise, and votes_at as histogram_rows of count - 1; (1, P2) each.
+    """Votes that the class of each vote has, and how many have each count, from 1; (1, P2) each.
 
     scratch (5 P2,) int32, in global memory and so in L2: keys and counts of a hash table of 2 P2 slots, and
     the histogram. In which slot a class ends up depends on which thread comes first; its count does not.
@@ -124,34 +140,40 @@ def rank_of_votes(
     row_ok,  # (R,) bool
     C,
     P,
-    scratch,  # (5 P2,) int32 of this program's own; not PAIRWISE
-    R: tl.constexpr,  # 1 if not PAIRWISE
+    scratch,  # (5 P2,) int32 of this program's own; not SORTED
+    R: tl.constexpr,  # 1 if not SORTED
     P2: tl.constexpr,
-    PAIRWISE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SORTED: tl.constexpr,
 ):
-    """Competition ranks of the voted classes, vote by vote.
+    """Competition ranks of the voted classes.
 
-    Returns v, live, count, rank (R, P2) and K, the number of distinct voted classes, and bad, (R,).
+    Returns, (R, P2): v, the votes, in any order; stands, which of them stand for their class; count, how many
+    do for that class; rank, of it. K (R,): number of distinct voted classes; bad (R,): a vote is >= C.
     """
     v, live, bad = load_votes(votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, P2)
-    if PAIRWISE:
-        count = count_pairwise(v, votes, votes_stride_n, votes_stride_p, row, row_ok, P, BLOCK)
-        level = tl.where(live, count - 1, 0)
-        votes_at = histogram_rows(level, live, R, P2)  # votes whose class has level + 1 votes
+    if SORTED:
+        v = sort_rows(v, P2)
+        last, place = count_sorted(v, R, P2)
+        live = v >= 0
+        at_least = histogram_rows(tl.where(live, place - 1, 0), live, R, P2)  # classes with so many votes
+        more = tl.gather(at_least, tl.minimum(place, P2 - 1), 1)
+        rank = 1 + tl.where(place < P2, more, 0)
+        stands = live & last
+        K = tl.sum(stands.to(tl.int32), 1)
+        count = tl.full([R, P2], 1, tl.int32)
     else:
+        stands = live
         count, votes_at = count_hashed(v, live, scratch, P2)
         level = tl.where(live, count - 1, 0)
-    classes_at = votes_at // (1 + tl.arange(0, P2))[None, :]
-    classes_from = tl.cumsum(classes_at, 1, reverse=True)
-    rank_at = 1 + classes_from - classes_at
-    if PAIRWISE:
-        rank = tl.gather(rank_at, level, 1)
-    else:  # through memory: the table's keys are done with, since a barrier
+        classes_at = votes_at // (1 + tl.arange(0, P2))[None, :]
+        classes_from = tl.cumsum(classes_at, 1, reverse=True)
+        rank_at = 1 + classes_from - classes_at
+        # Through memory: the table's keys are done with, since a barrier.
         tl.store(scratch + tl.arange(0, P2)[None, :], rank_at)
         tl.debug_barrier()
         rank = tl.load(scratch + level, cache_modifier=".cg")
-    return v, live, count, rank, tl.sum(classes_at, 1), bad
+        K = tl.sum(classes_at, 1)
+    return v, stands, count, rank, K, bad
 
 
 @triton.jit
@@ -166,38 +188,35 @@ def votes_label(
     y,  # (R,) int64 in [0, C)
     C,
     P,
-    scratch,  # (5 P2,) int32 of this program's own; not PAIRWISE
+    scratch,  # (5 P2,) int32 of this program's own; not SORTED
     R: tl.constexpr,
     P2: tl.constexpr,
-    PAIRWISE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SORTED: tl.constexpr,
 ):
     """The soft label of R rows: of every vote's class, and of all the others at once.
 
     Returns:
-        v (R, P2): the votes' classes; share (R, P2): 1 / (votes of that class), and 0 where the label is no
-        exception (no vote, or the target's), so that a sum over voted non-target classes is sum_i share_i
-        x_i; log_p, p (R, P2): log of the label of v, and the label; log_q, q, rest (R,): the same of the
-        non-target classes without a vote, and their number; bad (R,): a vote is >= C.
+        v (R, P2): the votes' classes; share (R, P2): 1 / (votes that stand for that class), and 0 where the
+        vote stands for none, or for the target, so that a sum over voted non-target classes is sum_i share_i
+        x_i; p (R, P2): the label of v, where it stands; q, rest (R,): the label of the non-target classes
+        without a vote, and their number; entropy (R,): the sum over all classes of p log p; bad (R,): a vote
+        is >= C.
     """
-    v, live, count, rank, K, bad = rank_of_votes(
-        votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, scratch, R, P2, PAIRWISE, BLOCK
+    v, stands, count, rank, K, bad = rank_of_votes(
+        votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, scratch, R, P2, SORTED
     )
-    at_target = v.to(tl.int64) == y[:, None]
-    target_voted = tl.max((live & at_target).to(tl.int32), 1)
+    at_target = v == y.to(tl.int32)[:, None]
+    target_voted = tl.max((stands & at_target).to(tl.int32), 1)
     rest = C - 1 - (K - target_voted)
-    share, log_p, log_q, p, q = label_of_ranks(
-        log_mass, table_length, live & ~at_target, count, rank, K, rest
-    )
-    return v, share, log_p, log_q, p, q, rest, bad
+    share, p, q, entropy = label_of_ranks(log_mass, table_length, stands & ~at_target, count, rank, K, rest)
+    return v, share, p, q, entropy, rest, bad
 
 
 @triton.jit
 def label_of_ranks(log_mass, table_length, exception, count, rank, K, rest):
-    """share, log_p (R, P2), log_q (R,), p (R, P2) and q (R,) of votes_label.
+    """share, p (R, P2), q and entropy (R,) of votes_label.
 
-    ``exception`` (R, P2): the vote is for a class of the label; rest (R,): number of its other classes. p is
-    not exp(log_p): log_p, rounded, is off by its size times 2^-24.
+    ``exception`` (R, P2): the vote stands for a class of the label; rest (R,): number of its other classes.
     """
     dtype: tl.constexpr = log_mass.dtype.element_ty
     log_p = tl.load(log_mass + tl.minimum(rank, table_length) - 1, mask=exception, other=-float("inf"))
@@ -208,12 +227,13 @@ def label_of_ranks(log_mass, table_length, exception, count, rank, K, rest):
     massless = top == -float("inf")  # every mass is zero: uniform
     log_p = tl.where(massless[:, None], tl.zeros_like(log_p), log_p - top[:, None])
     log_q = tl.where(massless, tl.zeros_like(log_q), log_q - top)
-    count = tl.maximum(count, 1).to(dtype)
-    share = tl.where(exception, tl.full(count.shape, 1, dtype) / count, tl.zeros_like(log_p))
+    share = tl.where(exception, tl.full(count.shape, 1, dtype) / tl.maximum(count, 1).to(dtype), 0.0)
     p, q = tl.exp(log_p), tl.exp(log_q)
-    total = tl.sum(share * p, 1) + rest.to(dtype) * q
-    log_total = tl.log(total)
-    return share, log_p - log_total[:, None], log_q - log_total, p / total[:, None], q / total
+    rest_q = rest.to(dtype) * q
+    total = tl.sum(share * p, 1) + rest_q
+    # Relative to the largest: sum p log p = sum p log (p / total) / total, where 0 log 0 is 0.
+    entropy = tl.sum(tl.where(p > 0, share * p * log_p, 0.0), 1) + tl.where(rest_q > 0, rest_q * log_q, 0.0)
+    return share, p / total[:, None], q / total, entropy / total - tl.log(total)
 
 
 # Kernels -------------------------------------------------------------------------------------------
@@ -225,13 +245,12 @@ def rank_fwd_kernel(
     votes_stride_n,
     votes_stride_p,
     ranks,  # (N, C) int32
-    scratch,  # (programs, 5 P2) int32; not PAIRWISE
+    scratch,  # (programs, 5 P2) int32; not SORTED
     N,
     C,
     P,
     P2: tl.constexpr,
-    PAIRWISE: tl.constexpr,
-    PAIR_BLOCK: tl.constexpr,
+    SORTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Ranks of all classes. A row at a time; writes 4 C bytes and reads the row's votes.
@@ -242,8 +261,8 @@ def rank_fwd_kernel(
     scratch += tl.program_id(0).to(tl.int64) * 5 * P2
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         row = tl.full([1], n, tl.int64)
-        v, live, _, rank, K, bad = rank_of_votes(
-            votes, votes_stride_n, votes_stride_p, row, row < N, C, P, scratch, 1, P2, PAIRWISE, PAIR_BLOCK
+        v, stands, _, rank, K, bad = rank_of_votes(
+            votes, votes_stride_n, votes_stride_p, row, row < N, C, P, scratch, 1, P2, SORTED
         )
         start = row[:, None] * C
         others = tl.where(bad, 0, K + 1)[:, None]
@@ -251,7 +270,7 @@ def rank_fwd_kernel(
             c = first + tl.arange(0, BLOCK)[None, :]
             tl.store(ranks + start + c, others + tl.zeros([1, BLOCK], tl.int32), mask=c < C)
         tl.debug_barrier()
-        tl.store(ranks + start + v, rank, mask=live & ~bad[:, None])
+        tl.store(ranks + start + v, rank, mask=stands & ~bad[:, None])
 
 
 @triton.jit
@@ -266,14 +285,13 @@ def label_fwd_kernel(
     mass_stride_n,
     mass_stride_c,
     label,  # (N, C), dtype of log_mass
-    scratch,  # (programs, 5 P2) int32; neither PAIRWISE nor DENSE
+    scratch,  # (programs, 5 P2) int32; neither SORTED nor DENSE
     N,
     C,
     P,
     ignore_index,
     P2: tl.constexpr,
-    PAIRWISE: tl.constexpr,
-    PAIR_BLOCK: tl.constexpr,
+    SORTED: tl.constexpr,
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -311,9 +329,9 @@ def label_fwd_kernel(
                 totals += tl.where(counted, tl.exp(a), tl.zeros_like(a))
             total = tl.sum(totals, 1)
         else:
-            v, share, _, _, exceptions, constant, _, bad_votes = votes_label(
+            v, share, exceptions, constant, _, _, bad_votes = votes_label(
                 votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row < N, y, C, P, scratch,
-                1, P2, PAIRWISE, PAIR_BLOCK,
+                1, P2, SORTED,
             )  # fmt: skip
         bad |= bad_votes
         invalid_value = tl.where(ignored, 0.0, float("nan")).to(dtype)[:, None]
@@ -371,14 +389,14 @@ def logits_mass_kernel(
 
 
 def vote_tile(P: int) -> tuple[int, bool]:
-    """(P2, PAIRWISE): size of the register tile that holds a row's votes, and how they are counted.
+    """(P2, SORTED): size of the register tile that holds a row's votes, and how they are counted.
 
     Raises:
         RuntimeError: more votes a sample than this backend serves.
     """
     if P > MOST_VOTES:
         raise RuntimeError(f'backend="triton" serves at most {MOST_VOTES} votes a sample, got {P}')
-    return max(16, triton.next_power_of_2(P)), P <= PAIRWISE_VOTES
+    return max(16, triton.next_power_of_2(P)), P <= SORTED_VOTES
 
 
 def vote_scratch(programs: int, P2: int, x: Tensor) -> Tensor:
@@ -396,14 +414,14 @@ def rank_fwd(votes: Tensor, num_classes: int) -> Tensor:
     ranks = torch.empty((N, num_classes), dtype=torch.int32, device=votes.device)
     if N == 0:
         return ranks
-    P2, pairwise = vote_tile(P)
+    P2, sorted_ = vote_tile(P)
     BLOCK = min(2048, triton.next_power_of_2(num_classes))
     with device_of(votes):
-        programs = N if pairwise else min(N, HASHING_PROGRAMS)
-        scratch = ranks if pairwise else vote_scratch(programs, P2, votes)
+        programs = N if sorted_ else min(N, HASHING_PROGRAMS)
+        scratch = ranks if sorted_ else vote_scratch(programs, P2, votes)
         args = (
             votes, votes.stride(0), votes.stride(1), ranks, scratch,
-            N, num_classes, P, P2, pairwise, PAIRWISE_BLOCK, BLOCK,
+            N, num_classes, P, P2, sorted_, BLOCK,
         )  # fmt: skip
         launch(rank_fwd_kernel, (programs, 1, 1), args, (votes,), _warps(P2, BLOCK))
     return ranks
@@ -418,15 +436,15 @@ def label_fwd(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int,
     dense = log_mass.dim() == 2
     if not dense:
         log_mass = with_unit_stride(log_mass)
-    P2, pairwise = vote_tile(P)
+    P2, sorted_ = vote_tile(P)
     BLOCK = min(2048, triton.next_power_of_2(num_classes))
     with device_of(label):
-        programs = N if pairwise or dense else min(N, HASHING_PROGRAMS)
-        scratch = votes if pairwise or dense else vote_scratch(programs, P2, votes)
+        programs = N if sorted_ or dense else min(N, HASHING_PROGRAMS)
+        scratch = votes if sorted_ or dense else vote_scratch(programs, P2, votes)
         args = (
             target, target.stride(0), votes, votes.stride(0), votes.stride(1),
             log_mass, log_mass.shape[0], log_mass.stride(0), log_mass.stride(-1), label,
-            scratch, N, num_classes, P, ignore_index, P2, pairwise, PAIRWISE_BLOCK, dense, BLOCK,
+            scratch, N, num_classes, P, ignore_index, P2, sorted_, dense, BLOCK,
         )  # fmt: skip
         inputs = (target, votes, log_mass)
         launch(label_fwd_kernel, (programs, 1, 1), args, inputs, _warps(P2, BLOCK))

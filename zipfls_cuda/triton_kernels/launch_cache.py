@@ -56,12 +56,14 @@ class Launch:
     asks it, and the others launch that binary.
     """
 
-    __slots__ = ("compiled", "grid", "kernel", "stages", "warps")
+    __slots__ = ("compiled", "grid", "kernel", "registers", "stages", "warps")
 
     def __init__(
-        self, kernel: triton.JITFunction, grid: tuple[int, int, int], warps: int, stages: int = 3
-    ) -> None:
+        self, kernel: triton.JITFunction, grid: tuple[int, int, int], warps: int, stages: int = 3,
+        registers: int | None = None,
+    ) -> None:  # fmt: skip
         self.kernel, self.grid, self.warps, self.stages = kernel, grid, warps, stages
+        self.registers = registers  # a thread may have, where ptxas takes more than it needs
         self.compiled = None  # stays None where kernels are interpreted
 
     def __call__(self, *args) -> None:
@@ -70,8 +72,9 @@ class Launch:
             # Multiply-adds are written out (tl.fma), never the compiler's choice: a product fused into the
             # first step of a sum, fma(a, b, another lane's), leaves lanes with different last bits.
             self.compiled = self.kernel[self.grid](
-                *args, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=False
-            )
+                *args, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=False,
+                maxnreg=self.registers,
+            )  # fmt: skip
         elif _hooked(knobs.runtime.launch_enter_hook) or _hooked(knobs.runtime.launch_exit_hook):
             compiled[self.grid](*args)
         else:

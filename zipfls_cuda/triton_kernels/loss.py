@@ -30,8 +30,7 @@ from . import loss_reduce
 from .label import (
     HASHING_PROGRAMS,
     INTERPRET,
-    PAIRWISE_BLOCK,
-    PAIRWISE_VOTES,
+    SORTED_VOTES,
     logits_mass,
     vote_scratch,
     vote_tile,
@@ -51,27 +50,35 @@ __all__ = ["loss_bwd", "loss_bwd_", "loss_fwd", "loss_grad_"]
 # of probabilities registers hold both.
 LONGEST_ROW, LONGEST_SOFT_ROW = 4096, 2048
 PROGRAMS = loss_reduce.MOST_PROGRAMS  # more rows than that are walked through
-# Up to so many classes -> (elements of a tile, warps) of a streamed row. A multiprocessor holds seven or more
-# programs of 4 warps, its L1 most of their rows up to 30 KB; longer rows come again from L2, two at a time.
-# Larger tiles spilled, beside a mass for every class and beside a target of probabilities.
-LONG_TILES = ((32768, (2048, 4)), (float("inf"), (4096, 8)))
+# Up to so many classes -> (elements of a tile, warps) of a streamed row. What a multiprocessor holds, ten
+# programs of 4 warps, five or three of 8, bounds the rows in flight: up to 20 KB L1 keeps most of a row for
+# the second read, up to 64 KB (three: 128 KB) L2. Larger tiles spilled, beside a mass for every class and
+# beside a target of probabilities.
+LONG_TILES = ((16384, (1024, 4)), (32768, (2048, 8)), (float("inf"), (4096, 8)))
 LONG_TILE_DENSE = (2048, 8)
 LONG_SOFT_TILE, LONG_SOFT_TILE_DENSE = (1024, 4), (512, 4)
 
-# Power-of-two row length -> (rows per program, warps).
+# Power-of-two row length -> (rows per program, warps). One warp has no barriers, and does once what each warp
+# of a program does with the votes: about 600 instructions.
 ROW_TILES = {
-    16: (8, 2),
-    32: (4, 2),
-    64: (2, 2),
-    128: (1, 1),
+    16: (8, 1),
+    32: (4, 1),
+    64: (2, 1),
+    128: (2, 1),
     256: (1, 1),
-    512: (1, 2),
-    1024: (1, 4),
+    512: (1, 1),
+    1024: (1, 1),
     2048: (1, 4),
     4096: (1, 8),
 }
+# Most registers a thread, by the elements of a tile, where ptxas takes more than it needs. Edges, masses,
+# weights and label smoothing do need more.
+REGISTERS = {4096: 104}
+# Where registers hold more than a float32 logit for a class: probabilities, masses, or float64; else (1, 4).
+WIDE_ROW_TILES = {16: (8, 4), 32: (4, 4), 64: (2, 4), 128: (1, 1), 256: (1, 1)}
+SHORT_ROW = 256  # classes up to which all elements of a row are in vectors
 FEW_ROWS = 4096  # below, latency counts: a row per program, and more warps for it
-FEW_ROW_TILES = {16: (1, 2), 32: (1, 2), 64: (1, 2), 128: (1, 4), 256: (1, 4), 512: (1, 4), 1024: (1, 4)}
+FEW_ROW_TILES = {16: (1, 1), 32: (1, 1), 64: (1, 1), 128: (1, 1), 256: (1, 2), 512: (1, 2), 1024: (1, 2)}
 
 
 def longest_row(itemsize: int, soft: bool) -> int:
@@ -88,12 +95,15 @@ def long_tile(C: int, itemsize: int, label: int, soft: bool) -> tuple[int, int]:
     return next(tile for most, tile in LONG_TILES if most >= C or itemsize == 8)
 
 
-def row_tile(N: int, C: int, P2: int) -> tuple[int, int, int]:
-    """(B, R, warps) for rows of C classes kept in registers, with P2 votes each."""
+def row_tile(N: int, C: int, P2: int, wide: bool) -> tuple[int, int, int]:
+    """(B, R, warps) for rows of C classes kept in registers, with P2 votes each; ``wide``: WIDE_ROW_TILES."""
     B = max(16, triton.next_power_of_2(C))
     if INTERPRET:  # several rows in the time of one, and some of them past the last
-        return B, 4 if P2 <= PAIRWISE_VOTES else 1, 1
-    R, warps = FEW_ROW_TILES.get(B, ROW_TILES[B]) if N < FEW_ROWS else ROW_TILES[B]
+        return B, 4 if P2 <= SORTED_VOTES else 1, 1
+    if wide:
+        R, warps = WIDE_ROW_TILES.get(B, (1, 4)) if N >= FEW_ROWS else (1, 4)
+    else:
+        R, warps = FEW_ROW_TILES.get(B, ROW_TILES[B]) if N < FEW_ROWS else ROW_TILES[B]
     while R > 1 and R * P2 > 128:  # votes live in registers too: 8 rows of 64 spilled
         R //= 2
     if P2 > 128:
@@ -114,27 +124,31 @@ class Rows(NamedTuple):
     edges: bool  # whether rows have elements outside vectors
     stride: int  # distance of rows
     P2: int = 0
-    pairwise: bool = False
+    sorted_: bool = False  # in registers, not hashed
     hashed: bool = False
+    registers: int | None = None  # a thread may have
 
 
 def cut_rows(logits: Tensor, P: int, label: int, soft: bool) -> Rows:
     """For logits with P votes a row; ``label``: 1 if votes rank; ``soft``: a target of probabilities."""
     N, C = logits.shape
     itemsize = logits.element_size()
-    P2, pairwise = vote_tile(P)
-    hashed = label == 1 and not pairwise
+    P2, sorted_ = vote_tile(P)
+    hashed = label == 1 and not sorted_
     held = longest_row(itemsize, soft) >= C
+    wide = soft or label == 2 or itemsize == 8
     if held:
-        B, R, warps = row_tile(N, C, P2)
-        if soft:  # 2 warps spilled at C = 16 on sm_90, 4 at C = 2048 beside masses and at 256 votes
-            warps = 8 if (label == 2 and B == 2048) or P2 == 256 else 4 if warps == 2 else warps
+        B, R, warps = row_tile(N, C, P2, wide)
+        if B > 2048 or (soft and ((label == 2 and B == 2048) or P2 == 256)):  # 4 spilled
+            warps = max(warps, 8)
     else:
         (B, warps), R = long_tile(C, itemsize, label, soft), 1
         if P2 > 512:  # votes live in registers too
             warps = max(warps, 16 if P2 > 2048 else 8)
     steps, programs = share_rows(N, R, HASHING_PROGRAMS if hashed else PROGRAMS)
-    return Rows(held, B, R, warps, steps, programs, *row_layout(logits), P2, pairwise, hashed)
+    V, edges, stride = row_layout(logits)
+    registers = REGISTERS.get(B) if held and P2 <= 64 and not (edges or wide) else None
+    return Rows(held, B, R, warps, steps, programs, V, edges, stride, P2, sorted_, hashed, registers)
 
 
 def share_rows(N: int, R: int, most: int) -> tuple[int, int]:
@@ -151,6 +165,8 @@ def row_layout(logits: Tensor) -> tuple[int, bool, int]:
     # Rows of logits and of the gradient are not aligned alike, or hardly longer than their edges.
     if ((stride - C) % V and N > 1) or (C < 4 * V and C % V):
         V = 1
+    while V > 1 and SHORT_ROW >= C and (C % V or (stride % V and N > 1)):
+        V //= 2  # shorter vectors take fewer instructions than edges
     edges = C % V != 0 or (stride % V != 0 and N > 1)
     if not edges:
         stride = stride // V * V  # of a single row it may be anything
@@ -209,7 +225,7 @@ def plan_of(
     N, C = logits.shape
     device = logits.device
     return Plan(
-        Launch(kernel, (rows.programs, 1, 1), rows.warps),
+        Launch(kernel, (rows.programs, 1, 1), rows.warps, registers=rows.registers),
         rows,
         constants,
         template((N,) if reduction == "none" else (), dtype, device),
@@ -226,13 +242,16 @@ def _plan(
     N, dtype = logits.shape[0], log_mass.dtype
     label = log_mass.dim() if zipf_weight != 0 else 0
     rows = cut_rows(logits, 0 if votes is None else votes.shape[1], label, soft)
+    if weighted or label_smoothing > 0:
+        rows = rows._replace(registers=None)
     with_grad = gradient != NO_GRADIENT
     scaled = is_scaled(logits, reduction, gradient)
+    lanes = rows.R if rows.held else min(32 * rows.warps, rows.B // rows.V)
     totals = 0 if reduction != "mean" else 3 if soft else 1 if N <= loss_reduce.SCAN_ROWS else 2
     constants = (
         soft, ce_weight != 0, label, votes is not None, weighted, label_smoothing > 0, only_correct,
         REDUCTIONS[reduction], totals, scaled, with_grad,
-        rows.P2, rows.pairwise, PAIRWISE_BLOCK, rows.V, rows.edges, rows.held, rows.R, rows.B,
+        rows.P2, rows.sorted_, rows.V, rows.edges, rows.held, rows.R, rows.B, lanes,
     )  # fmt: skip
     return plan_of(loss_fwd_kernel, rows, constants, logits, dtype, reduction, gradient)
 

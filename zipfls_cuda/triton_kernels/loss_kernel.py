@@ -14,8 +14,10 @@ from .loss_math import (
     VOTES_LABEL,
     Factors,
     Options,
+    Rows,
     Tile,
     add,
+    count_finite,
     cross_entropy_of,
     exponentials_again,
     from_float,
@@ -40,14 +42,20 @@ from .loss_reduce import combine_losses, gradient_scales, mean_scales
 
 @triton.jit
 def load_tile(
-    logits, target, start, target_start, j, head, body, row_ok, DTYPE: tl.constexpr, o: tl.constexpr
-):
+    logits, target, start, target_start, j, head, body, row_ok, DTYPE: tl.constexpr, o: tl.constexpr,
+    WHOLE: tl.constexpr = False,
+):  # fmt: skip
     """Elements j of the whole vectors of rows; start, target_start, body (R,)."""
-    inside = (j < of_rows(body, o)) & of_rows(row_ok, o)
-    x = tl.load(logits + of_rows(start, o) + j, mask=inside, other=-float("inf")).to(DTYPE)
-    t = x
-    if o.SOFT:
-        t = tl.load(target + of_rows(target_start, o) + j, mask=inside, other=float("nan"))
+    at = logits + of_rows(start, o) + j
+    target_at = target + of_rows(target_start, o) + j
+    if WHOLE:
+        inside = tl.full(j.shape, 1, tl.int1)
+        x = tl.load(at).to(DTYPE)
+        t = tl.load(target_at) if o.SOFT else x
+    else:
+        inside = (j < of_rows(body, o)) & of_rows(row_ok, o)
+        x = tl.load(at, mask=inside, other=-float("inf")).to(DTYPE)
+        t = tl.load(target_at, mask=inside, other=float("nan")) if o.SOFT else x
     return Tile(x=x, t=t, column=of_rows(head, o) + j, inside=inside)
 
 
@@ -66,6 +74,22 @@ def load_edges(
     if o.SOFT:
         t = tl.load(target + of_rows(row * target_stride, o) + column, mask=inside, other=float("nan"))
     return Tile(x=x, t=t, column=column, inside=inside)
+
+
+@triton.jit
+def tile_of(r, j, WHOLE: tl.constexpr, o: tl.constexpr):
+    """Elements j of the whole vectors of rows."""
+    return load_tile(
+        r.logits, r.target, r.start, r.target_start, j, r.head, r.body, r.ok, r.zy.dtype, o, WHOLE
+    )
+
+
+@triton.jit
+def edges_of(r, V: tl.constexpr, o: tl.constexpr):
+    """The other elements."""
+    return load_edges(
+        r.logits, r.target, r.row, r.stride, r.target_stride, r.head, r.body, r.ok, r.C, V, r.zy.dtype, o
+    )
 
 
 @triton.jit
@@ -88,28 +112,64 @@ def class_target(logits, stride, target, target_stride, weight, row, row_ok, C, 
 
 @triton.jit
 def label_over_s(
-    votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row_ok, target, target_stride, y,
-    least, members, C, P, scratch, R: tl.constexpr, P2: tl.constexpr, PAIRWISE: tl.constexpr,
-    BLOCK: tl.constexpr, o: tl.constexpr,
+    votes, votes_stride_n, votes_stride_p, log_mass, table_length, r, least, members, P, scratch,
+    R: tl.constexpr, P2: tl.constexpr, SORTED: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
     """votes_label over S: the classes but y, or the `members` classes (R,) whose probability is `least`."""
     if o.SOFT:
-        v, live, count, rank, K, bad = rank_of_votes(
-            votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, scratch, R, P2, PAIRWISE, BLOCK
+        v, stands, count, rank, K, bad = rank_of_votes(
+            votes, votes_stride_n, votes_stride_p, r.row, r.ok, r.C, P, scratch, R, P2, SORTED
         )
-        t = tl.load(target + (row * target_stride)[:, None] + v, mask=live, other=0)
-        in_s = live & (t == least[:, None])
+        t = tl.load(r.target + (r.row * r.target_stride)[:, None] + v, mask=stands, other=0)
+        in_s = stands & (t == least[:, None])
         dtype: tl.constexpr = log_mass.dtype.element_ty
         share = tl.where(in_s, tl.full(count.shape, 1, dtype) / tl.maximum(count, 1).to(dtype), 0.0)
         rest = members - (tl.sum(share, 1) + 0.5).to(tl.int32)  # each vote stands for 1/count of a class
-        share, log_p, log_q, _, _ = label_of_ranks(log_mass, table_length, in_s, count, rank, K, rest)
-        return v, share, log_p, log_q, rest, bad
+        share, p, q, entropy = label_of_ranks(log_mass, table_length, in_s, count, rank, K, rest)
+        return v, share, p, q, entropy, rest, bad
     else:
-        v, share, log_p, log_q, _, _, rest, bad = votes_label(
-            votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row_ok, y, C, P, scratch,
-            R, P2, PAIRWISE, BLOCK,
+        return votes_label(
+            votes, votes_stride_n, votes_stride_p, log_mass, table_length, r.row, r.ok, r.y, r.C, P, scratch,
+            R, P2, SORTED,
         )  # fmt: skip
-        return v, share, log_p, log_q, rest, bad
+
+
+@triton.jit
+def add_tile(vectors, r, j, WHOLE: tl.constexpr, o: tl.constexpr):
+    """The statistics (G,) of a streamed row with those of one more tile."""
+    tile = tile_of(r, j, WHOLE, o)
+    base = tile_base(tile, vectors.base, r, WHOLE, o)
+    stats, _, _ = tile_stats(tile, base, r, WHOLE, o)
+    return merge(vectors, stats, o)
+
+
+@triton.jit
+def finite_of_rows(r, offset, base, V: tl.constexpr, EDGES: tl.constexpr, B: tl.constexpr, o: tl.constexpr):
+    """t and finite of rows, read again because some of their logits are -inf; not SOFT."""
+    t, finite = count_finite(tile_of(r, offset, False, o), base, r, o)
+    if not o.HELD:
+        for first in range(B, r.C // V * V, B):
+            tile_t, tile_finite = count_finite(tile_of(r, first + offset, False, o), base, r, o)
+            t += tile_t
+            finite += tile_finite
+        t, finite = tl.sum(t, 0, keep_dims=True), tl.sum(finite, 0, keep_dims=True)
+    if EDGES:
+        edge_t, edge_finite = count_finite(edges_of(r, V, o), base, r, o)
+        t += edge_t
+        finite += edge_finite
+    return t, finite
+
+
+@triton.jit
+def store_gradient(grad, start, j, r, f, base, WHOLE: tl.constexpr, o: tl.constexpr):
+    """The gradient of one tile of a streamed row, but for the target and the voted classes."""
+    tile = tile_of(r, j, WHOLE, o)
+    e, p = exponentials_again(tile, base, r, o)
+    g = from_float(tile_gradient(tile, e, p, f, base.least, r, o), grad.dtype.element_ty)
+    if WHOLE:
+        tl.store(grad + of_rows(start, o) + j, g)
+    else:
+        tl.store(grad + of_rows(start, o) + j, g, mask=tile.inside)
 
 
 @triton.jit
@@ -136,7 +196,7 @@ def loss_fwd_kernel(
     grad_scale,  # (1,) type of log_mass; SCALED
     sums,  # (2, programs) scratch, type of log_mass; not NONE
     counter,  # (1,) int32, 0 before and after; not NONE
-    scratch,  # (programs, 5 P2) int32; VOTES_LABEL and not PAIRWISE
+    scratch,  # (programs, 5 P2) int32; VOTES_LABEL and not SORTED
     N,
     C,
     P,
@@ -157,24 +217,25 @@ def loss_fwd_kernel(
     SCALED: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     P2: tl.constexpr,
-    PAIRWISE: tl.constexpr,
-    PAIR_BLOCK: tl.constexpr,
+    SORTED: tl.constexpr,
     V: tl.constexpr,  # elements per 16 bytes, or 1 where rows of logits and gradient are not aligned alike
     EDGES: tl.constexpr,
     HELD: tl.constexpr,  # a row is one tile, B >= C
     R: tl.constexpr,  # rows at a time; 1 if not HELD
     B: tl.constexpr,  # elements of a tile's row, a power of two
+    G: tl.constexpr,  # threads a streamed row; R if HELD
 ):
     """Loss and gradient of rows; a row is held in registers (HELD) or streamed twice, in tiles.
 
     Bytes: HELD: 2 C itemsize a row; else 3 C itemsize, of which the second read, in descending order, comes
     from L1 or L2; SOFT: the target, once or twice; 4 P of votes, and the logits of the voted classes again,
     from L1. A program takes R rows at a time, `steps` times; a thread holds R B / (32 warps) elements as
-    float32 (float64 for float64). Accumulators: Stats, one for each row of a held tile, one for each 16-byte
-    vector of a streamed tile. Elements outside whole vectors, fewer than 2V a row, are a tile of their own.
+    float32 (float64 for float64). Accumulators: Stats, one for each row of a held tile, one for each thread
+    of a streamed row. Elements outside whole vectors, fewer than 2V a row, are a tile of their own. Logits
+    that are -inf show in the sum t, which is then taken again without them.
 
-    Hazards: the gradient at the voted classes is stored over that of the label's constant, by other threads:
-    a barrier stands between. Equal votes store equal values. The gradient may lie over the logits
+    Hazards: the gradient at the target and the voted classes is stored over that of the others, by other
+    threads: a barrier stands between. Equal votes store equal values. The gradient may lie over the logits
     (loss_grad_): programs share no row, and a barrier stands between the reads of a group of rows, some of
     them by several threads, and its first store; after it a logit is read only to be overwritten by the same
     thread.
@@ -183,11 +244,10 @@ def loss_fwd_kernel(
     HAS_ZIPF: tl.constexpr = LABEL != NO_LABEL
     o: tl.constexpr = Options(
         HELD=HELD, SOFT=SOFT, CE=HAS_CE, ZIPF=HAS_ZIPF, DENSE=LABEL == DENSE_LABEL, SMOOTH=SMOOTH,
-        HAS_WEIGHT=HAS_WEIGHT, FIND_CORRECT=ONLY_CORRECT and REDUCTION != MEAN and not SOFT,
+        HAS_WEIGHT=HAS_WEIGHT, SUMS_LOGITS=HAS_ZIPF or (SMOOTH and not HAS_WEIGHT),
+        FIND_CORRECT=ONLY_CORRECT and REDUCTION != MEAN and not SOFT,
     )  # fmt: skip
     LABEL_FIRST: tl.constexpr = HELD and not SOFT
-    G: tl.constexpr = R if HELD else B // V
-    W: tl.constexpr = B if HELD else V
     scratch += tl.program_id(0).to(tl.int64) * 5 * P2
     ce_weight = tl.full([1], ce_weight, D)
     zipf_weight = tl.full([1], zipf_weight, D)
@@ -206,7 +266,12 @@ def loss_fwd_kernel(
         )
     ce_sum = tl.zeros([R], D)
     zipf_sum = tl.zeros([R], D)
-    offset = tl.arange(0, B // W)[:, None] * W + tl.arange(0, W)[None, :]  # (1, B), or (G, V)
+    if HELD:
+        offset = tl.arange(0, B)[None, :]
+    else:
+        K: tl.constexpr = B // (G * V)
+        offset = tl.arange(0, K)[:, None, None] * (G * V) + tl.arange(0, V)[None, None, :]
+        offset += tl.arange(0, G)[None, :, None] * V
     for step in range(0, steps):
         group = tl.program_id(0).to(tl.int64) * steps + step
         row = group * R + tl.arange(0, R)
@@ -215,49 +280,57 @@ def loss_fwd_kernel(
         target_start = start
         if SOFT:
             target_start = row_vectors(row, target_stride, C, V, EDGES)[1]
-        masses = log_mass + of_rows(row * mass_stride_n, o)
         y, zy, wy, ignored, invalid = class_target(
             logits, stride, target, target_stride, weight, row, row_ok, C, ignore_index, D, o
         )
         # Beside an int64 class ptxas keeps what all threads of a streamed row share in uniform registers.
-        if HELD and EDGES and not SOFT:
+        if HELD and not SOFT:
             y = y.to(tl.int32)
+        r = Rows(
+            logits=logits, target=target, row=row, stride=stride, target_stride=target_stride, start=start,
+            target_start=target_start, head=head, body=body, ok=row_ok, y=y, zy=zy,
+            masses=log_mass + of_rows(row * mass_stride_n, o), mass_stride_c=mass_stride_c, weight=weight,
+            smoothing=smoothing, C=C,
+        )  # fmt: skip
 
         # The label of a held row comes first where it can: later, more would live through it.
         if LABEL == VOTES_LABEL and LABEL_FIRST:
-            v, share, log_p, log_q, _, _, rest, bad_votes = votes_label(
-                votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row_ok, y, C, P, scratch,
-                R, P2, PAIRWISE, PAIR_BLOCK,
+            v, share, p_v, q, entropy, rest, bad_votes = label_over_s(
+                votes, votes_stride_n, votes_stride_p, log_mass, table_length, r, zy, ignored, P, scratch,
+                R, P2, SORTED, o,
             )  # fmt: skip
 
         # Statistics. A held row's base is known before its sums; a streamed row's grows from tile to tile.
         if HELD:
-            tile = load_tile(logits, target, start, target_start, offset, head, body, row_ok, D, o)
-            base = tile_base(tile, no_base(G, D), y, masses, mass_stride_c, False, o)
+            tile = tile_of(r, offset, False, o)
+            base = tile_base(tile, no_base(G, D), r, False, o)
         else:
             vectors = no_stats(G, D)
+            end = tl.max(tl.where(row_ok, body, 0), 0)
+            at_y = end if SOFT else tl.max(y - head, 0)
             for first in range(0, C // V * V, B):
-                part = load_tile(
-                    logits, target, start, target_start, first + offset, head, body, row_ok, D, o
-                )
-                part_base = tile_base(part, vectors.base, y, masses, mass_stride_c, True, o)
-                part_stats, _, _ = tile_stats(
-                    part, part_base, y, zy, masses, mass_stride_c, weight, smoothing, C, True, o
-                )
-                vectors = merge(vectors, part_stats, o)
+                if (first + B <= end) & ((at_y < first) | (at_y >= first + B)):
+                    vectors = add_tile(vectors, r, first + offset, True, o)
+                else:
+                    vectors = add_tile(vectors, r, first + offset, False, o)
             base = join_lanes(vectors.base, o)
         if EDGES:
-            edges = load_edges(logits, target, row, stride, target_stride, head, body, row_ok, C, V, D, o)
-            base = join(base, tile_base(edges, no_base(R, D), y, masses, mass_stride_c, False, o), o)
+            edges = edges_of(r, V, o)
+            base = join(base, tile_base(edges, no_base(R, D), r, False, o), o)
         if HELD:
-            stats, e, p = tile_stats(tile, base, y, zy, masses, mass_stride_c, weight, smoothing, C, False, o)
+            stats, e, p = tile_stats(tile, base, r, False, o)
         else:
             stats = sum_lanes(rebase(vectors, base, o))
         if EDGES:
-            edge_stats, _, _ = tile_stats(
-                edges, base, y, zy, masses, mass_stride_c, weight, smoothing, C, False, o
-            )
+            edge_stats, _, _ = tile_stats(edges, base, r, False, o)
             stats = add(stats, edge_stats)
+        t, finite = stats.t, stats.finite
+        if not SOFT:
+            finite = tl.zeros([R], D) + (C - 1)
+            if o.SUMS_LOGITS:
+                absent = (t == -float("inf")) | (t != t)
+                if tl.max(absent.to(tl.int32), 0) > 0:
+                    t, finite = finite_of_rows(r, offset, base, V, EDGES, B, o)
 
         # The label.
         members = stats.members
@@ -267,9 +340,9 @@ def loss_fwd_kernel(
             members = tl.zeros([R], tl.int32) + (C - 1)
         if LABEL == VOTES_LABEL:
             if not LABEL_FIRST:
-                v, share, log_p, log_q, rest, bad_votes = label_over_s(
-                    votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row_ok, target,
-                    target_stride, y, base.least, members, C, P, scratch, R, P2, PAIRWISE, PAIR_BLOCK, o,
+                v, share, p_v, q, entropy, rest, bad_votes = label_over_s(
+                    votes, votes_stride_n, votes_stride_p, log_mass, table_length, r, base.least, members, P,
+                    scratch, R, P2, SORTED, o,
                 )  # fmt: skip
             invalid |= bad_votes
             voted = row_ok[:, None] & (share > 0)
@@ -291,7 +364,7 @@ def loss_fwd_kernel(
         zero = tl.zeros([R], D)
         ce_row, zipf_row, k_s, k, at_target, infinite = zero, zero, zero, zero, zero, row_ok
         if HAS_CE:
-            ce_row, k_s, k, at_target, infinite = cross_entropy_of(stats, zy, wy, C, smoothing, o)
+            ce_row, k_s, k, at_target, infinite = cross_entropy_of(stats, t, finite, wy, r, o)
             k *= gc
             k_s *= gc
             at_target *= gc
@@ -300,13 +373,12 @@ def loss_fwd_kernel(
             label_scale = tl.where(counted, gz + zero, 0.0)
             if LABEL == VOTES_LABEL:
                 zipf_row = zipf_of_votes(
-                    base.m, stats.s, stats.t, stats.finite, zv, share, log_p, log_q, rest, members
+                    base.m, stats.s, t, finite, zv, share, p_v, q, entropy, rest, members
                 )
             else:
                 zipf_row = zipf_of_masses(
-                    stats.s, stats.t, stats.finite, base.mass_top, stats.total, stats.entropy, stats.cross,
-                    members,
-                )  # fmt: skip
+                    stats.s, t, finite, base.mass_top, stats.total, stats.entropy, stats.cross, members
+                )
             k_s += tl.where(counted, (gz + zero) / stats.s, 0.0)
             zipf_row = tl.where(counted, zipf_row, 0.0)
         ce_row = tl.where(ignored, 0.0, tl.where(invalid, float("nan"), ce_row))
@@ -330,7 +402,7 @@ def loss_fwd_kernel(
             zero_grad &= ~invalid
             constant, mass = zero, zero
             if LABEL == VOTES_LABEL:
-                constant = label_scale * tl.exp(log_q)
+                constant = label_scale * q
             if LABEL == DENSE_LABEL:  # uniform where no class has mass
                 massless = base.mass_top == -float("inf")
                 mass = tl.where(massless, 0.0, label_scale / stats.total)
@@ -338,34 +410,35 @@ def loss_fwd_kernel(
             f = Factors(
                 in_s=k_s, elsewhere=k, label=label_scale, mass=mass, constant=constant,
                 target=gc + zero if SOFT else gc * smoothing / C + zero,
-                at_target=at_target, infinite=infinite, invalid=zero_grad | invalid,
-                value=tl.where(zero_grad, 0.0, float("nan")),
+                infinite=infinite, invalid=zero_grad | invalid, value=tl.where(zero_grad, 0.0, float("nan")),
+                some_invalid=tl.max((zero_grad | invalid).to(tl.int32), 0) > 0,
             )  # fmt: skip
-            grad_start = of_rows(row_vectors(row, C, C, V, EDGES)[1], o)
+            grad_start = row_vectors(row, C, C, V, EDGES)[1]
             T: tl.constexpr = grad.dtype.element_ty
             if EDGES:
-                edge = load_edges(logits, target, row, stride, target_stride, head, body, row_ok, C, V, D, o)
-                edge_e, edge_p = exponentials_again(edge, base, y, masses, mass_stride_c, o)
-                edge_g = tile_gradient(edge, edge_e, edge_p, f, y, base.least, weight, smoothing, C, o)
+                edge = edges_of(r, V, o)
+                edge_e, edge_p = exponentials_again(edge, base, r, o)
+                edge_g = tile_gradient(edge, edge_e, edge_p, f, base.least, r, o)
                 at = of_rows(row * C, o) + edge.column
                 tl.store(grad + at, from_float(edge_g, T), mask=edge.inside)
             if LABEL == VOTES_LABEL:
-                gv = voted_gradient(zv, v, voted, log_p, base, f, weight, smoothing, C, o)
+                gv = voted_gradient(zv, v, voted, p_v, base, f, r, o)
             if HELD:
-                g = tile_gradient(tile, e, p, f, y, base.least, weight, smoothing, C, o)
-                tl.store(grad + grad_start + offset, from_float(g, T), mask=tile.inside)
+                g = tile_gradient(tile, e, p, f, base.least, r, o)
+                tl.store(grad + of_rows(grad_start, o) + offset, from_float(g, T), mask=tile.inside)
             else:
                 blocks = (C // V * V + B - 1) // B
                 for i in range(0, blocks):
-                    j = (blocks - 1 - i) * B + offset
-                    again = load_tile(logits, target, start, target_start, j, head, body, row_ok, D, o)
-                    again_e, again_p = exponentials_again(again, base, y, masses, mass_stride_c, o)
-                    again_g = tile_gradient(
-                        again, again_e, again_p, f, y, base.least, weight, smoothing, C, o
-                    )
-                    tl.store(grad + grad_start + j, from_float(again_g, T), mask=again.inside)
-            if LABEL == VOTES_LABEL:
+                    first = (blocks - 1 - i) * B
+                    if first + B <= end:
+                        store_gradient(grad, grad_start, first + offset, r, f, base, True, o)
+                    else:
+                        store_gradient(grad, grad_start, first + offset, r, f, base, False, o)
+            if LABEL == VOTES_LABEL or not SOFT:
                 tl.debug_barrier()
+            if not SOFT:
+                tl.store(grad + row * C + y, from_float(at_target, T), mask=row_ok & ~f.invalid)
+            if LABEL == VOTES_LABEL:
                 at_votes = (row * C)[:, None] + v
                 tl.store(grad + at_votes, from_float(gv, T), mask=voted & ~f.invalid[:, None])
     if REDUCTION != NONE:

@@ -5,8 +5,9 @@ row's least. Statistics of any part of a row (``Stats``) form a monoid: ``tile_s
 ``merge``, which is ``rebase`` to a common base and ``add``. A held row is one tile; a streamed row merges its
 tiles.
 
-A tile is (G, W), its statistics (G,). Of held rows a tile has R, G = R. Of a streamed row it has the 16-byte
-vectors, G, each with statistics of its own, which ``sum_lanes`` adds up at the end.
+A tile of held rows is (R, B), its statistics (R,). A tile of a streamed row is (K, G, V): 16-byte vectors of
+V elements, K for each of G threads; it has statistics (G,), which ``sum_lanes`` adds up at the end. A tile is
+WHOLE if all its elements are in the row, and none is the target's: it needs no masks.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .label import INTERPRET
+from .label import INTERPRETED
 
 NONE, SUM, MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # reduction
 NO_LABEL, VOTES_LABEL, DENSE_LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-INTERPRETED = tl.constexpr(INTERPRET)
 
 
 class Options(NamedTuple):
@@ -33,7 +33,30 @@ class Options(NamedTuple):
     DENSE: bool  # its label is made from a mass for each class
     SMOOTH: bool  # label smoothing of the cross-entropy
     HAS_WEIGHT: bool  # class weights in it
+    SUMS_LOGITS: bool  # the sum t is used
     FIND_CORRECT: bool  # which rows are classified correctly must be found here
+
+
+class Rows(NamedTuple):
+    """R rows of the arguments, (R,) each where nothing else is said."""
+
+    logits: tl.tensor  # pointer
+    target: tl.tensor  # pointer; SOFT
+    row: tl.tensor  # number of the row
+    stride: tl.tensor  # scalar, distance of rows of logits
+    target_stride: tl.tensor  # scalar; of probabilities
+    start: tl.tensor  # offset of the first whole vector of logits
+    target_start: tl.tensor  # of probabilities
+    head: tl.tensor  # columns before it
+    body: tl.tensor  # columns in whole vectors
+    ok: tl.tensor  # bool, the row is one
+    y: tl.tensor  # the target's class
+    zy: tl.tensor  # its logit
+    masses: tl.tensor  # pointer to the row's log masses; DENSE
+    mass_stride_c: tl.tensor  # scalar
+    weight: tl.tensor  # pointer, to the type of the arithmetic, read or not
+    smoothing: tl.tensor  # (1,)
+    C: tl.tensor  # scalar
 
 
 class Base(NamedTuple):
@@ -51,7 +74,7 @@ class Stats(NamedTuple):
     base: Base
     s: tl.tensor  # sum over S of exp(x - m)
     t: tl.tensor  # sum over S of x - m, where x is not -inf
-    finite: tl.tensor  # number of those x
+    finite: tl.tensor  # number of those x; not SOFT: of all, until t is -inf and count_finite counts
     members: tl.tensor  # int32, number of classes in S; SOFT
     total: tl.tensor  # sum over S of e^a, a = log mass - mass_top; DENSE, as the next two
     entropy: tl.tensor  # sum over S of e^a a
@@ -63,7 +86,7 @@ class Stats(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile of rows as it was loaded, (G, W) each."""
+    """A tile of rows as it was loaded, (R, B) or (K, G, V) each."""
 
     x: tl.tensor  # logits, -inf outside the row
     t: tl.tensor  # probabilities, NaN outside the row; SOFT
@@ -80,10 +103,10 @@ class Factors(NamedTuple):
     mass: tl.tensor  # of e^a, in S; DENSE
     constant: tl.tensor  # gradient by the label's constant, in S
     target: tl.tensor  # of the cross-entropy's target: of u if SOFT, else of the smoothed weights
-    at_target: tl.tensor  # gradient at the target class; not SOFT
     infinite: tl.tensor  # bool, sum u is infinite; SOFT
     invalid: tl.tensor  # bool, the gradient is not computed but set
     value: tl.tensor  # what to
+    some_invalid: tl.tensor  # scalar bool
 
 
 @triton.jit
@@ -122,30 +145,64 @@ def row_vectors(row, stride, C, V: tl.constexpr, EDGES: tl.constexpr):
 
 
 @triton.jit
-def load_masses(tile, masses, mass_stride_c):
-    """Log masses of a tile, -inf outside the row."""
-    at = tile.column.to(tl.int64) * mass_stride_c
-    return tl.load(masses + at, mask=tile.inside, other=-float("inf"))
+def of_rows(x, o: tl.constexpr):
+    """x (R,) beside a tile.
+
+    Beside votes (R, P2) it is x[:, None]. With the same shape here, Triton 3.6 distributes votes over threads
+    like the tile of a streamed row: each vote in every warp.
+    """
+    return x[:, None] if o.HELD else x[None, :]
 
 
 @triton.jit
-def load_weights(weight, column, inside, HAS_WEIGHT: tl.constexpr):
-    """Class weights of columns, or 1; ``weight`` points to the type of the arithmetic, read or not."""
-    if HAS_WEIGHT:
-        return tl.load(weight + column, mask=inside, other=0)
+def of_groups(x, VECTORS: tl.constexpr, o: tl.constexpr):
+    """x (G,) beside a tile (K, G, V), or (R,) of rows beside a tile."""
+    return x[:, None] if VECTORS else of_rows(x, o)
+
+
+@triton.jit
+def tile_sum(x):
+    """Sums of a tile, (R,) or (G,)."""
+    if len(x.shape) == 3:
+        return tl.sum(tl.sum(x, 2), 0)
     else:
-        return tl.full(column.shape, 1, weight.dtype.element_ty)
+        return tl.sum(x, 1)
+
+
+@triton.jit
+def tile_max(x):
+    """Maxima of a tile, (R,) or (G,)."""
+    if len(x.shape) == 3:
+        return tl.max(tl.max(x, 2), 0)
+    else:
+        return tl.max(x, 1)
+
+
+@triton.jit
+def load_masses(tile, r):
+    """Log masses of a tile, -inf outside the row."""
+    at = tile.column.to(tl.int64) * r.mass_stride_c
+    return tl.load(r.masses + at, mask=tile.inside, other=-float("inf"))
+
+
+@triton.jit
+def load_weights(r, column, inside, o: tl.constexpr):
+    """Class weights of columns, or 1."""
+    if o.HAS_WEIGHT:
+        return tl.load(r.weight + column, mask=inside, other=0)
+    else:
+        return tl.full(column.shape, 1, r.weight.dtype.element_ty)
 
 
 # Probabilities as targets ----------------------------------------------------------------------------
 
 
 @triton.jit
-def weighted_target(t, column, inside, weight, smoothing, C, o: tl.constexpr):
+def weighted_target(t, column, inside, r, o: tl.constexpr):
     """u_c = w_c t'_c of columns, where inside, and 0 elsewhere; t' = (1 - smoothing) t + smoothing / C."""
     if o.SMOOTH:
-        t = tl.fma(t, 1 - smoothing, smoothing / C)
-    t *= load_weights(weight, column, inside, o.HAS_WEIGHT)
+        t = tl.fma(t, 1 - r.smoothing, r.smoothing / r.C)
+    t *= load_weights(r, column, inside, o)
     return tl.where(inside, t, tl.zeros_like(t))
 
 
@@ -191,28 +248,14 @@ def of_least(base, least, maximum, o: tl.constexpr):
 
 
 @triton.jit
-def of_rows(x, o: tl.constexpr):
-    """x (R,) beside a tile (G, W).
-
-    Beside votes (R, P2) it is x[:, None]. With the same shape here, Triton 3.6 distributes votes over threads
-    like the tile of a streamed row: each vote in every warp.
-    """
-    return x[:, None] if o.HELD else x[None, :]
-
-
-@triton.jit
-def of_groups(x, VECTORS: tl.constexpr, o: tl.constexpr):
-    """x (G,) of vectors, or (R,) of rows, beside a tile."""
-    return x[:, None] if VECTORS else of_rows(x, o)
-
-
-@triton.jit
-def elements_of_s(tile, y, least, o: tl.constexpr):
-    """Which elements of a tile are in S, for the least probability, (G, 1) or (1, 1)."""
+def elements_of_s(tile, y, least, WHOLE: tl.constexpr, o: tl.constexpr):
+    """Which elements of a tile are in S, for the least probability, beside the tile."""
     if o.SOFT:
         return (tile.t == least) & o.ZIPF
+    elif WHOLE:
+        return tile.inside
     else:
-        return tile.inside & (tile.column != of_rows(y, o))
+        return tile.inside & (tile.column != of_rows(y.to(tl.int32), o))
 
 
 @triton.jit
@@ -222,49 +265,53 @@ def logits_of_s(tile, in_s):
 
 
 @triton.jit
-def tile_base(tile, floor, y, masses, mass_stride_c, VECTORS: tl.constexpr, o: tl.constexpr):
-    """The base of a tile and of what came before it, ``floor``: of rows (R,), or of VECTORS (G,)."""
+def masses_of_s(tile, in_s, r):
+    """The log masses of a tile's S, -inf elsewhere."""
+    return tl.where(in_s, load_masses(tile, r), -float("inf"))
+
+
+@triton.jit
+def tile_base(tile, floor, r, WHOLE: tl.constexpr, o: tl.constexpr):
+    """The base of a tile and of what came before it, ``floor``: of rows (R,), or of (G,)."""
     m, mass_top, top, least = floor.m, floor.mass_top, floor.top, floor.least
     if o.SOFT and o.CE:
-        top = tl.maximum(top, tl.max(tile.x, 1))
+        top = tl.maximum(top, tile_max(tile.x))
     if o.SOFT and o.ZIPF:
-        least = tl.minimum(least, tl.min(tile.t, 1))
+        least = tl.minimum(least, -tile_max(-tile.t))
         m = of_least(floor, least, m, o)
         mass_top = of_least(floor, least, mass_top, o)
     if o.ZIPF or not o.SOFT:
-        in_s = elements_of_s(tile, y, of_groups(least, VECTORS, o), o)
-        m = tl.maximum(m, tl.max(logits_of_s(tile, in_s), 1))
+        in_s = elements_of_s(tile, r.y, of_groups(least, len(tile.x.shape) == 3, o), WHOLE, o)
+        m = tl.maximum(m, tile_max(logits_of_s(tile, in_s)))
         if o.DENSE:
-            a = tl.where(in_s, load_masses(tile, masses, mass_stride_c), -float("inf"))
-            mass_top = tl.maximum(mass_top, tl.max(a, 1))
+            mass_top = tl.maximum(mass_top, tile_max(masses_of_s(tile, in_s, r)))
     return Base(m=m, mass_top=mass_top, top=top, least=least)
 
 
 @triton.jit
-def tile_stats(
-    tile, base, y, zy, masses, mass_stride_c, weight, smoothing, C, VECTORS: tl.constexpr, o: tl.constexpr
-):
+def tile_stats(tile, base, r, WHOLE: tl.constexpr, o: tl.constexpr):
     """The statistics of a tile, (G,) or (R,) as its ``base``, which is not below its own.
 
-    Returns also e = exp(x - m), or exp(x - top) outside S, and e^a (G, W), for the gradient of a held row.
+    Returns also e = exp(x - m), or exp(x - top) outside S, and e^a, for the gradient of a held row.
     """
+    VECTORS: tl.constexpr = len(tile.x.shape) == 3
     zero = tl.zeros_like(tile.x)
-    none = tl.sum(zero, 1)
+    none = tl.zeros_like(base.m)
     m, top = of_groups(base.m, VECTORS, o), of_groups(base.top, VECTORS, o)
-    in_s = elements_of_s(tile, y, of_groups(base.least, VECTORS, o), o)
+    in_s = elements_of_s(tile, r.y, of_groups(base.least, VECTORS, o), WHOLE, o)
     s, t, finite, total, entropy, cross = none, none, none, none, none, none
     u_sum, ux, z = none, none, none
     members, flag = none.to(tl.int32), none.to(tl.int32)
     if o.SOFT:
-        flag = tl.max(((tile.t != tile.t) & tile.inside).to(tl.int32), 1)
-        members = tl.sum(in_s.to(tl.int32), 1)
+        flag = tile_max(((tile.t != tile.t) & tile.inside).to(tl.int32))
+        members = tile_sum(in_s.to(tl.int32))
         if o.CE:
             to_top = tile.x - infinity_to_zero(top)
             if not o.HELD:
-                z = tl.sum(tl.exp(to_top), 1)
-            u = weighted_target(tile.t, tile.column, tile.inside, weight, smoothing, C, o)
-            u_sum = tl.sum(u, 1)
-            ux = tl.sum(tl.where(tile.inside, share_times(u, to_top), zero), 1)
+                z = tile_sum(tl.exp(to_top))
+            u = weighted_target(tile.t, tile.column, tile.inside, r, o)
+            u_sum = tile_sum(u)
+            ux = tile_sum(tl.where(tile.inside, share_times(u, to_top), zero))
     if o.HELD and o.SOFT and o.CE:
         d = tile.x - tl.where(in_s, infinity_to_zero(m), infinity_to_zero(top))
     else:
@@ -272,34 +319,45 @@ def tile_stats(
     e = tl.exp(d)
     p = e
     if o.ZIPF or not o.SOFT:
-        present = logits_of_s(tile, in_s) > -float("inf")
-        s = tl.sum(tl.where(in_s, e, zero) if o.HELD and o.SOFT and o.CE else e, 1)
-        t = tl.sum(tl.where(present, d, zero), 1)
-        finite = tl.sum(present.to(zero.dtype), 1)
+        s = tile_sum(tl.where(in_s, e, zero) if o.HELD and o.SOFT and o.CE else e)
+        present = logits_of_s(tile, in_s) > -float("inf") if o.SOFT else in_s
+        t = tile_sum(tl.where(present, d, zero))
+        if WHOLE and not o.SOFT:
+            finite = none + tile.x.shape[0] * tile.x.shape[2]
+        else:  # e >= 0 ties the sum to the threads that hold the tile
+            finite = tile_sum((present & (e >= 0)).to(zero.dtype))
     if o.HELD and o.SOFT and o.CE:  # one exponential an element for both sums
-        z = tl.sum(tl.where(in_s, zero, e), 1) + s * tl.exp(base.m - infinity_to_zero(base.top))
+        z = tile_sum(tl.where(in_s, zero, e)) + s * tl.exp(base.m - infinity_to_zero(base.top))
     if o.DENSE:
-        a = tl.where(in_s, load_masses(tile, masses, mass_stride_c), -float("inf"))
-        a -= infinity_to_zero(of_groups(base.mass_top, VECTORS, o))
+        a = masses_of_s(tile, in_s, r) - infinity_to_zero(of_groups(base.mass_top, VECTORS, o))
         p = tl.exp(a)
-        total = tl.sum(p, 1)
-        entropy = tl.sum(tl.where(p > 0, p * a, zero), 1)
-        cross = tl.sum(tl.where(p > 0, p * d, zero), 1)
+        total = tile_sum(p)
+        entropy = tile_sum(tl.where(p > 0, p * a, zero))
+        cross = tile_sum(tl.where(p > 0, p * d, zero))
     if not o.SOFT:
         if o.FIND_CORRECT:
-            earlier = in_s & (tile.column < of_rows(y, o))
+            zy = of_rows(r.zy, o)
+            earlier = in_s & (tile.column < of_rows(r.y, o))
             x = logits_of_s(tile, in_s)
-            beats = (x > of_rows(zy, o)) | (earlier & (x == of_rows(zy, o)))
-            flag = tl.max(beats.to(tl.int32), 1)
+            flag = tile_max(((x > zy) | (earlier & (x == zy))).to(tl.int32))
         if o.CE and o.SMOOTH and o.HAS_WEIGHT:
-            w = tl.load(weight + tile.column, mask=tile.inside, other=0)
-            u_sum = tl.sum(tl.where(in_s, w, zero), 1)  # a load summed at once breaks Triton 3.6's optimiser
-            ux = tl.sum(tl.where(in_s, w * d, zero), 1)
+            w = tl.load(r.weight + tile.column, mask=tile.inside, other=0)
+            u_sum = tile_sum(tl.where(in_s, w, zero))  # a load summed at once breaks Triton 3.6's optimiser
+            ux = tile_sum(tl.where(in_s, w * d, zero))
     stats = Stats(
         base=base, s=s, t=t, finite=finite, members=members, total=total, entropy=entropy, cross=cross,
         u=u_sum, ux=ux, z=z, flag=flag,
     )  # fmt: skip
     return stats, e, p
+
+
+@triton.jit
+def count_finite(tile, base, r, o: tl.constexpr):
+    """t and finite of a tile, relative to the base of the rows; not SOFT."""
+    x = logits_of_s(tile, elements_of_s(tile, r.y, r.y, False, o))
+    present = x > -float("inf")
+    d = tl.where(present, x - infinity_to_zero(of_rows(base.m, o)), tl.zeros_like(x))
+    return tile_sum(d), tile_sum(present.to(x.dtype))
 
 
 @triton.jit
@@ -409,12 +467,13 @@ def sum_lanes(a):
 
 
 @triton.jit
-def class_cross_entropy(stats, zy, wy, C, smoothing, o: tl.constexpr):
-    """Cross-entropy of rows with a class as target, from the statistics of the others, logit and weight (R,).
+def class_cross_entropy(stats, t, finite, wy, r, o: tl.constexpr):
+    """Cross-entropy of rows with a class as target, from the statistics of the others, and its weight (R,).
 
     Returns the loss, the factor k with p_c a = exp(z_c - m) k, and the gradient p_y a - b_y at the target;
     a and b are 1 and [c = y] without weights and label smoothing.
     """
+    zy, C, smoothing = r.zy, r.C, r.smoothing
     m = stats.base.m
     top = tl.maximum(m, zy)
     c = tl.exp(m - top)
@@ -428,7 +487,7 @@ def class_cross_entropy(stats, zy, wy, C, smoothing, o: tl.constexpr):
     if o.SMOOTH:
         tw, w_sum = stats.ux, stats.u
         if not o.HAS_WEIGHT:
-            tw = tl.where(stats.finite < C - 1, -float("inf"), stats.t)
+            tw = tl.where(finite < C - 1, -float("inf"), t)
             w_sum = tl.zeros_like(wy) + (C - 1)
         share = smoothing / C
         loss = (1 - smoothing) * loss - share * (tw + w_sum * (m - top - log_total) - wy * nll)
@@ -455,34 +514,33 @@ def soft_cross_entropy(stats, o: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy_of(stats, zy, wy, C, smoothing, o: tl.constexpr):
+def cross_entropy_of(stats, t, finite, wy, r, o: tl.constexpr):
     """The loss; factors of the exponentials in S and elsewhere; gradient at the target; infinite."""
     if o.SOFT:
         loss, k_s, k, infinite = soft_cross_entropy(stats, o)
         return loss, k_s, k, k, infinite
     else:
-        loss, k_s, at_target = class_cross_entropy(stats, zy, wy, C, smoothing, o)
+        loss, k_s, at_target = class_cross_entropy(stats, t, finite, wy, r, o)
         return loss, k_s, k_s, at_target, loss != loss  # the third and the last are not used
 
 
 @triton.jit
-def zipf_of_votes(m, s, t, finite, zv, share, log_p, log_q, rest, others):
-    """L_zipf of rows whose label is q but for the votes' classes; (R,), and (R, P2) for what ends in v or p.
+def zipf_of_votes(m, s, t, finite, zv, share, p, q, entropy, rest, others):
+    """L_zipf of rows whose label is q but for the votes' classes; (R,), and (R, P2): zv, share and p.
 
     The label is over `others` classes. t and finite leave -inf logits out; such a logit with mass makes the
     loss infinite.
     """
-    p = tl.exp(log_p)
-    q = tl.exp(log_q)
     absent = zv == -float("inf")
-    zero = tl.zeros_like(log_p)
-    entropy = tl.sum(tl.where((share > 0) & (p > 0), share * p * log_p, zero), 1)
-    entropy += tl.where((rest > 0) & (q > 0), rest * q * log_q, tl.zeros_like(q))
+    zero = tl.zeros_like(p)
     d = zv - infinity_to_zero(m)[:, None]
     cross = q * t + tl.sum(tl.where((share > 0) & ~absent, share * (p - q[:, None]) * d, zero), 1)
-    absent_votes = tl.sum(tl.where(absent, share, zero), 1)  # classes; each vote stands for 1/count of one
-    absent_rest = others - finite - absent_votes > 0.5
-    infinite = (absent_rest & (q > 0)) | (tl.max((absent & (share > 0) & (p > 0)).to(tl.int32), 1) > 0)
+    infinite = finite < others
+    if tl.max(infinite.to(tl.int32), 0) > 0:
+        absent_votes = tl.sum(tl.where(absent, share, zero), 1)  # classes: the shares of one add up to 1
+        absent_rest = others - finite - absent_votes > 0.5
+        with_mass = (absent & (share > 0) & (p > 0)).to(tl.int32)
+        infinite = (absent_rest & (q > 0)) | (tl.max(with_mass, 1) > 0)
     return entropy - cross + tl.log(s) + tl.where(infinite, float("inf"), 0.0)
 
 
@@ -504,59 +562,56 @@ def zipf_of_masses(s, t, finite, top, total, entropy, cross, others):
 
 
 @triton.jit
-def exponentials_again(tile, base, y, masses, mass_stride_c, o: tl.constexpr):
-    """e and e^a of tile_stats, (G, W), relative to the base (R,) of the rows; of no use where S has none."""
+def exponentials_again(tile, base, r, o: tl.constexpr):
+    """e and e^a of tile_stats, relative to the base (R,) of the rows; of no use where S has none."""
     origin = infinity_to_zero(of_rows(base.m, o))
     if o.SOFT and o.CE:
-        in_s = elements_of_s(tile, y, of_rows(base.least, o), o)
+        in_s = elements_of_s(tile, r.y, of_rows(base.least, o), False, o)
         origin = tl.where(in_s, origin, infinity_to_zero(of_rows(base.top, o)))
     e = tl.exp(tile.x - origin)
     p = e
     if o.DENSE:
-        a = load_masses(tile, masses, mass_stride_c)
-        p = tl.exp(a - infinity_to_zero(of_rows(base.mass_top, o)))
+        p = tl.exp(load_masses(tile, r) - infinity_to_zero(of_rows(base.mass_top, o)))
     return e, p
 
 
 @triton.jit
-def without_target(g, t, column, inside, factor, weight, smoothing, C, o: tl.constexpr):
+def without_target(g, t, column, inside, factor, r, o: tl.constexpr):
     """g less what the cross-entropy's target has at columns, whose probabilities are t; ``factor`` as g."""
     if o.CE and o.SOFT:
-        g = tl.fma(-factor, weighted_target(t, column, inside, weight, smoothing, C, o), g)
+        g = tl.fma(-factor, weighted_target(t, column, inside, r, o), g)
     elif o.CE and o.SMOOTH:
-        g = tl.fma(-factor, load_weights(weight, column, inside, o.HAS_WEIGHT), g)
+        g = tl.fma(-factor, load_weights(r, column, inside, o), g)
     return g
 
 
 @triton.jit
-def tile_gradient(tile, e, p, f, y, least, weight, smoothing, C, o: tl.constexpr):
-    """Gradient of a tile (G, W), before the voted classes, from e and e^a of tile_stats."""
-    k = of_rows(f.in_s, o)
+def tile_gradient(tile, e, p, f, least, r, o: tl.constexpr):
+    """Gradient of a tile, before the target's and the voted classes, from e and e^a of tile_stats."""
     g = e
     if o.CE and o.SOFT:
         e = not_zero(e, tile.x, of_rows(f.infinite, o))
     if o.ZIPF or not o.SOFT:
-        g = tl.fma(e, k, -of_rows(f.constant, o))
+        g = tl.fma(e, of_rows(f.in_s, o), -of_rows(f.constant, o))
     if o.DENSE:
         g = tl.fma(-of_rows(f.mass, o), p, g)
     if o.SOFT:
         rest = tl.zeros_like(e)
         if o.CE:
             rest = e * of_rows(f.elsewhere, o)
-        g = tl.where(elements_of_s(tile, y, of_rows(least, o), o), g, rest)
-    target = of_rows(f.target, o)
-    g = without_target(g, tile.t, tile.column, tile.inside, target, weight, smoothing, C, o)
-    if not o.SOFT:
-        g = tl.where(tile.column == of_rows(y, o), of_rows(f.at_target, o), g)
-    return tl.where(of_rows(f.invalid, o), of_rows(f.value, o), g)
+        g = tl.where(elements_of_s(tile, r.y, of_rows(least, o), False, o), g, rest)
+    g = without_target(g, tile.t, tile.column, tile.inside, of_rows(f.target, o), r, o)
+    if f.some_invalid:
+        g = tl.where(of_rows(f.invalid, o), of_rows(f.value, o), g)
+    return g
 
 
 @triton.jit
-def voted_gradient(zv, v, voted, log_p, base, f, weight, smoothing, C, o: tl.constexpr):
-    """Gradient (R, P2) at the votes' classes, all of S, from their logits."""
+def voted_gradient(zv, v, voted, p, base, f, r, o: tl.constexpr):
+    """Gradient (R, P2) at the votes' classes, all of S, from their logits and labels."""
     e = tl.exp(zv - infinity_to_zero(base.m)[:, None])
     if o.CE and o.SOFT:
         e = not_zero(e, zv, f.infinite[:, None])
-    g = e * f.in_s[:, None] - f.label[:, None] * tl.exp(log_p)
+    g = e * f.in_s[:, None] - f.label[:, None] * p
     t = base.least[:, None] + tl.zeros_like(g)
-    return without_target(g, t, v, voted, f.target[:, None], weight, smoothing, C, o)
+    return without_target(g, t, v, voted, f.target[:, None], r, o)

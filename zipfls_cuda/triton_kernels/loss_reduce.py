@@ -82,15 +82,18 @@ def mean_scales(
         if ONLY_CORRECT:
             counted = tl.load(totals + tl.arange(0, 1)).to(DTYPE)
     else:
-        ce_lanes = tl.zeros([64], DTYPE)
         kept_lanes = tl.zeros([64], DTYPE)
-        counted_lanes = tl.zeros([64], DTYPE)
+        ce_lanes, counted_lanes = kept_lanes, kept_lanes
         for begin in range(0, partials, 64):
             i = begin + tl.arange(0, 64)
-            ce_lanes += tl.load(totals + i, mask=i < partials, other=0)
             kept_lanes += tl.load(totals + partials + i, mask=i < partials, other=0)
-            counted_lanes += tl.load(totals + 2 * partials + i, mask=i < partials, other=0)
-        ce, kept, counted = tl.sum(ce_lanes, 0), tl.sum(kept_lanes, 0), tl.sum(counted_lanes, 0)
+            if HAS_WEIGHT:
+                ce_lanes += tl.load(totals + i, mask=i < partials, other=0)
+            if ONLY_CORRECT:
+                counted_lanes += tl.load(totals + 2 * partials + i, mask=i < partials, other=0)
+        kept = tl.sum(kept_lanes, 0)
+        ce = tl.sum(ce_lanes, 0) if HAS_WEIGHT else kept
+        counted = tl.sum(counted_lanes, 0) if ONLY_CORRECT else kept
     one = tl.full([1], 1, DTYPE)
     ce_scale = one / (one * ce)
     if HAS_WEIGHT and TOTALS != COUNTED:  # targets without any: NaN, not infinite
