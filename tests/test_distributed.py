@@ -317,6 +317,11 @@ def distillation(rank, world):
                 shards = part(z, split, rank), part(t, split, rank), target
                 got = distilled(*shards, process_group=dist.group.WORLD, **options)
                 expected = distilled(z, t, target, backend="reference", **options)
+                index = torch.arange(len(z)).flip(0)  # of a table, which every rank has its columns of
+                table = part(t.flip(0), split, rank)
+                options["teacher_index"] = index
+                by_index = distilled(shards[0], table, target, process_group=dist.group.WORLD, **options)
+                yield f"{name} by index", "".join(map(differs, by_index, got))
                 for what, a, b in zip(("loss", "ce", "distillation", "gradient"), got, expected, strict=True):
                     b = part(b, split, rank) if what == "gradient" else b
                     size = max(1.0, b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0)
