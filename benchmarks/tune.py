@@ -60,7 +60,8 @@ def constants(name: str, old: str, *values: str) -> list[Variant]:
 
 
 AS_IT_IS = Variant("as it is")
-RESIDENT = "kSmallResident = (sizeof(T) == 2   ? "
+HELD = "kHeldVectors = (SIZE == 4 ? 8 : 4) * (LANES == 16 || LANES == 0 ? 2 : 1)"
+RESIDENT = "LANES == 16 || SIZE == 8 ? 4 : "
 STREAMED, STORED = "__ldcs(static_cast<const uint4*>(at))", "__stcg(static_cast<uint4*>(at), raw)"
 BEST = "argmax_of_fragment<Config::kTileN / 8>(sum, bias, fragment_column(lane), first_class,"
 ANY = "rows[0] = {sum[0] + bias[lane], first_class}, rows[1] = {sum[2], first_class}"
@@ -69,15 +70,17 @@ PACKED = "    cudaError_t error = pack(args, size, stream);"
 VARIANTS = {
     "loss": (
         AS_IT_IS,
-        *constants("kHeldVectors", "4", "2"),
-        Variant("kSmallResident 4", "tuning.h", RESIDENT + "5", RESIDENT + "4"),
+        Variant("kHeldVectors alike", "tuning.h", HELD, "kHeldVectors = SIZE == 4 ? 8 : 4"),
+        Variant("kSmallResident 4", "tuning.h", RESIDENT + "5 - kSpillsSooner", RESIDENT + "4"),
+        *constants("kSharedWarps", "7", "4", "16"),
         *constants("kSmallBlock", "128", "256"),
-        *constants("kWideBlock", "320", "256", "512"),
+        *constants("kWideBlock", "256", "192"),
         *constants("kLongBlock", "512", "256", "1024"),
         *constants("kLargestCluster", "8", "4"),
-        *constants("kClusterSlice", "768", "384", "1280"),
-        *constants("kFullDeviceVectors", "4", "2"),
+        *constants("kClusterSlice", "1536", "768"),
+        *constants("kFullDeviceVectors", "8", "4"),
         *constants("kIdleDeviceVectors", "1", "2", "4"),
+        *constants("kIdleBlock", "160", "256"),
         *constants("kVotesPerThread", "4", "1"),
         Variant("plain loads", "ptx.cuh", STREAMED, "*static_cast<const uint4*>(at)"),
         Variant("stores first to leave L2", "ptx.cuh", STORED, STORED.replace("__stcg", "__stcs")),

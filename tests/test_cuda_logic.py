@@ -28,9 +28,9 @@ from zipfls_cuda import labels, reference
 pytestmark = pytest.mark.skipif(GXX is None, reason="no g++ to compile the CUDA kernels for the CPU with")
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-LANES8, LANES32, BLOCK, CLUSTER, LONG = range(5)
-SHAPES = {"8 lanes": (LANES8, 128, 1), "32 lanes": (LANES32, 128, 1), "block": (BLOCK, 64, 1)}
-SHAPES |= {"cluster": (CLUSTER, 64, 2), "long": (LONG, 512, 1)}
+LANES8, LANES16, LANES32, BLOCK, CLUSTER, LONG = range(6)
+SHAPES = {"8 lanes": (LANES8, 128, 1), "16 lanes": (LANES16, 128, 1), "32 lanes": (LANES32, 128, 1)}
+SHAPES |= {"block": (BLOCK, 64, 1), "cluster": (CLUSTER, 64, 2), "long": (LONG, 512, 1)}
 
 
 def held(shape: tuple[int, int, int], C: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -38,6 +38,8 @@ def held(shape: tuple[int, int, int], C: int, dtype: torch.dtype) -> tuple[int, 
     vectors = -(-C * dtype.itemsize // 16) + 1
     if shape[0] == LANES8 and vectors > 8 * 4:
         shape = SHAPES["32 lanes"]
+    if shape[0] == LANES16 and vectors > 16 * 8:
+        shape = SHAPES["block"]
     if shape[0] == LANES32 and vectors > 32 * 4:
         shape = SHAPES["block"]
     if shape[0] in (BLOCK, CLUSTER):
@@ -394,8 +396,8 @@ def test_long_rows(drivers, tmp_path, dtype):
 def test_launches_as_planned(drivers, tmp_path):
     """What the launcher would run: every kernel is chosen somewhere, and computes the same."""
     chosen = set()
-    shapes = [(300, 10, 5, 1), (40, 100, 9, 2), (70, 1000, 49, 1), (6, 1000, 49, 132), (5, 100, 320, 132)]
-    shapes += [(2, 20000, 16, 132), (1, 70000, 5, 1)]
+    shapes = [(300, 10, 5, 1), (40, 500, 9, 2), (70, 1000, 49, 1), (6, 1000, 49, 132), (5, 100, 320, 132)]
+    shapes += [(3, 3000, 20, 1), (2, 20000, 16, 132), (1, 70000, 5, 1)]
     for N, C, P, multiprocessors in shapes:
         for clusters in (1, 0) if C > 16384 else (1,):
             for dtype in (torch.float32, torch.bfloat16) if C < 20000 else (torch.bfloat16,):
@@ -405,7 +407,7 @@ def test_launches_as_planned(drivers, tmp_path):
                 data = loss_case(case, **options)
                 ((_, got),) = execute(drivers["plain"], [data], tmp_path)
                 chosen.add(int(got[5][0]))
-    assert chosen == {LANES8, LANES32, BLOCK, CLUSTER, LONG}
+    assert chosen == {LANES8, LANES16, LANES32, BLOCK, CLUSTER, LONG}
 
 
 def test_laws_and_dense_masses(drivers, tmp_path):
@@ -1107,7 +1109,12 @@ def test_faultless_kernel_passes(drivers, tmp_path, build):
 
 
 BARRIERS = {  # file -> barriers of which each is needed, how many they are, a call that shows it
-    "held row": ("loss_rows.cuh", r"^ +Group::sync\(\);.*$", 3, {"shape": SHAPES["block"]}),
+    "held row": (
+        "loss_rows.cuh",
+        r"^ +Group::sync\(\);  // (?!other threads read).*$",
+        4,
+        {"shape": SHAPES["block"]},
+    ),
     "cluster in place": (
         "loss_rows.cuh",
         r"^ +if \(CLUSTER && a.grad == a.logits\) ptx::cluster_sync\(\);$",

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #define ZIPFLS_ISA cuda  // the namespace that label.h's functions are compiled in
 #include "../label.h"
@@ -41,11 +42,24 @@ ZIPFLS_DEVICE uint32_t from_float2(float low, float high, float16) {
   return *reinterpret_cast<const uint32_t*>(&two);
 }
 
+/// The larger of each of two packed numbers; NaN is ignored.
+ZIPFLS_DEVICE uint32_t larger2(uint32_t a, uint32_t b, bfloat16) {
+  const __nv_bfloat162 two = __hmax2(*reinterpret_cast<const __nv_bfloat162*>(&a),
+                                     *reinterpret_cast<const __nv_bfloat162*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+ZIPFLS_DEVICE uint32_t larger2(uint32_t a, uint32_t b, float16) {
+  const __half2 two =
+      __hmax2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+
 #else
 using sim::bfloat16;
 using sim::float16;
 using sim::from_float;
 using sim::from_float2;
+using sim::larger2;
 using sim::to_float;
 using sim::to_float2;
 #endif
@@ -86,6 +100,14 @@ ZIPFLS_DEVICE double log_of(double x) { return ::log(x); }
 ZIPFLS_DEVICE float log1p_of(float x) { return ::log1pf(x); }
 ZIPFLS_DEVICE double log1p_of(double x) { return ::log1p(x); }
 
+/// a b + c, rounded once.
+ZIPFLS_DEVICE float fused(float a, float b, float c) { return ::fmaf(a, b, c); }
+ZIPFLS_DEVICE double fused(double a, double b, double c) { return ::fma(a, b, c); }
+/// log(x) of a sum that is 0 or not much below 1. float: two instructions, absolute error below
+/// 2e-7 where x < 2.
+ZIPFLS_DEVICE float log_of_sum(float x) { return ptx::lg2_approx_ftz(x) * 0.69314718055994530942f; }
+ZIPFLS_DEVICE double log_of_sum(double x) { return ::log(x); }
+
 /// exp(x), x <= 0, of an element of type T. Two instructions but for float64: the relative error is
 /// 2^-22 plus |x| 2^-24, no more than the rounding of log p costs where a softmax is exp(log p).
 template <class T>
@@ -119,6 +141,33 @@ ZIPFLS_DEVICE void unpack(uint4 raw, Arithmetic<T>* x) {
   }
 }
 
+/// The largest of K vectors; NaN is ignored.
+template <class T, int K>
+ZIPFLS_DEVICE Arithmetic<T> largest_of(const uint4 (&raw)[K]) {
+  if constexpr (sizeof(T) == 2) {
+    uint32_t two = raw[0].x;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      if (k > 0) two = larger2(two, raw[k].x, T{});
+      two = larger2(two, raw[k].y, T{});
+      two = larger2(two, raw[k].z, T{});
+      two = larger2(two, raw[k].w, T{});
+    }
+    const float2 both = to_float2(two, T{});
+    return larger(both.x, both.y);
+  } else {
+    Arithmetic<T> top = -infinity<Arithmetic<T>>();
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      Arithmetic<T> x[kVector<T>];
+      unpack<T>(raw[k], x);
+#pragma unroll
+      for (int v = 0; v < kVector<T>; v++) top = larger(top, x[v]);
+    }
+    return top;
+  }
+}
+
 /// The inverse of unpack, rounding to nearest.
 template <class T>
 ZIPFLS_DEVICE uint4 pack(const Arithmetic<T>* x) {
@@ -137,6 +186,15 @@ ZIPFLS_DEVICE uint4 pack(const Arithmetic<T>* x) {
   return {word[0], word[1], word[2], word[3]};
 }
 
+/// 16 bytes of -inf.
+template <class T>
+ZIPFLS_DEVICE uint4 absent_vector() {
+  Arithmetic<T> x[kVector<T>];
+#pragma unroll
+  for (int v = 0; v < kVector<T>; v++) x[v] = -infinity<Arithmetic<T>>();
+  return pack<T>(x);
+}
+
 // Shared memory -----------------------------------------------------------------------------------
 
 /// Allocates arrays in one range of memory, each on a 16-byte boundary; without memory it counts
@@ -147,11 +205,21 @@ struct SmemAllocator {
 
   template <class X>
   ZIPFLS_HOST_DEVICE X* allocate(uint32_t count) {
+#ifdef __CUDA_ARCH__
+    X* const piece = reinterpret_cast<X*>(memory + used);
+#else
     X* const piece = memory == nullptr ? nullptr : reinterpret_cast<X*>(memory + used);
+#endif
     used += count * static_cast<uint32_t>(sizeof(X));
     if (memory != nullptr) ZIPFLS_GUARD(memory + used, (16 - used % 16) % 16 + ZIPFLS_RED_ZONE);
     used = (used + 15) / 16 * 16 + ZIPFLS_RED_ZONE;
     return piece;
+  }
+  /// On the device, keeps the offset that follows from sizes known at run time.
+  ZIPFLS_HOST_DEVICE void keep() {
+#ifdef __CUDA_ARCH__
+    used = ptx::keep(used);
+#endif
   }
 };
 
@@ -161,9 +229,14 @@ struct SmemAllocator {
 /// result. All lanes of the warp call.
 template <int WIDTH, class X>
 ZIPFLS_DEVICE X warp_reduce_sum(X x) {
+  if constexpr (WIDTH == kWarp && std::is_same_v<X, int32_t>) {
+    return __reduce_add_sync(kAllLanes, x);
+  } else {
 #pragma unroll
-  for (int offset = WIDTH / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
-  return x;
+    for (int offset = WIDTH / 2; offset > 0; offset /= 2)
+      x += __shfl_xor_sync(kAllLanes, x, offset);
+    return x;
+  }
 }
 /// NaN is ignored.
 template <int WIDTH, class X>
@@ -214,20 +287,6 @@ struct RowGroup {
     }
   }
 };
-
-/// Sum over the block's threads in a fixed order, for thread 0 (others get a part of it).
-/// shared: (blockDim / 32,) X, free again after the next barrier.
-template <class X>
-ZIPFLS_DEVICE X block_reduce_sum(X x, X* shared) {
-  x = warp_reduce_sum<kWarp>(x);
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  X total = 0;
-  if (threadIdx.x == 0) {
-    for (uint32_t w = 0; w < blockDim.x / kWarp; w++) total += shared[w];
-  }
-  return total;
-}
 
 /// Maximum over the block's threads, for each of them; NaN is ignored. Ends with a barrier passed.
 /// shared: (blockDim / 32,) A.

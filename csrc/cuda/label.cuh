@@ -21,17 +21,15 @@ ZIPFLS_KERNEL(kLabelBlock) rank_fwd_kernel(LabelFwd a) {
   for (int64_t i = blockIdx.x; i < a.N; i += gridDim.x) {
     __syncthreads();  // the tables are empty
     const bool bad = Group::sync_any(count_votes<Group>(a.votes, i, a.C, t));
-    const int32_t K = t.at_least[1];
     int32_t* const rank = static_cast<int32_t*>(a.out) + i * a.C;  // (C,) int32
-    const int32_t unvoted = bad ? 0 : rank_below(K);
+    const int32_t unvoted = bad ? 0 : rank_below(t.at_least[1]);
     for (int32_t c = threadIdx.x; c < a.C; c += blockDim.x) rank[c] = unvoted;
     __syncthreads();
-    for (int32_t k = threadIdx.x; k < K && !bad; k += blockDim.x) {
-      const int32_t slot = t.voted[k];
-      rank[t.class_of(slot)] = rank_below(t.at_least[t.counts[slot] + 1]);
-    }
+    for_votes<Group>(t, a.votes.P, [&](int32_t, int32_t c, int32_t n, bool first) {
+      if (first && !bad) rank[c] = rank_below(t.at_least[n + 1]);
+    });
     __syncthreads();
-    forget_votes<Group>(t, a.votes.P, K);
+    forget_votes<Group>(t, a.votes.P, [](int32_t, int32_t) {});
   }
 }
 
@@ -79,17 +77,15 @@ label_fwd_kernel(LabelFwd a) {
       continue;
     }
     if (Group::leads()) label_counts<Group>(t, P, a.C, y, static_cast<const A*>(a.log_mass));
-    const int32_t K = t.at_least[1];
     __syncthreads();
     for (int32_t c = threadIdx.x; c < a.C; c += blockDim.x)
       label[c] = invalid ? invalid_value : c == y ? A(0) : t.label[0];
     __syncthreads();
-    for (int32_t k = threadIdx.x; k < K && !invalid; k += blockDim.x) {
-      const int32_t slot = t.voted[k], c = t.class_of(slot);
-      if (c != y) label[c] = t.label[t.counts[slot]];
-    }
+    for_votes<Group>(t, ignored ? 0 : P, [&](int32_t, int32_t c, int32_t n, bool first) {
+      if (first && c != y && !invalid) label[c] = t.label[n];
+    });
     __syncthreads();
-    forget_votes<Group>(t, P, K);
+    forget_votes<Group>(t, ignored ? 0 : P, [](int32_t, int32_t) {});
   }
 }
 

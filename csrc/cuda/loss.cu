@@ -10,26 +10,26 @@ namespace {
 /// Adds shared memory and grid to a plan that chooses the rest.
 template <class T>
 LossPlan complete(LossPlan plan, const LossFwd& a, const Device& device) {
-  const bool lanes8 = plan.kernel == LossPlan::kLanes8, lanes32 = plan.kernel == LossPlan::kLanes32;
+  const int lanes = plan.lanes();
   SmemAllocator row{nullptr}, block{nullptr};
-  RowArea<T>::allocate(row, plan.vectors, counted_votes(a), a.C, a.grad != nullptr,
-                       !lanes8 && !lanes32);
+  RowArea<T>::allocate(row, plan.vectors, counted_votes(a), a.C, a.grad != nullptr, lanes == 0);
   BlockArea<Arithmetic<T>>::allocate(block);
   plan.row_bytes = row.used;
-  plan.shared = block.used + row.used * (lanes8    ? plan.threads / 8
-                                         : lanes32 ? plan.threads / kWarp
-                                                   : 1);
+  plan.shared = block.used + row.used * (lanes == 0 ? 1 : plan.threads / lanes);
 
   // As many blocks as are resident, if the multiprocessor has the registers and the shared memory,
   // so that all end together: more would run in waves, the last of them nearly empty. One block
   // without rows, for the sums.
   const int64_t by_threads = kThreadsPerMultiprocessor / plan.threads;
-  const int64_t by_registers = kRegistersPerMultiprocessor / (kRegisters<T> * plan.threads);
+  const int64_t by_registers =
+      kRegistersPerMultiprocessor / (rows_registers<sizeof(T)>(lanes) * plan.threads);
   const int64_t by_shared = device.shared_per_block / (plan.shared + kReservedShared);
   const int64_t resident =
       std::max<int64_t>(1, std::min(std::min(by_threads, by_registers), by_shared));
-  const int64_t passes = std::min(plan.groups, resident * device.multiprocessors / plan.cluster);
-  plan.blocks = static_cast<int>(std::max<int64_t>(1, passes)) * plan.cluster;
+  const int64_t at_once = std::max<int64_t>(1, resident * device.multiprocessors / plan.cluster);
+  const int64_t passes = std::max<int64_t>(1, (plan.groups + at_once - 1) / at_once);
+  plan.blocks =
+      static_cast<int>(std::max<int64_t>(1, (plan.groups + passes - 1) / passes)) * plan.cluster;
   return plan;
 }
 
@@ -45,9 +45,11 @@ template <class T>
 cudaError_t launch_rows(const LossFwd& a, const LossPlan& plan, cudaStream_t stream) {
   const Launch how = {plan.blocks, plan.threads, plan.shared, plan.cluster};
   if constexpr (sizeof(T) < 8 ||
-                ZIPFLS_EVERY_ROWS_KERNEL) {  // choose_rows chooses among the other two for float64
+                ZIPFLS_EVERY_ROWS_KERNEL) {  // choose_rows chooses among the others for float64
     if (plan.kernel == LossPlan::kLanes8)
       return launch(loss_fwd_kernel<T, 8>, how, stream, a, plan.row_bytes, plan.vectors);
+    if (plan.kernel == LossPlan::kLanes16)
+      return launch(loss_fwd_kernel<T, 16>, how, stream, a, plan.row_bytes, plan.vectors);
     if (plan.kernel == LossPlan::kLanes32)
       return launch(loss_fwd_kernel<T, 32>, how, stream, a, plan.row_bytes, plan.vectors);
     if (plan.kernel == LossPlan::kCluster)

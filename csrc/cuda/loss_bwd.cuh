@@ -19,6 +19,8 @@ loss_bwd_kernel(LossBwd a) {
   using A = Arithmetic<T>;
   constexpr int V = kVector<T>;
   const A common = a.grad_scale == nullptr ? A(1) : *static_cast<const A*>(a.grad_scale);
+  const bool over = a.out == a.grad;
+  if (over && a.N == 1 && *static_cast<const A*>(a.grad_loss) * common == 1) return;
   const int64_t chunks = (a.C + kScaleChunk - 1) / kScaleChunk, items = a.N * chunks;
   const int64_t warps = int64_t{gridDim.x} * (blockDim.x / kWarp);
   const int lane = threadIdx.x % kWarp;
@@ -26,10 +28,7 @@ loss_bwd_kernel(LossBwd a) {
        item < items; item += warps) {
     const int64_t i = item / chunks, first = item % chunks * kScaleChunk;
     const A scale = static_cast<const A*>(a.grad_loss)[i * a.grad_loss_stride] * common;
-    if (scale == 1 && a.out == a.grad) {
-      if (a.N == 1) return;  // one scale for all
-      continue;
-    }
+    if (over && scale == 1) continue;
     const int64_t last = first + kScaleChunk < a.C ? first + kScaleChunk : a.C;
     const T* const in = static_cast<const T*>(a.grad) + i * a.C;  // (C,) T
     T* const out = static_cast<T*>(a.out) + i * a.C;  // (C,) T, at the same phase of 16 bytes

@@ -272,13 +272,11 @@ loss_general_kernel(LossGeneral a) {
     // 2. Over S: the largest logit and, per class, the largest log mass.
     const int32_t K = t.at_least[1];
     if constexpr (kByRank) {
-#pragma unroll 1
-      for (int32_t k = threadIdx.x; k < K; k += blockDim.x) {
-        const int32_t slot = t.voted[k], c = t.class_of(slot);
-        if (target.in_s(c, probabilities[c])) continue;
+      for_votes<Group>(t, sample.live ? P : 0, [&](int32_t, int32_t c, int32_t n, bool first) {
+        if (!first || target.in_s(c, probabilities[c])) return;
         atomicAdd(&area.unlabelled[0], 1);
-        atomicAdd(&area.unlabelled[t.counts[slot]], 1);
-      }
+        atomicAdd(&area.unlabelled[n], 1);
+      });
     }
     A top[2] = {-infinity<A>(), -infinity<A>()};  // max z, max log mass
     x.for_classes([&](int32_t c, A z, A p) {
@@ -324,18 +322,16 @@ loss_general_kernel(LossGeneral a) {
       });
       __syncwarp(kAllLanes);  // lanes read one another's labels
       const auto logit = [&](int32_t c) { return to_float(x.row.logits[c]); };
-      const auto voted = voted_sums<Group>(
-          a, i, true, t, shift, logit, [&](int32_t c) { return target.in_s(c, probabilities[c]); });
+      VotedSums<A> voted;
+      for_votes<RowGroup<kWarp>>(t, P, [&](int32_t p, int32_t c, int32_t n, bool first) {
+        const A z = logit(c), label = t.label[n];
+        if (target.in_s(c, probabilities[c])) voted.add(z, n, label, t.label[0], shift);
+        if (first && a.grad != nullptr) t.patch[p] = target.gradient(c, z, probabilities[c], label);
+      });
+      voted.template reduce<kWarp>();
       const A q = t.label[0];
       f.zipf = sum_p_log_p - (q * s_sum + voted.cross) + log_of(s_exp);
       if (absent - voted.absent > A(0.5) && q > 0) f.zipf += infinity<A>();
-      if (t.patch != nullptr) {
-#pragma unroll 1
-        for (int32_t k = Group::lane(); k < K; k += kWarp) {
-          const int32_t slot = t.voted[k], c = t.class_of(slot);
-          t.patch[k] = target.gradient(c, logit(c), probabilities[c], t.label[t.counts[slot]]);
-        }
-      }
     }
     if (threadIdx.x == 0) report_row(a, block, 0, sample, f);
     __syncthreads();  // labels and patches are complete, and no logit is read by another thread
@@ -368,13 +364,13 @@ loss_general_kernel(LossGeneral a) {
       });
       if (kByRank && labelled) {
         __syncthreads();  // other threads patch the gradient
-#pragma unroll 1
-        for (int32_t k = threadIdx.x; k < K && !sample.invalid; k += blockDim.x)
-          from_float(t.patch[k], x.row.grad + t.class_of(t.voted[k]));
       }
     }
     if constexpr (kByRank) {
-      forget_votes<Group>(t, P, K);
+      const bool patched = labelled && !sample.invalid && a.grad != nullptr;
+      forget_votes<Group>(t, sample.live ? P : 0, [&](int32_t p, int32_t c) {
+        if (patched) from_float(t.patch[p], x.row.grad + c);
+      });
       for (int32_t n = threadIdx.x; n <= P; n += blockDim.x) area.unlabelled[n] = 0;
     }
     __syncthreads();  // the tables are empty for the next row

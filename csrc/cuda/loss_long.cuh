@@ -23,6 +23,7 @@ ZIPFLS_KERNEL(kLongBlock, 1)
 loss_fwd_long_kernel(LossFwd a) {
   using A = Arithmetic<T>;
   using Group = RowGroup<0>;
+  using Leaders = RowGroup<kWarp>;
   constexpr int V = kVector<T>, U = sizeof(T) == 8 ? 2 : 4;  // vectors in flight a thread
   constexpr uint32_t kStep = U * kLongBlock;
   const bool with_grad = a.grad != nullptr;
@@ -48,7 +49,6 @@ loss_fwd_long_kernel(LossFwd a) {
       bad_vote =
           a.zipf ? count_votes<Group>(a.votes, i, a.C, t) : check_votes<Group>(a.votes, i, a.C);
     sample.invalid |= Group::sync_any(bad_vote) && !sample.ignored;
-    const int32_t K = t.at_least[1];
     A entropy = 0;
     if (a.zipf && Group::leads()) {
       entropy = label_counts<Group>(t, P, a.C, sample.y, static_cast<const A*>(a.log_mass));
@@ -58,8 +58,9 @@ loss_fwd_long_kernel(LossFwd a) {
     // Statistics: the sums move to a new shift when a larger logit occurs. Nearly all passes of a
     // thread are plain: its U vectors are whole, and none holds the target.
     RowStats<A> stats;
+    ExpShift<T> shift(0);
     const uint32_t count = sample.live ? row.count : 0, whole_end = row.whole_end();
-    const uint32_t plain_begin = row.phase == 0 ? 0 : 1;
+    const uint32_t plain_begin = row.whole_begin();
     const uint32_t behind =
         kStep - kLongBlock;  // from a pass's first vector of a thread to its last
     const uint32_t plain_end = whole_end > behind ? whole_end - behind : 0;
@@ -73,27 +74,25 @@ loss_fwd_long_kernel(LossFwd a) {
       stats.sum_exp *= stats.max == -infinity<A>() ? A(0) : exp_of(lift);
       if (stats.finite != 0) stats.sum += static_cast<A>(stats.finite) * lift;
       stats.max = top;
+      shift = ExpShift<T>(top);
     };
 #pragma unroll 1
     for (uint32_t base = threadIdx.x; base < count; base += kStep) {
-      A top = -infinity<A>();
       if (base >= plain_begin && base < plain_end && base != target_base) {
         uint4 raw[U];
         A x[U * V];
 #pragma unroll
         for (int u = 0; u < U; u++)
           raw[u] = ptx::ld_global_cg_16(row.vector(base) + u * kLongBlock);
+        move_to(largest_of<T>(raw));
 #pragma unroll
         for (int u = 0; u < U; u++) unpack<T>(raw[u], x + u * V);
-#pragma unroll
-        for (int e = 0; e < U * V; e++) top = larger(top, x[e]);
-        move_to(top);
-        add_vector<T, U * V>(x, shift_of(stats.max), stats);
+        add_vector<T, U * V>(x, shift, stats);
         continue;
       }
 #pragma unroll 1
       for (uint32_t j = base; j < count && j < base + kStep; j += kLongBlock) {
-        A x[V];
+        A x[V], top = -infinity<A>();
         row.load(j, x);
 #pragma unroll
         for (int v = 0; v < V; v++) {
@@ -101,7 +100,7 @@ loss_fwd_long_kernel(LossFwd a) {
           top = larger(top, x[v]);
         }
         move_to(top);
-        add_vector<T>(x, shift_of(stats.max), stats);
+        add_vector<T>(x, shift, stats);
       }
     }
     const RareSums<A> rare{smooth_weight, look_for_misclassified, sample.y, z_target};
@@ -116,8 +115,9 @@ loss_fwd_long_kernel(LossFwd a) {
     if (Group::leads()) {
       stats = threadIdx.x < blockDim.x / kWarp ? area.warps[threadIdx.x] : RowStats<A>{};
       stats = merge_lanes<kWarp>(stats, smooth_weight != nullptr, look_for_misclassified);
-      const auto finished = finish_row<Group>(a, sample, stats, z_target, entropy, t, K,
-                                              *block.scales, logit, [](int32_t) { return true; });
+      const auto finished =
+          finish_row<T, Leaders>(a, sample, stats, z_target, entropy, t, P, *block.scales, logit,
+                                 [](int32_t) { return true; });
       if (threadIdx.x == 0) {
         report_row(a, block, 0, sample, finished);
         *area.finished = finished;
@@ -128,7 +128,9 @@ loss_fwd_long_kernel(LossFwd a) {
 
     if (with_grad) {
       const uint32_t passes = (row.count + kStep - 1) / kStep;
-      const bool all_plain = sample.live && !f.fill && f.smooth_step == 0;
+      const ExpShift<T> e(f.shift);
+      const A per_exp = f.per_exp * e.correction, minus = -f.constant;
+      const bool all_plain = sample.live && !f.fill && f.smooth_step == 0 && e.scaled == e.scaled;
 #pragma unroll 1
       for (uint32_t pass = passes; pass-- > 0;) {
         const uint32_t base = pass * kStep + threadIdx.x;
@@ -142,8 +144,7 @@ loss_fwd_long_kernel(LossFwd a) {
             A x[V];
             unpack<T>(raw[u], x);
 #pragma unroll
-            for (int v = 0; v < V; v++)
-              x[v] = exp_element<T>(x[v] - f.shift) * f.per_exp - f.constant;
+            for (int v = 0; v < V; v++) x[v] = fused(e.exp_above(e.above(x[v])), per_exp, minus);
             ptx::st_global_cg_16(row.grad_vector(base) + u * kLongBlock, pack<T>(x));
           }
           continue;
@@ -154,23 +155,20 @@ loss_fwd_long_kernel(LossFwd a) {
           if (sample.live) {
             row.load(j, x);
 #pragma unroll
-            for (int v = 0; v < V; v++) x[v] = exp_element<T>(x[v] - f.shift);
+            for (int v = 0; v < V; v++)
+              x[v] = fused(exp_element<T>(x[v] - f.shift), f.per_exp, minus);
           }
-          gradient_vector<V>(x, row.column(j), a.C, A(1), f, weight);
+          if (f.fill || f.smooth_step != 0) rare_gradient<V>(x, row.column(j), a.C, f, weight);
           row.store(j, x);
         }
       }
       __syncthreads();  // other threads patch the gradient
-      if (!f.fill) {
-#pragma unroll 1
-        for (int32_t k = threadIdx.x; k < K; k += blockDim.x) {
-          const int32_t c = t.class_of(t.voted[k]);
-          if (c != sample.y) from_float(t.patch[k], row.grad + c);
-        }
-        if (threadIdx.x == 0) from_float(f.at_target, row.grad + sample.y);
-      }
     }
-    forget_votes<Group>(t, P, K);
+    const bool patched = with_grad && !f.fill;
+    if (patched && threadIdx.x == 0) from_float(f.at_target, row.grad + sample.y);
+    forget_votes<Group>(t, sample.live ? P : 0, [&](int32_t p, int32_t c) {
+      if (patched && c != sample.y) from_float(t.patch[p], row.grad + c);
+    });
     __syncthreads();
   }
   combine_losses<A>(a, block);

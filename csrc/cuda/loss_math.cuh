@@ -9,8 +9,8 @@
 // for c without a vote; the gradient of at most P voted classes and of the target differs, and is
 // patched. Kernels:
 //
-//   loss_fwd_kernel, loss_fwd_cluster_kernel  loss_rows.cuh: a row on chip, in 8 lanes, a warp, a
-//                                             block or a cluster
+//   loss_fwd_kernel, loss_fwd_cluster_kernel  loss_rows.cuh: a row on chip, in 8 or 16 lanes, a
+//                                             warp, a block or a cluster
 //   loss_fwd_long_kernel                      loss_long.cuh: a row that is read twice
 //   loss_general_kernel, loss_correct_kernel  loss_general.cuh: targets and labels class by class
 //   loss_distill_kernel                       loss_distill.cuh: a teacher's row for a label
@@ -49,6 +49,18 @@ ZIPFLS_DEVICE A shift_of(A max) {
   return max == -infinity<A>() ? A(0) : max;
 }
 
+/// Takes one copy of a class out again that stands in the row twice, once in the target's place.
+/// The other copy keeps sum_exp above 1 - 2^-23: nothing cancels.
+template <class T, class A>
+ZIPFLS_DEVICE void remove_copy(A z, RowStats<A>& stats) {
+  if (z != -infinity<A>()) {
+    const A above = z - shift_of(stats.max);
+    stats.sum_exp -= exp_element<T>(above);
+    stats.sum -= above;
+    stats.finite--;
+  }
+}
+
 /// One RowStats from those of WIDTH consecutive lanes; all lanes of the warp call.
 template <int WIDTH, class A>
 ZIPFLS_DEVICE RowStats<A> merge_lanes(RowStats<A> x, bool weighted, bool misclassified) {
@@ -69,31 +81,84 @@ ZIPFLS_DEVICE RowStats<A> merge_lanes(RowStats<A> x, bool weighted, bool misclas
   return all;
 }
 
-/// Adds COUNT logits to the sums, whose shift is given, and turns x into exp(x - shift). Elements
-/// that the sums leave out are -inf: the target, and columns outside the row.
+/// exp(x - shift) as one FFMA and one ex2: 2^(x log2 e - scaled). What rounding shift log2 e to
+/// `scaled` changes is the same factor for all x, and known: `correction` takes it back. float64
+/// subtracts and calls exp.
+template <class T, class A = Arithmetic<T>>
+struct ExpShift {
+  static constexpr A kLog2E = static_cast<A>(1.44269504088896340736);
+  static constexpr A kLn2 = static_cast<A>(0.69314718055994530942);
+  static constexpr bool kFolded = sizeof(T) < 8;
+  A shift;
+  A scaled, error = 0, correction = 1;  // error: shift log2 e - scaled
+
+  ZIPFLS_DEVICE explicit ExpShift(A shift_) : shift(shift_) {
+    scaled = shift * kLog2E;
+    if constexpr (kFolded) {
+      error = ::fmaf(shift, kLog2E, -scaled);
+      if (!(::fabsf(scaled) < infinity<A>())) {  // shift log2 e overflows: x - shift need not
+        scaled = not_a_number<A>();
+        error = 0;
+      }
+      correction = ptx::ex2_approx_ftz(-error);
+    }
+  }
+  /// (x - shift) log2 e + error; float64: x - shift.
+  ZIPFLS_DEVICE A above(A x) const {
+    if constexpr (kFolded) {
+      return ::fmaf(x, kLog2E, -scaled);
+    } else {
+      return x - shift;
+    }
+  }
+  /// exp(x - shift) / correction, from above(x).
+  ZIPFLS_DEVICE static A exp_above(A y) {
+    if constexpr (kFolded) {
+      return ptx::ex2_approx_ftz(y);
+    } else {
+      return exp_of(y);
+    }
+  }
+  /// sum (x - shift) over COUNT elements, from the sum of above(x).
+  template <int COUNT>
+  ZIPFLS_DEVICE A natural(A sum) const {
+    if constexpr (kFolded) {
+      return ::fmaf(sum, kLn2, error * (-COUNT * kLn2));
+    } else {
+      return sum;
+    }
+  }
+};
+
+/// Adds COUNT logits to the sums, relative to e.shift, and turns x into exp(x - shift) /
+/// e.correction. Elements that the sums leave out are -inf: columns outside the row.
 template <class T, int COUNT = kVector<T>, class A>
-ZIPFLS_DEVICE void add_vector(A* x, A shift, RowStats<A>& stats) {
-  A above[COUNT], vector_sum = 0, vector_exp = 0;
+ZIPFLS_DEVICE void add_vector(A* x, const ExpShift<T>& e, RowStats<A>& stats) {
+  A z[COUNT], vector_sum = 0, vector_exp = 0;
 #pragma unroll
   for (int v = 0; v < COUNT; v++) {
-    above[v] = x[v] - shift;
-    x[v] = exp_element<T>(above[v]);
+    z[v] = x[v];
+    const A above = e.above(z[v]);
+    x[v] = e.exp_above(above);
     vector_exp += x[v];
-    vector_sum += above[v];
+    vector_sum += above;
   }
-  stats.sum_exp += vector_exp;
-  if (vector_sum == -infinity<A>()) {  // rare, and so one test for all
-    vector_sum = 0;
+  stats.finite += COUNT;
+  if (!(vector_sum > -infinity<A>())) {  // rare, and so one test for all
+    vector_exp = 0;
 #pragma unroll
     for (int v = 0; v < COUNT; v++) {
-      if (above[v] == -infinity<A>()) continue;
-      vector_sum += above[v];
-      stats.finite++;
+      const A above = z[v] - e.shift;
+      if constexpr (e.kFolded) x[v] = e.exp_above(above * e.kLog2E + e.error);
+      vector_exp += x[v];
+      const bool present = above != -infinity<A>();
+      stats.sum += present ? above : A(0);
+      stats.finite -= present ? 0 : 1;
     }
   } else {
-    stats.finite += COUNT;
+    stats.sum += e.template natural<COUNT>(vector_sum);
   }
-  stats.sum += vector_sum;
+  stats.sum_exp += vector_exp * e.correction;
 }
 
 /// Sums that only some options need, class by class in a separate loop.
@@ -162,7 +227,7 @@ ZIPFLS_DEVICE CrossEntropy<A> cross_entropy_of(const RowStats<A>& stats, A z_tar
     rest = other_exp / (1 + other_exp);
     log_others = (shift - z_target) - nll;
   } else {
-    const A total = stats.sum_exp + exp_of(z_target - shift), log_total = log_of(total);
+    const A total = stats.sum_exp + exp_of(z_target - shift), log_total = log_of_sum(total);
     nll = (shift - z_target) + log_total;
     per_exp = A(1) / total;
     rest = stats.sum_exp / total;
@@ -200,7 +265,8 @@ ZIPFLS_DEVICE Finished<A> finish_cross_entropy(const LossFwd& a, const Sample& s
   const A* const weight = static_cast<const A*>(a.weight);
   if (a.ce && sample.live) {
     const A w = weight == nullptr ? A(1) : weight[sample.y];
-    const A smoothing = static_cast<A>(a.label_smoothing), share = smoothing / static_cast<A>(a.C);
+    const A smoothing = static_cast<A>(a.label_smoothing);
+    const A share = smoothing == 0 ? A(0) : smoothing / static_cast<A>(a.C);
     const A others = weight == nullptr ? static_cast<A>(a.C - 1) : stats.smooth_weight;
     const A others_sum = weight != nullptr        ? stats.smooth
                          : stats.finite < a.C - 1 ? -infinity<A>()
@@ -247,77 +313,67 @@ ZIPFLS_DEVICE void report_row(const LossFwd& a, const BlockArea<A>& block, int r
   }
 }
 
-/// Sums over a row's voted classes.
+/// Sums over a row's voted classes: over its votes, each with 1 / n of its class that has n, since
+/// the order of the votes is fixed and that of the classes is not.
 template <class A>
 struct VotedSums {
-  A cross;   // sum (p_c - q)(z_c - m) of finite z_c; -inf where a class with a label has a logit of
-             // -inf
-  A absent;  // classes with a logit of -inf
-};
+  A cross = 0;  // sum (p_c - q)(z_c - m) of finite z_c; -inf where a class with a label has a logit
+                // of -inf
+  A absent = 0;  // classes with a logit of -inf
 
-/// Over the votes of row i if it is live, each with 1 / n_c of its class: the order of the votes is
-/// fixed, that of the list of classes is not. By the row's leading lanes.
-///
-/// logit(c): z_c, in A. labelled(c): whether class c has a label.
-template <class Group, class A, class Logit, class Labelled>
-ZIPFLS_DEVICE VotedSums<A> voted_sums(const LossFwd& a, int64_t i, bool live,
-                                      const VoteTables<A>& t, A shift, Logit logit,
-                                      Labelled labelled) {
-  constexpr int kLanes = Group::kLeaders;
-  const A q = t.label[0];
-  A cross = 0, absent = 0;
-  if (live) {
-#pragma unroll 1
-    for (int32_t p = Group::lane(); p < a.votes.P; p += kLanes) {
-      const int32_t c = load_vote(a.votes, i, p, a.C);
-      if (c < 0 || !labelled(c)) continue;
-      const int32_t n = t.votes_for(c);
-      const A label = t.label[n], z = logit(c), share = A(1) / static_cast<A>(n);
-      if (z == -infinity<A>()) {
-        absent += share;
-        if (label > 0) cross = -infinity<A>();
-      } else {
-        cross += (label - q) * (z - shift) * share;
-      }
+  ZIPFLS_DEVICE void add(A z, int32_t n, A label, A q, A shift) {
+    const A share = A(1) / static_cast<A>(n);
+    if (z == -infinity<A>()) {
+      absent += share;
+      if (label > 0) cross = -infinity<A>();
+    } else {
+      cross += (label - q) * (z - shift) * share;
     }
   }
-  return {warp_reduce_sum<kLanes>(cross), warp_reduce_sum<kLanes>(absent)};
-}
+  template <int WIDTH>
+  ZIPFLS_DEVICE void reduce() {
+    cross = warp_reduce_sum<WIDTH>(cross);
+    absent = warp_reduce_sum<WIDTH>(absent);
+  }
+};
 
 /// By a row's leading lanes: losses, gradient factors, and the gradient at its voted classes.
 ///
 /// logit(c): z_c, in A. in_part(c): whether a class belongs to this block's part of the row.
-template <class Group, class A, class Logit, class InPart>
-ZIPFLS_DEVICE Finished<A> finish_row(const LossFwd& a, const Sample& sample,
-                                     const RowStats<A>& stats, A z_target, A entropy,
-                                     const VoteTables<A>& t, int32_t K, const Scales<A>& scales,
-                                     Logit logit, InPart in_part) {
-  constexpr int kLanes = Group::kLeaders;
+template <class T, class Leaders, class A, class Logit, class InPart>
+ZIPFLS_DEVICE Finished<A> finish_row(const LossFwd& a, const Sample& sample, RowStats<A> stats,
+                                     A z_target, A entropy, const VoteTables<A>& t, int32_t P,
+                                     const Scales<A>& scales, Logit logit, InPart in_part) {
+  if (stats.finite == 1 && stats.sum_exp < 2) {  // the largest logit alone: exactly 1
+    stats.sum_exp = 1;
+    stats.sum = 0;
+  }
   const bool counted = counts(a, sample, stats);
   Finished<A> f = finish_cross_entropy(a, sample, stats, z_target, scales, counted);
   if (!a.zipf) return f;
 
-  const A q = t.label[0];
-  const auto voted = voted_sums<Group>(a, sample.i, sample.live, t, f.shift, logit,
-                                       [&](int32_t c) { return c != sample.y; });
+  const A q = t.label[0], smooth_constant = f.constant;
+  VotedSums<A> voted;
+  if (sample.live) {
+    const A minus = -smooth_constant;
+    const bool patches = ptx::keep(a.grad != nullptr) != 0;
+    for_votes<Leaders>(t, P, [&](int32_t p, int32_t c, int32_t n, bool first) {
+      if (c == sample.y) return;
+      const A z = logit(c), label = t.label[n];
+      voted.add(z, n, label, q, f.shift);
+      if (!patches || !first || !in_part(c)) return;
+      A g = exp_element<T>(z - f.shift) * f.per_exp + (minus - f.label_step * label);
+      if (f.smooth_step != 0) g -= f.smooth_step * static_cast<const A*>(a.weight)[c];
+      t.patch[p] = g;
+    });
+  }
+  voted.template reduce<Leaders::kLeaders>();
   const bool absent_rest = static_cast<A>(a.C - 1 - stats.finite) - voted.absent > A(0.5);
   if (counted) {
-    f.zipf = entropy - (q * stats.sum + voted.cross) + log_of(stats.sum_exp);
+    f.zipf = entropy - (q * stats.sum + voted.cross) + log_of_sum(stats.sum_exp);
     if (absent_rest && q > 0) f.zipf += infinity<A>();
   }
-  const A smooth_constant = f.constant;
   f.constant += f.label_step * q;
-
-  if (t.patch == nullptr) return f;
-#pragma unroll 1
-  for (int32_t k = Group::lane(); k < K; k += kLanes) {
-    const int32_t slot = t.voted[k], c = t.class_of(slot);
-    if (c == sample.y || !in_part(c)) continue;
-    const A label = f.label_step * t.label[t.counts[slot]];
-    A g = exp_of(logit(c) - f.shift) * f.per_exp - (label + smooth_constant);
-    if (f.smooth_step != 0) g -= f.smooth_step * static_cast<const A*>(a.weight)[c];
-    t.patch[k] = g;
-  }
   return f;
 }
 
@@ -354,8 +410,11 @@ struct RowVectors {
   ZIPFLS_DEVICE bool has(int32_t c) const {
     return static_cast<uint32_t>(c) < static_cast<uint32_t>(C);
   }
-  ZIPFLS_DEVICE bool whole(uint32_t j) const { return column(j) >= 0 && column(j) + V <= C; }
-  /// Vectors from 0 up to this one are whole, but for vector 0 of a row with a phase.
+  ZIPFLS_DEVICE bool whole(uint32_t j) const {
+    return j - whole_begin() < whole_end() - whole_begin();
+  }
+  /// Vectors from whole_begin() up to whole_end() are whole.
+  ZIPFLS_DEVICE uint32_t whole_begin() const { return phase == 0 ? 0 : 1; }
   ZIPFLS_DEVICE uint32_t whole_end() const { return static_cast<uint32_t>(phase + C) / V; }
 
   /// A vector of which only some columns exist; the others become -inf.
@@ -371,18 +430,6 @@ struct RowVectors {
   /// Vector j, whole or not.
   ZIPFLS_DEVICE void load(uint32_t j, Arithmetic<T>* x) const {
     unpack<T>(whole(j) ? ptx::ld_global_cg_16(logits + column(j)) : load_edge(j), x);
-  }
-  /// The same, element by element to shared memory, to (V,) T.
-  ZIPFLS_DEVICE void copy_edge(uint32_t j, T* to) const {
-#pragma unroll 1
-    for (int v = 0; v < V; v++) {
-      const int32_t c = column(j) + v;
-      if (c >= 0 && c < C) {
-        to[v] = logits[c];
-      } else {
-        from_float(-infinity<Arithmetic<T>>(), to + v);
-      }
-    }
   }
   ZIPFLS_DEVICE void store(uint32_t j, const Arithmetic<T>* g) const {
     if (whole(j)) {
@@ -490,23 +537,19 @@ struct RowShare {
   }
 };
 
-/// Gradient of V columns from exp(z - shift), x, and its factors; factor: from x's own shift to the
-/// row's.
+/// The gradient x of V columns as all rows have it becomes that of a row which is filled, or has
+/// weighted label smoothing.
 template <int V, class A>
-ZIPFLS_DEVICE void gradient_vector(A* x, int32_t column, int32_t C, A factor, const Finished<A>& f,
-                                   const A* weight) {
-  if (f.fill) {
+ZIPFLS_DEVICE void rare_gradient(A* x, int32_t column, int32_t C, const Finished<A>& f,
+                                 const A* weight) {
 #pragma unroll
-    for (int v = 0; v < V; v++) x[v] = f.fill_value;
-    return;
+  for (int v = 0; v < V; v++) {
+    if (f.fill) {
+      x[v] = f.fill_value;
+    } else if (column + v >= 0 && column + v < C) {
+      x[v] -= f.smooth_step * weight[column + v];
+    }
   }
-  const A per_exp = f.per_exp * factor;
-#pragma unroll
-  for (int v = 0; v < V; v++) x[v] = x[v] * per_exp - f.constant;
-  if (f.smooth_step == 0) return;
-#pragma unroll
-  for (int v = 0; v < V; v++)
-    if (column + v >= 0 && column + v < C) x[v] -= f.smooth_step * weight[column + v];
 }
 
 }  // namespace zipfls::cuda

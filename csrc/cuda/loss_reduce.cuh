@@ -24,14 +24,12 @@ struct BlockArea {
   double* partial;    // (3, 32) float64: of each warp
   double* sums;       // (2, 16) float64: losses of the rows that each group of threads has finished
   Scales<A>* scales;  // (1,)
-  int32_t* last;      // (1,) int32
 
   ZIPFLS_HOST_DEVICE static BlockArea allocate(SmemAllocator& smem) {
     BlockArea block;
     block.partial = smem.allocate<double>(3 * kWarp);
     block.sums = smem.allocate<double>(2 * kMostRows);
     block.scales = smem.allocate<Scales<A>>(1);
-    block.last = smem.allocate<int32_t>(1);
     return block;
   }
 };
@@ -58,16 +56,35 @@ struct Totals {
       }
       if (d.correct != nullptr) counted_here += d.correct[i];
     }
-    kept += kept_here;
-    counted += d.correct == nullptr ? kept_here : counted_here;
-    if (d.weight == nullptr) ce += kept_here;
+    kept = kept_here;
+    counted = counted_here;
   }
 
-  /// The block's sums, for thread 0. partial: (3, 32) float64 in shared memory.
-  ZIPFLS_DEVICE void reduce(double* partial) {
-    ce = block_reduce_sum(ce, partial);
-    kept = block_reduce_sum(kept, partial + kWarp);
-    counted = block_reduce_sum(counted, partial + 2 * kWarp);
+  /// The block's sums, for thread 0, in a fixed order. Without weights, and where all samples
+  /// count, `kept` is the other sums too. partial: (3, 32) float64 in shared memory. any: whether
+  /// one of the warp's threads has a sample.
+  ZIPFLS_DEVICE void reduce(double* partial, bool weighted, bool some_count, bool any) {
+    if (any) {
+      kept = warp_reduce_sum<kWarp>(kept);
+      if (weighted) ce = warp_reduce_sum<kWarp>(ce);
+      if (some_count) counted = warp_reduce_sum<kWarp>(counted);
+    }
+    if (threadIdx.x % kWarp == 0) {
+      double* const mine = partial + threadIdx.x / kWarp;
+      mine[0] = kept;
+      if (weighted) mine[kWarp] = ce;
+      if (some_count) mine[2 * kWarp] = counted;
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+#pragma unroll 1
+    for (uint32_t w = 1; w < blockDim.x / kWarp; w++) {
+      kept += partial[w];
+      if (weighted) ce += partial[kWarp + w];
+      if (some_count) counted += partial[2 * kWarp + w];
+    }
+    if (!weighted) ce = kept;
+    if (!some_count) counted = kept;
   }
 };
 
@@ -84,7 +101,7 @@ loss_totals_kernel(LossTotals a) {
   Totals totals;
   totals.template add_targets<A>(a.of, int64_t{blockIdx.x} * blockDim.x + threadIdx.x,
                                  int64_t{gridDim.x} * blockDim.x);
-  totals.reduce(block.partial);
+  totals.reduce(block.partial, a.of.weight != nullptr, a.of.correct != nullptr, true);
   if (threadIdx.x == 0) {
     a.partials[blockIdx.x] = totals.ce;
     a.partials[gridDim.x + blockIdx.x] = totals.kept;
@@ -93,17 +110,18 @@ loss_totals_kernel(LossTotals a) {
 }
 
 /// The block's scales to shared memory, from its threads' shares of the totals (read for a mean
-/// alone), and for a float16 mean grad_scale. Ends with a barrier.
+/// alone; any: Totals::reduce), and for a float16 mean grad_scale. Ends with a barrier.
 ///
 /// A float16 gradient that is divided by N before GradScaler's scale multiplies it becomes 0: it is
 /// stored without the denominator, which backward applies.
 template <class A>
-ZIPFLS_DEVICE void publish_scales(const LossFwd& a, const BlockArea<A>& block, Totals totals) {
+ZIPFLS_DEVICE void publish_scales(const LossFwd& a, const BlockArea<A>& block, Totals totals,
+                                  bool any = true) {
   Scales<A> scales = {1, 1, 0, 0};
   A later = 1;
   if (threadIdx.x < 2 * kMostRows) block.sums[threadIdx.x] = 0;
   if (a.reduction == kMean) {
-    totals.reduce(block.partial);
+    totals.reduce(block.partial, a.denominators.weight != nullptr, a.correct != nullptr, any);
     if (threadIdx.x == 0) {
       scales.ce = totals.ce == 0 ? static_cast<A>(NAN) : A(1) / static_cast<A>(totals.ce);
       // No sample is correct: the Zipf part is 0. No sample at all: NaN, by 0 times infinity.
@@ -130,20 +148,23 @@ ZIPFLS_DEVICE void publish_scales(const LossFwd& a, const BlockArea<A>& block, T
 template <class A>
 ZIPFLS_DEVICE void mean_scales(const LossFwd& a, const BlockArea<A>& block) {
   Totals totals;
+  bool any = true;
   if (a.reduction == kMean) {
     const Denominators& d = a.denominators;
+    any = static_cast<int64_t>(threadIdx.x / kWarp * kWarp) <
+          (d.partials != nullptr ? d.num_partials : d.N);
     if (d.partials != nullptr) {
 #pragma unroll 1
       for (int32_t k = threadIdx.x; k < d.num_partials; k += blockDim.x) {
-        totals.ce += d.partials[k];
         totals.kept += d.partials[d.num_partials + k];
-        totals.counted += d.partials[2 * d.num_partials + k];
+        if (d.weight != nullptr) totals.ce += d.partials[k];
+        if (d.correct != nullptr) totals.counted += d.partials[2 * d.num_partials + k];
       }
     } else {
       totals.template add_targets<A>(d, threadIdx.x, blockDim.x);
     }
   }
-  publish_scales(a, block, totals);
+  publish_scales(a, block, totals, any);
 }
 
 /// Sums of the rows' losses: over the block, then over all blocks by the block that arrives last,
@@ -156,29 +177,30 @@ template <class A>
 ZIPFLS_DEVICE void combine_losses(const LossFwd& a, const BlockArea<A>& block) {
   if (a.reduction == kNone) return;
   __syncthreads();  // the rows' sums are complete
-  double ce = threadIdx.x < kMostRows ? block.sums[threadIdx.x] : 0;
-  double zipf = threadIdx.x < kMostRows ? block.sums[kMostRows + threadIdx.x] : 0;
-  ce = block_reduce_sum(ce, block.partial);
-  zipf = block_reduce_sum(zipf, block.partial + kWarp);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x >= kWarp) return;
+  const uint32_t lane = threadIdx.x;
+  double ce = warp_reduce_sum<kMostRows>(block.sums[lane % kMostRows]);
+  double zipf = warp_reduce_sum<kMostRows>(block.sums[kMostRows + lane % kMostRows]);
+  uint32_t arrived = 0;
+  if (lane == 0) {
     a.sums[blockIdx.x] = ce;
     a.sums[gridDim.x + blockIdx.x] = zipf;
     __threadfence();
-    *block.last = atomicAdd(a.tile_counter, 1u) == gridDim.x - 1;
+    arrived = atomicAdd(a.tile_counter, 1u);
   }
-  __syncthreads();
-  if (*block.last == 0) return;
+  if (__shfl_sync(kAllLanes, arrived, 0) != gridDim.x - 1) return;
+  __syncwarp(kAllLanes);
   __threadfence();
   ce = 0;
   zipf = 0;
-#pragma unroll 1
-  for (uint32_t k = threadIdx.x; k < gridDim.x; k += blockDim.x) {
+#pragma unroll 4
+  for (uint32_t k = lane; k < gridDim.x; k += kWarp) {
     ce += __ldcg(a.sums + k);
     zipf += __ldcg(a.sums + gridDim.x + k);
   }
-  ce = block_reduce_sum(ce, block.partial);
-  zipf = block_reduce_sum(zipf, block.partial + kWarp);
-  if (threadIdx.x != 0) return;
+  ce = warp_reduce_sum<kWarp>(ce);
+  zipf = warp_reduce_sum<kWarp>(zipf);
+  if (lane != 0) return;
   A ce_total = static_cast<A>(ce), zipf_total = static_cast<A>(zipf);
   if (a.reduction == kMean) {
     if (a.ce) ce_total *= block.scales->ce;

@@ -1,4 +1,4 @@
-// Loss and gradient of rows that stay on chip: each in 8 lanes, a warp, a block or a cluster.
+// Loss and gradient of rows that stay on chip: each in 8 or 16 lanes, a warp, a block or a cluster.
 #pragma once
 
 #include "loss_math.cuh"
@@ -11,6 +11,7 @@ struct RowArea {
   using A = Arithmetic<T>;
   uint4* row;  // (vectors,) 16 bytes: logits, then the gradient
   VoteTables<A> tables;
+  A* target;              // (2,): the target's logit, and the one that takes its place in the row
   RowStats<A>* warps;     // (32,): of each warp; rows of a whole block
   RowStats<A>* exchange;  // (2,): the block's, for its cluster; by parity of the pass
   Finished<A>* finished;  // (1,): rows of a whole block
@@ -19,11 +20,12 @@ struct RowArea {
   ZIPFLS_HOST_DEVICE static RowArea allocate(SmemAllocator& smem, uint32_t vectors, int32_t P,
                                              int32_t C, bool with_grad, bool whole_block) {
     RowArea area;
-    area.row = smem.allocate<uint4>(vectors);
-    area.tables = VoteTables<A>::allocate(smem, P, C, with_grad);
+    area.target = smem.allocate<A>(2);
     area.warps = smem.allocate<RowStats<A>>(whole_block ? kWarp : 0);
     area.exchange = smem.allocate<RowStats<A>>(whole_block ? 2 : 0);
     area.finished = smem.allocate<Finished<A>>(whole_block ? 1 : 0);
+    area.row = smem.allocate<uint4>(vectors);
+    area.tables = VoteTables<A>::allocate(smem, P, C, with_grad);
     return area;
   }
 };
@@ -39,7 +41,9 @@ template <class T, int LANES, bool CLUSTER>
 ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t slice) {
   using A = Arithmetic<T>;
   using Group = RowGroup<LANES>;
-  constexpr int V = kVector<T>, K_MAX = kHeldVectors;
+  using Leaders = RowGroup<Group::kLeaders>;  // of a block: its first warp
+  constexpr int V = kVector<T>, K_MAX = kHeldVectors<sizeof(T), LANES>;
+  constexpr uint32_t kStep = Group::kLeaders;  // vectors from one of a lane to its next
   const bool with_grad = a.grad != nullptr;
   const int32_t P = counted_votes(a);
 
@@ -49,16 +53,28 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
   smem.used += row_bytes * Group::row_in_block();
   const auto area = RowArea<T>::allocate(smem, slice, P, a.C, with_grad, Group::kWholeBlock);
   const VoteTables<A>& t = area.tables;
-  T* const held = reinterpret_cast<T*>(area.row);  // (slice V,) T: columns from first_column on
-  clear_tables<Group>(t, P);
+  T* const held = reinterpret_cast<T*>(area.row);  // (slice V,) T: columns from slice_column on
+  if (Group::leads()) clear_tables<Leaders>(t, P);
   mean_scales<A>(a, block);  // its barrier publishes the empty tables
 
   const int64_t blocks = CLUSTER ? gridDim.x / ptx::cluster_size() : gridDim.x;
   const int64_t block_index = CLUSTER ? blockIdx.x / ptx::cluster_size() : blockIdx.x;
-  const uint32_t first_vector = CLUSTER ? ptx::cluster_rank() * slice : 0;
+  // Of the block's slice of the row each warp has a part, which only its own lanes read and write
+  // but for the votes: from vector warp_first on.
+  const uint32_t slice_first = CLUSTER ? ptx::cluster_rank() * slice : 0;
+  const uint32_t most = Group::kWholeBlock ? (slice + blockDim.x - 1) / blockDim.x * kWarp : slice;
+  const uint32_t warp_first = Group::kWholeBlock ? threadIdx.x / kWarp * most : 0;
+  const uint32_t warp_room = warp_first + most <= slice ? most
+                             : warp_first < slice       ? slice - warp_first
+                                                        : 0;
+  const uint32_t first_vector = slice_first + warp_first, lane = Leaders::lane();
+  uint4* const own = area.row + warp_first;
+  T* const own_elements = held + warp_first * V;
   const A* const smooth_weight =
       a.ce && a.label_smoothing != 0 ? static_cast<const A*>(a.weight) : nullptr;
   const bool look_for_misclassified = a.zipf && a.only_correct && a.correct == nullptr;
+  const bool rare_sums = ptx::keep(smooth_weight != nullptr || look_for_misclassified) != 0;
+  const bool few_votes = !Group::kWholeBlock || a.votes.P <= kLeadersVotes;
   int parity = 0;
 
   // All groups of a block make the same number of passes: barriers and shuffles need all threads.
@@ -66,78 +82,100 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
   for (int64_t first = block_index * rows; first < a.N; first += blocks * rows) {
     Sample sample = load_sample(a, first + Group::row_in_block());
     const auto row = RowVectors<T>::of(a, sample);
-    const int32_t first_column = row.column(first_vector);
-    const uint32_t vectors = row.count <= first_vector          ? 0
-                             : row.count < first_vector + slice ? row.count - first_vector
-                                                                : slice;
+    const int32_t first_column = row.column(first_vector), slice_column = row.column(slice_first);
+    const uint32_t behind = row.count > first_vector ? row.count - first_vector : 0;
+    const uint32_t vectors = ptx::keep(behind < warp_room ? behind : warp_room);
+    const uint32_t mine = ptx::keep(sample.live ? vectors : 0);  // whose logits are read
+    const auto inside = [&](int32_t c) {
+      return !CLUSTER || static_cast<uint32_t>(c - slice_column) < slice * V;
+    };
 
-    // 1. Start the row's copies to shared memory.
+    // 1. Start the row's copies to shared memory. Nearly all vectors are whole: those from
+    // whole_begin on, whole of them.
+    const uint32_t whole_begin = first_vector == 0 ? row.whole_begin() : 0;
+    const uint32_t row_end = row.whole_end() - first_vector;
+    const uint32_t whole_end = row_end < vectors ? row_end : vectors;
+    const uint32_t whole = ptx::keep(whole_end > whole_begin ? whole_end - whole_begin : 0);
+    const uint32_t from = ptx::keep(lane - whole_begin);
+    // visit(element of own_elements, column) for those of the vectors that are not whole, at most
+    // two: an element for each of V lanes.
+    const auto for_edges = [&](auto visit) {
+      const auto edge = [&](uint32_t j) {
+        if (lane < V)
+          visit(j * V + lane, row.column(first_vector + j) + static_cast<int32_t>(lane));
+      };
+      if (whole_begin > 0 && vectors > 0) edge(0);
+      if (whole_end < vectors) edge(vectors - 1);
+    };
+    if (sample.live) {
+      const uint4* const source = ptx::keep(row.vector(first_vector + lane));
+#pragma unroll
+      for (uint32_t step = 0; step < K_MAX * kStep; step += kStep)
+        if (from + step < whole) ptx::cp_async_16(own + lane + step, source + step);
+      for_edges([&](uint32_t e, int32_t c) {
+        if (row.has(c)) {
+          own_elements[e] = row.logits[c];
+        } else {
+          from_float(-infinity<A>(), own_elements + e);
+        }
+      });
+    }
+    ptx::cp_async_commit_group();
+
+    // 2. Count the votes while they are pending, and make the label. The leading lanes count few
+    // votes without the others.
+    auto count = [&](auto group) {
+      if (!sample.live || a.votes.data == nullptr) return false;
+      return a.zipf ? count_votes<decltype(group)>(a.votes, sample.i, a.C, t)
+                    : check_votes<decltype(group)>(a.votes, sample.i, a.C);
+    };
+    bool any_bad = false;
+    if (!few_votes) any_bad = Group::sync_any(count(Group()));
+    A entropy = 0;
+    if (Group::leads()) {
+      if (few_votes) any_bad = Leaders::sync_any(count(Leaders()));
+      sample.invalid |= any_bad && !sample.ignored;
+      if (a.zipf)
+        entropy = label_counts<Leaders>(t, P, a.C, sample.y, static_cast<const A*>(a.log_mass));
+    }
+
+    // 3. Statistics: of the warp, then of the block, then of the cluster. A thread reads the
+    // vectors that it copied itself. In the target's place stands the logit beside it, twice in the
+    // row then: it neither leads the maximum astray nor dominates a sum (remove_copy).
+    ptx::cp_async_wait_group<0>();
+    __syncwarp(kAllLanes);  // vectors that are not whole
+    const uint32_t target_element = static_cast<uint32_t>(sample.y - first_column);
+    if (target_element / V < mine && target_element / V % kStep == lane) {
+      area.target[0] = to_float(own_elements[target_element]);
+      area.target[1] = to_float(own_elements[target_element ^ 1]);
+      own_elements[target_element] = own_elements[target_element ^ 1];
+    }
+    uint4 raw[K_MAX];
 #pragma unroll
     for (int k = 0; k < K_MAX; k++) {
-      const uint32_t j = Group::lane() + k * Group::size();
-      if (!sample.live || j >= vectors) continue;
-      if (row.whole(first_vector + j)) {
-        ptx::cp_async_16(area.row + j, row.logits + row.column(first_vector + j));
-      } else {
-        row.copy_edge(first_vector + j, held + j * V);
-      }
+      raw[k] = absent_vector<T>();
+      if (lane + k * kStep < mine) raw[k] = own[lane + k * kStep];
     }
-
-    // 2. Count the votes while they are pending.
-    bool bad_vote = false;
-    if (sample.live && a.votes.data != nullptr)
-      bad_vote = a.zipf ? count_votes<Group>(a.votes, sample.i, a.C, t)
-                        : check_votes<Group>(a.votes, sample.i, a.C);
-    ptx::cp_async_commit_group();
-    ptx::cp_async_wait_group<0>();
-    const bool any_bad = Group::sync_any(bad_vote);  // the row and its counts are visible
-    sample.invalid |= any_bad && !sample.ignored;
-    auto logit = [&](int32_t c) {
-      if (CLUSTER && static_cast<uint32_t>(c - first_column) >= vectors * V)
-        return to_float(row.logits[c]);
-      return to_float(held[c - first_column]);
-    };
-    const A z_target = sample.live ? logit(sample.y) : A(0);
-    const int32_t K = t.at_least[1];
-    A entropy = 0;
-    if (a.zipf && Group::leads()) {
-      entropy = label_counts<Group>(t, P, a.C, sample.y, static_cast<const A*>(a.log_mass));
-      __syncwarp(kAllLanes);  // lanes read one another's labels in finish_row
-    }
-
-    // 3. Statistics: of the warp, then of the block, then of the cluster.
+    RowStats<A> stats;
+    stats.max = warp_reduce_max<Group::kLeaders>(largest_of<T>(raw));
+    const A warp_max = stats.max;
+    const ExpShift<T> warp_shift(shift_of(warp_max));
     A x[K_MAX * V];
 #pragma unroll
     for (int k = 0; k < K_MAX; k++) {
-      const uint32_t j = Group::lane() + k * Group::size();
-      if (sample.live && j < vectors) {
-        unpack<T>(area.row[j], x + k * V);
-        const int v_target = sample.y - row.column(first_vector + j);
-        if (v_target >= 0 && v_target < V) {
-#pragma unroll
-          for (int v = 0; v < V; v++) x[k * V + v] = v == v_target ? -infinity<A>() : x[k * V + v];
-        }
-      } else {
-#pragma unroll
-        for (int v = 0; v < V; v++) x[k * V + v] = -infinity<A>();
-      }
+      unpack<T>(raw[k], x + k * V);
+      if (lane + k * kStep < mine) add_vector<T>(x + k * V, warp_shift, stats);
     }
-    RowStats<A> stats;
-#pragma unroll
-    for (int e = 0; e < K_MAX * V; e++) stats.max = larger(stats.max, x[e]);
-    stats.max = warp_reduce_max<Group::kLeaders>(stats.max);
-    const A warp_max = stats.max, warp_shift = shift_of(warp_max);
-#pragma unroll
-    for (int k = 0; k < K_MAX; k++) {
-      const uint32_t j = Group::lane() + k * Group::size();
-      if (j < vectors) add_vector<T>(x + k * V, warp_shift, stats);
-    }
-    const RareSums<A> rare{smooth_weight, look_for_misclassified, sample.y, z_target};
-    if (rare.wanted() && sample.live) {
+    if (rare_sums) {
+      Group::sync();  // other threads read the row, and the target's logit
+      const A z_target = !sample.live ? A(0)
+                         : CLUSTER    ? to_float(row.logits[sample.y])
+                                      : area.target[0];
+      const RareSums<A> rare{smooth_weight, look_for_misclassified, sample.y, z_target};
 #pragma unroll 1
-      for (uint32_t e = Group::lane(); e < vectors * V; e += Group::size()) {
+      for (uint32_t e = lane; e < mine * V; e += kStep) {
         const int32_t c = first_column + static_cast<int32_t>(e);
-        if (c >= 0 && c < a.C) rare.add(c, to_float(held[e]), warp_shift, stats);
+        if (row.has(c)) rare.add(c, to_float(own_elements[e]), warp_shift.shift, stats);
       }
     }
     stats.sum_exp = warp_reduce_sum<Group::kLeaders>(stats.sum_exp);
@@ -149,12 +187,21 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
     }
     if (look_for_misclassified)
       stats.misclassified = warp_reduce_sum<Group::kLeaders>(stats.misclassified);
-    if constexpr (Group::kWholeBlock) {
-      if (threadIdx.x % kWarp == 0) area.warps[threadIdx.x / kWarp] = stats;
-      __syncthreads();
-      if (Group::leads()) {
-        stats = threadIdx.x < blockDim.x / kWarp ? area.warps[threadIdx.x] : RowStats<A>{};
-        stats = merge_lanes<kWarp>(stats, smooth_weight != nullptr, look_for_misclassified);
+    if (Group::kWholeBlock && threadIdx.x % kWarp == 0) area.warps[threadIdx.x / kWarp] = stats;
+    Group::sync();  // the row, the target's logit and the warps' statistics are visible
+    if (Group::kWholeBlock && Group::leads()) {
+      stats = threadIdx.x < blockDim.x / kWarp ? area.warps[threadIdx.x] : RowStats<A>{};
+      stats = merge_lanes<kWarp>(stats, smooth_weight != nullptr, look_for_misclassified);
+    }
+    A z_target = 0, z_copy = -infinity<A>();
+    if (sample.live && Group::leads()) {
+      if constexpr (CLUSTER) {
+        const int32_t copied = ((sample.y + row.phase) ^ 1) - row.phase;
+        z_target = to_float(row.logits[sample.y]);
+        if (row.has(copied)) z_copy = to_float(row.logits[copied]);
+      } else {
+        z_target = area.target[0];
+        z_copy = area.target[1];
       }
     }
     if constexpr (CLUSTER) {
@@ -173,10 +220,12 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
     // 4. Losses and gradient factors, by the leading lanes, from the logits in shared memory.
     Finished<A> f;
     if (Group::leads()) {
-      f = finish_row<Group>(
-          a, sample, stats, z_target, entropy, t, K, *block.scales, logit, [&](int32_t c) {
-            return !CLUSTER || static_cast<uint32_t>(c - first_column) < vectors * V;
-          });
+      remove_copy<T>(z_copy, stats);
+      const auto logit = [&](int32_t c) {
+        return to_float(inside(c) ? held[c - slice_column] : row.logits[c]);
+      };
+      f = finish_row<T, Leaders>(a, sample, stats, z_target, entropy, t, P, *block.scales, logit,
+                                 inside);
       if (Group::lane() == 0) {
         if (!CLUSTER || ptx::cluster_rank() == 0)
           report_row(a, block, Group::row_in_block(), sample, f);
@@ -191,44 +240,39 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
     // 5. The gradient: written over the logits in shared memory, patched there, then stored.
     if (with_grad) {
       // A warp of -inf alone has exponentials of 0, and a shift without meaning.
-      const A factor = !Group::kWholeBlock || warp_shift == f.shift ? A(1)
-                       : warp_max == -infinity<A>()                 ? A(0)
-                                                                    : exp_of(warp_shift - f.shift);
+      A per_exp = f.per_exp * warp_shift.correction;
+      if (Group::kWholeBlock && warp_shift.shift != f.shift)
+        per_exp *= warp_max == -infinity<A>() ? A(0) : exp_of(warp_shift.shift - f.shift);
+      const bool rare = ptx::keep(f.fill || f.smooth_step != 0) != 0;
+      const A minus = -f.constant;
 #pragma unroll
       for (int k = 0; k < K_MAX; k++) {
-        const uint32_t j = Group::lane() + k * Group::size();
+        const uint32_t j = lane + k * kStep;
         if (j >= vectors) continue;
-        gradient_vector<V>(x + k * V, row.column(first_vector + j), a.C, factor, f, smooth_weight);
-        area.row[j] = pack<T>(x + k * V);
+#pragma unroll
+        for (int e = k * V; e < (k + 1) * V; e++) x[e] = fused(x[e], per_exp, minus);
+        if (rare) rare_gradient<V>(x + k * V, row.column(first_vector + j), a.C, f, smooth_weight);
+        own[j] = pack<T>(x + k * V);
       }
       Group::sync();  // other threads patch the gradient
-      if (!f.fill) {
-#pragma unroll 1
-        for (int32_t k = Group::lane(); k < K; k += Group::size()) {
-          const int32_t c = t.class_of(t.voted[k]);
-          if (c == sample.y || static_cast<uint32_t>(c - first_column) >= vectors * V) continue;
-          from_float(t.patch[k], held + (c - first_column));
-        }
-        if (Group::lane() == 0 && static_cast<uint32_t>(sample.y - first_column) < vectors * V)
-          from_float(f.at_target, held + (sample.y - first_column));
-      }
     }
-    forget_votes<Group>(t, P, K);
+    const bool patched = with_grad && !f.fill;
+    if (patched && Group::lane() == 0 && inside(sample.y))
+      from_float(f.at_target, held + (sample.y - slice_column));
+    forget_votes<Group>(t, sample.live ? P : 0, [&](int32_t p, int32_t c) {
+      if (patched && c != sample.y && inside(c)) from_float(t.patch[p], held + (c - slice_column));
+    });
     Group::sync();  // the gradient is patched, and the tables are empty for the next row
-    if (row.grad == nullptr) continue;
+    if (row.grad != nullptr) {
+      uint4* const destination = ptx::keep(row.grad_vector(first_vector + lane));
 #pragma unroll
-    for (int k = 0; k < K_MAX; k++) {
-      const uint32_t j = Group::lane() + k * Group::size();
-      if (j >= vectors) continue;
-      const int32_t column = row.column(first_vector + j);
-      if (row.whole(first_vector + j)) {
-        ptx::st_global_cg_16(row.grad + column, area.row[j]);
-      } else {
-#pragma unroll 1
-        for (int v = 0; v < V; v++)
-          if (column + v >= 0 && column + v < a.C) row.grad[column + v] = held[j * V + v];
-      }
+      for (uint32_t step = 0; step < K_MAX * kStep; step += kStep)
+        if (from + step < whole) ptx::st_global_cg_16(destination + step, own[lane + step]);
+      for_edges([&](uint32_t e, int32_t c) {
+        if (row.has(c)) row.grad[c] = own_elements[e];
+      });
     }
+    __syncwarp(kAllLanes);  // the next row's vectors overwrite what other lanes stored
   }
   if constexpr (CLUSTER) ptx::cluster_sync();  // no block exits while a peer may read its memory
   combine_losses<A>(a, block);
@@ -237,18 +281,19 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
 /// Loss and gradient of rows held on chip: each logit is read once, each gradient element written
 /// once.
 ///
-/// - Bytes: 2 C itemsize a row; P votes twice (4 bytes each, the second time from L1); 8 for the
-///   target.
-/// - Threads: LANES a row (8 or 32, blocks of 128 hold 16 or 4 rows), or a block a row (LANES = 0).
-/// - The row: exp(z - m) in registers, at most 64 bytes a thread, between statistics and gradient;
+/// - Bytes: 2 C itemsize a row; P votes (4 bytes each); 8 for the target.
+/// - Threads: LANES a row (8, 16 or 32, blocks of 128 hold 16, 8 or 4 rows), or a block a row
+///   (LANES = 0).
+/// - The row: exp(z - m) in registers, kHeldVectors a thread, between statistics and gradient;
 ///   in shared memory the logits, read at voted classes, then the gradient, patched there.
 /// - Accumulators: float (float64: double); sums over rows: double.
-/// - Hazards, a barrier for each: counts before ranks; logits read at voted classes before the
-///   gradient overwrites them; gradient before its patches; patches before the store; tables
-///   emptied before the next row.
+/// - Hazards, a barrier for each: counts before ranks; copies before logits are read at voted
+///   classes, and those before the gradient overwrites them; gradient before its patches; patches
+///   before the store; tables emptied before the next row. Barriers are of the row's threads: of a
+///   warp where several rows or one share it, and of a block four a row.
 template <class T, int LANES>
 ZIPFLS_KERNEL(LANES == 0 ? kWideBlock : kSmallBlock,
-              LANES == 0 ? kWideResident<T> : kSmallResident<T>)
+              LANES == 0 ? kWideResident<sizeof(T)> : kSmallResident<sizeof(T), LANES>)
 loss_fwd_kernel(LossFwd a, uint32_t row_bytes, uint32_t slice) {
   loss_fwd_rows<T, LANES, false>(a, row_bytes, slice);
 }
@@ -257,7 +302,7 @@ loss_fwd_kernel(LossFwd a, uint32_t row_bytes, uint32_t slice) {
 /// empty kernel on sm_80).
 ///
 /// - Bytes: 2 C itemsize a row; votes and target once a block.
-/// - Threads: up to 8 blocks of up to 320 a row.
+/// - Threads: up to 8 blocks of up to 256 a row.
 /// - The row: as in loss_fwd_kernel, a slice of whole 16-byte vectors in each block. Every block
 ///   counts all votes and computes the same label, so that blocks exchange their statistics alone
 ///   (32 or 56 bytes), through distributed shared memory; each patches the voted classes of its
@@ -267,7 +312,7 @@ loss_fwd_kernel(LossFwd a, uint32_t row_bytes, uint32_t slice) {
 ///   overwritten two barriers later; a gradient in place waits for the peers' last read of a
 ///   logit; all blocks of a cluster exit together.
 template <class T>
-ZIPFLS_KERNEL(kWideBlock, kWideResident<T>)
+ZIPFLS_KERNEL(kWideBlock, kWideResident<sizeof(T)>)
 loss_fwd_cluster_kernel(LossFwd a, uint32_t row_bytes, uint32_t slice) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   loss_fwd_rows<T, 0, true>(a, row_bytes, slice);

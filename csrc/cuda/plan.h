@@ -30,7 +30,7 @@ inline int resident_blocks(int64_t items, int threads, const Device& device) {
 // Losses ------------------------------------------------------------------------------------------
 
 struct LossPlan {
-  enum Kernel { kLanes8, kLanes32, kBlock, kCluster, kLong, kGeneral, kDistill } kernel;
+  enum Kernel { kLanes8, kLanes16, kLanes32, kBlock, kCluster, kLong, kGeneral, kDistill } kernel;
   int threads;       // of a block
   int cluster;       // blocks a row
   uint32_t vectors;  // 16-byte vectors of shared memory for each row (or slice of a row) of a block
@@ -38,6 +38,9 @@ struct LossPlan {
   uint32_t row_bytes = 0;  // shared memory of one row
   uint32_t shared = 0;     // and of a block
   int blocks = 0;          // LossFwd::sums are (2, blocks)
+
+  /// Threads of a row: 8, 16, 32, or 0 for blocks.
+  int lanes() const { return kernel <= kLanes32 ? 8 << kernel : 0; }
 };
 
 inline uint32_t vectors_of(int64_t elements, int vector) {
@@ -52,7 +55,11 @@ inline int round_up(int64_t x, int unit) { return static_cast<int>((x + unit - 1
 inline LossPlan choose_rows(int64_t N, int32_t C, int32_t P, int vector, uint32_t table_bytes,
                             const Device& device) {
   const uint32_t vectors = vectors_of(C, vector);
-  const int per_thread = kHeldVectors;
+  const auto held = [&](int lanes) -> uint32_t {  // float64 as 16 bits
+    const bool more = lanes == 16 || lanes == 0;
+    if (vector == 4) return more ? kHeldVectors<4, 0> : kHeldVectors<4, 32>;
+    return more ? kHeldVectors<2, 0> : kHeldVectors<2, 32>;
+  };
   const int64_t resident = int64_t{device.multiprocessors} * (kThreadsPerMultiprocessor / kWarp);
   const bool full = N * 2 >= resident;  // a warp a row fills at least half of the device
   auto rows_fit = [&](int rows) {
@@ -60,27 +67,34 @@ inline LossPlan choose_rows(int64_t N, int32_t C, int32_t P, int vector, uint32_
            static_cast<uint32_t>(device.shared_per_block) / 2;
   };
   const bool narrow = vector > 2;  // float64 is for checks: a block a row will do
-  if (narrow && full && vectors <= 8u * per_thread && rows_fit(kSmallBlock / 8))
-    return {LossPlan::kLanes8, kSmallBlock, 1, vectors,
-            (N + kSmallBlock / 8 - 1) / (kSmallBlock / 8)};
-  if (narrow && full && vectors <= static_cast<uint32_t>(kWarp * per_thread) &&
-      rows_fit(kSmallBlock / 32))
-    return {LossPlan::kLanes32, kSmallBlock, 1, vectors,
-            (N + kSmallBlock / 32 - 1) / (kSmallBlock / 32)};
+  for (const auto kernel : {LossPlan::kLanes8, LossPlan::kLanes16}) {
+    LossPlan plan = {kernel, kSmallBlock, 1, vectors, 0};
+    const int lanes = plan.lanes(), rows = kSmallBlock / lanes;
+    plan.groups = (N + rows - 1) / rows;
+    if (narrow && N * lanes >= kSharedWarps * kWarp * device.multiprocessors &&
+        vectors <= lanes * held(lanes) && rows_fit(rows))
+      return plan;
+  }
+  if (narrow && vectors <= kWarp * held(kWarp) && rows_fit(kSmallBlock / kWarp)) {
+    // With few rows, as many blocks as there are multiprocessors.
+    const int64_t rows = std::clamp<int64_t>(N / device.multiprocessors, 1, kSmallBlock / kWarp);
+    return {LossPlan::kLanes32, static_cast<int>(rows) * kWarp, 1, vectors, (N + rows - 1) / rows};
+  }
 
   auto threads_for = [&](uint32_t slice_vectors, int most) {
     const int wanted = full ? kFullDeviceVectors : kIdleDeviceVectors;
-    const int least = round_up((slice_vectors + per_thread - 1) / per_thread, kWarp);
+    const int least = round_up((slice_vectors + held(0) - 1) / held(0), kWarp);
     int threads = round_up((slice_vectors + wanted - 1) / wanted, kWarp);
-    if (!full)
+    if (!full) {
+      threads = std::min(threads, kIdleBlock);
       threads = threads > P / kVotesPerThread ? threads : round_up(P / kVotesPerThread, kWarp);
+    }
     threads = threads > most ? most : threads;
     return threads > least ? threads : least;
   };
   auto block_fits = [&](uint32_t slice_vectors, int most) {
-    return slice_vectors <= static_cast<uint32_t>(most * per_thread) &&
-           slice_vectors * 16 + table_bytes + 4096 <=
-               static_cast<uint32_t>(device.shared_per_block);
+    return slice_vectors <= most * held(0) && slice_vectors * 16 + table_bytes + 4096 <=
+                                                  static_cast<uint32_t>(device.shared_per_block);
   };
   if (block_fits(vectors, kWideBlock))
     return {LossPlan::kBlock, threads_for(vectors, kWideBlock), 1, vectors, N};

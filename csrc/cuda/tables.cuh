@@ -9,28 +9,31 @@ namespace zipfls::cuda {
 
 // The tables of a row -----------------------------------------------------------------------------
 
-constexpr int32_t kEmpty = -1;  // key of a free slot
+constexpr int32_t kEmpty = -1;          // key of a free slot
+constexpr int32_t kNotFirst = 1 << 30;  // bit of VoteTables::slot_of_vote; slots are fewer
 
 /// A row's votes, counted. All is integer but the label, so that the result does not depend on the
-/// order of the threads; the order of `voted` does, and no sum uses it.
+/// order of the threads; which of a class's votes is its first does, and no sum uses that.
 template <class A>
 struct VoteTables {
-  int32_t* counts;  // (slots,) int32: votes of the class in a slot; all 0 between rows
-  int32_t* keys;  // (slots,) int32: the class in a slot, or kEmpty between rows; null: slot = class
-  int32_t*
-      at_least;  // (P + 2,) int32: [n] classes with n votes or more, n >= 1; all 0 between rows
-  int32_t*
-      voted;  // (min(P, C),) int32: slots of the K = at_least[1] classes with a vote, in any order
-  A* label;   // (P + 1,) A: label of a non-target class with n votes
-  A* patch;   // (min(P, C),) A: gradient at voted[k]; null where no gradient is wanted
+  int32_t* counts;    // (slots,) int32: votes of the class in a slot; all 0 between rows
+  int32_t* at_least;  // (P + 2,) int32 behind it: [n] classes with n votes or more, n >= 1; all 0
+                      // between rows
+  int32_t* keys;      // (slots,) int32 where hashed: the class in a slot, or kEmpty between rows
+  int32_t* slot_of_vote;  // (P,) int32: of its class, with kNotFirst for all votes of a class but
+                          // one; negative for a vote that is none
+  A* label;               // (P + 1,) A: label of a non-target class with n votes
+  A* patch;               // (P,) A where a gradient is wanted: that at the class of a first vote
   int32_t slots, hash_shift;
+  bool hashed;  // otherwise slot = class
 
   /// The tables of P votes over C classes; on the host, without memory, their bytes.
   ZIPFLS_HOST_DEVICE static VoteTables allocate(SmemAllocator& smem, int32_t P, int32_t C,
                                                 bool patches) {
     VoteTables t;
     t.hash_shift = 32;
-    if (C <= kDirectClasses) {
+    t.hashed = C > kDirectClasses;
+    if (!t.hashed) {
       t.slots = C;
     } else {
       t.slots = 1;
@@ -39,16 +42,22 @@ struct VoteTables {
         t.hash_shift--;
       }
     }
-    const uint32_t distinct = static_cast<uint32_t>(P < C ? P : C);
-    t.counts = smem.allocate<int32_t>(P > 0 ? t.slots : 0);
-    t.keys = smem.allocate<int32_t>(C <= kDirectClasses || P == 0 ? 0 : t.slots);
-    t.at_least = smem.allocate<int32_t>(P + 2);
-    t.voted = smem.allocate<int32_t>(distinct);
+    if (P == 0) t.slots = 0;
+    smem.keep();
+    t.counts = smem.allocate<int32_t>(t.zeros(P));
+    t.at_least = t.counts + t.slots;
+    t.keys = smem.allocate<int32_t>(t.hashed ? t.slots : 0);
+    smem.keep();
+    t.slot_of_vote = smem.allocate<int32_t>(P);
+    smem.keep();
     t.label = smem.allocate<A>(P + 1);
-    t.patch = smem.allocate<A>(patches ? distinct : 0);
-    if (C <= kDirectClasses) t.keys = nullptr;
-    if (!patches) t.patch = nullptr;
+    smem.keep();
+    t.patch = smem.allocate<A>(patches ? P : 0);
     return t;
+  }
+  /// Elements of counts and at_least, to whole 16 bytes.
+  ZIPFLS_HOST_DEVICE uint32_t zeros(int32_t P) const {
+    return static_cast<uint32_t>(slots + P + 2 + 3) / 4 * 4;
   }
 
   ZIPFLS_DEVICE int32_t first_slot(int32_t c) const {
@@ -63,17 +72,17 @@ struct VoteTables {
   /// The slot of class c, which becomes c's if it was free. Linear probing; at most half of the
   /// slots fill.
   ZIPFLS_DEVICE int32_t claim(int32_t c) const {
-    if (keys == nullptr) return c;
+    if (!hashed) return c;
     for (int32_t slot = first_slot(c);; slot = next_slot(slot)) {
       const int32_t before = atomicCAS(&keys[slot], kEmpty, c);
       if (before == kEmpty || before == c) return slot;
     }
   }
   /// The class in a slot.
-  ZIPFLS_DEVICE int32_t class_of(int32_t slot) const { return keys == nullptr ? slot : keys[slot]; }
+  ZIPFLS_DEVICE int32_t class_of(int32_t slot) const { return hashed ? keys[slot] : slot; }
   /// Votes of class c.
   ZIPFLS_DEVICE int32_t votes_for(int32_t c) const {
-    if (keys == nullptr) return counts[c];
+    if (!hashed) return counts[c];
     for (int32_t slot = first_slot(c);; slot = next_slot(slot)) {
       const int32_t key = keys[slot];
       if (key == c) return counts[slot];
@@ -85,49 +94,55 @@ struct VoteTables {
 /// Empties the tables once, before the first row; the caller's barrier publishes it.
 template <class Group, class A>
 ZIPFLS_DEVICE void clear_tables(const VoteTables<A>& t, int32_t P) {
-  if (P == 0) {
+#pragma unroll 4
+  for (uint32_t q = Group::lane(); q < t.zeros(P) / 4; q += Group::size())
+    reinterpret_cast<uint4*>(t.counts)[q] = {0, 0, 0, 0};
+  if (!t.hashed) return;
 #pragma unroll 1
-    for (int32_t n = Group::lane(); n < 2; n += Group::size()) t.at_least[n] = 0;
-    return;
-  }
-#pragma unroll 1
-  for (int32_t s = Group::lane(); s < t.slots; s += Group::size()) {
-    t.counts[s] = 0;
-    if (t.keys != nullptr) t.keys[s] = kEmpty;
-  }
-#pragma unroll 1
-  for (int32_t n = Group::lane(); n < P + 2; n += Group::size()) t.at_least[n] = 0;
+  for (int32_t s = Group::lane(); s < t.slots; s += Group::size()) t.keys[s] = kEmpty;
 }
 
-constexpr int32_t kNoVote = -1, kBadVote = -2;
-
-/// Vote p of row i: a class, kNoVote if it is negative, kBadVote if it is C or more.
+/// Vote p of row i: a class, negative where there is no vote, C or more where it is none of C
+/// classes.
 ZIPFLS_DEVICE int32_t load_vote(const Votes& votes, int64_t i, int32_t p, int32_t C) {
   const int64_t at = i * votes.stride + p;
-  const int64_t c = votes.wide ? static_cast<const int64_t*>(votes.data)[at]
-                               : static_cast<const int32_t*>(votes.data)[at];
-  return c < 0 ? kNoVote : c >= C ? kBadVote : static_cast<int32_t>(c);
+  if (!votes.wide) return static_cast<const int32_t*>(votes.data)[at];
+  const int64_t c = static_cast<const int64_t*>(votes.data)[at];
+  return static_cast<int32_t>(c < 0 ? -1 : c < C ? c : C);
 }
 
 /// Counts row i's votes into empty tables. Returns whether this thread read a vote outside the
 /// classes.
 ///
 /// at_least grows while counting: the n-th vote of a class adds one to at_least[n], so that ranks
-/// need no scan over the counts. A class's first vote takes its index in `voted` from at_least[1].
+/// need no scan over the counts.
 template <class Group, class A>
 ZIPFLS_DEVICE bool count_votes(const Votes& votes, int64_t i, int32_t C, const VoteTables<A>& t) {
-  bool bad = false;
+  int32_t most = -1;  // class
 #pragma unroll 1
   for (int32_t p = Group::lane(); p < votes.P; p += Group::size()) {
     const int32_t c = load_vote(votes, i, p, C);
-    bad |= c == kBadVote;
-    if (c < 0) continue;
-    const int32_t slot = t.claim(c);
-    const int32_t n = atomicAdd(&t.counts[slot], 1) + 1;
-    const int32_t before = atomicAdd(&t.at_least[n], 1);
-    if (n == 1) t.voted[before] = slot;
+    most = c > most ? c : most;
+    int32_t entry = -1;
+    if (static_cast<uint32_t>(c) < static_cast<uint32_t>(C)) {
+      const int32_t slot = t.claim(c), n = atomicAdd(&t.counts[slot], 1) + 1;
+      atomicAdd(&t.at_least[n], 1);
+      entry = n == 1 ? slot : slot | kNotFirst;
+    }
+    t.slot_of_vote[p] = entry;
   }
-  return bad;
+  return most >= C;
+}
+
+/// Calls visit(p, class, its number of votes, whether p is the class's first vote) for the counted
+/// votes p of this lane, after a barrier. P: 0 where none were counted.
+template <class Group, class A, class Visit>
+ZIPFLS_DEVICE void for_votes(const VoteTables<A>& t, int32_t P, Visit visit) {
+#pragma unroll 1
+  for (int32_t p = Group::lane(); p < P; p += Group::size()) {
+    const int32_t entry = t.slot_of_vote[p], slot = entry & ~kNotFirst;
+    if (entry >= 0) visit(p, t.class_of(slot), t.counts[slot], slot == entry);
+  }
 }
 
 /// Whether this thread's votes of row i include one outside the classes.
@@ -136,25 +151,23 @@ ZIPFLS_DEVICE bool check_votes(const Votes& votes, int64_t i, int32_t C) {
   bool bad = false;
 #pragma unroll 1
   for (int32_t p = Group::lane(); p < votes.P; p += Group::size())
-    bad |= load_vote(votes, i, p, C) == kBadVote;
+    bad |= load_vote(votes, i, p, C) >= C;
   return bad;
 }
 
-/// Empties the tables again, in O(K + highest count), for threads that a barrier by the caller
-/// orders. K: at_least[1], read before the last barrier. A loop over voted[k] with this stride may
-/// precede without a barrier: the same thread then reads and clears each entry.
-template <class Group, class A>
-ZIPFLS_DEVICE void forget_votes(const VoteTables<A>& t, int32_t P, int32_t K) {
+/// Empties the tables again, in O(P), after visit(p, class) for each class with a vote, p its first
+/// one. By threads that the caller's barriers order.
+template <class Group, class A, class Visit>
+ZIPFLS_DEVICE void forget_votes(const VoteTables<A>& t, int32_t P, Visit visit) {
 #pragma unroll 1
-  for (int32_t k = Group::lane(); k < K; k += Group::size()) {
-    const int32_t slot = t.voted[k];
+  for (int32_t p = Group::lane(); p < P; p += Group::size()) {
+    t.at_least[p + 1] = 0;
+    const int32_t slot = t.slot_of_vote[p];
+    if (static_cast<uint32_t>(slot) >= static_cast<uint32_t>(kNotFirst)) continue;
+    visit(p, t.class_of(slot));
     t.counts[slot] = 0;
-    if (t.keys != nullptr) t.keys[slot] = kEmpty;
+    if (t.hashed) t.keys[slot] = kEmpty;
   }
-  // at_least does not grow with n: a thread's first zero ends its share.
-#pragma unroll 1
-  for (int32_t n = 1 + Group::lane(); n <= P && t.at_least[n] != 0; n += Group::size())
-    t.at_least[n] = 0;
 }
 
 /// Labels by number of votes: t.label[n] = p~ of a labelled class with n votes, 0 where there is
@@ -169,11 +182,11 @@ ZIPFLS_DEVICE A label_members(const VoteTables<A>& t, int32_t P, const A* log_ma
   const int32_t lane = Group::lane();
   // The loops stop at the first count that no class reached: from there on at_least is zero. Each
   // lane reads back its own entries of label alone, without a barrier.
-  auto occurs = [&](int32_t n) { return n <= P && (n == 0 || t.at_least[n] != 0); };
-
   A largest = -infinity<A>();
+  int32_t end = lane;
 #pragma unroll 1
-  for (int32_t n = lane; occurs(n); n += kLanes) {
+  for (int32_t n = lane; n <= P && (n == 0 || t.at_least[n] != 0); n += kLanes) {
+    end = n + kLanes;
     if (members_of(n) == 0) continue;  // a rank without a class may be past the end of the table
     const A mass = log_mass_of_rank(log_mass, rank_below(t.at_least[n + 1]));
     t.label[n] = mass;
@@ -183,7 +196,7 @@ ZIPFLS_DEVICE A label_members(const VoteTables<A>& t, int32_t P, const A* log_ma
 
   MassSums<A> sums;
 #pragma unroll 1
-  for (int32_t n = lane; occurs(n); n += kLanes) {
+  for (int32_t n = lane; n < end; n += kLanes) {
     const int32_t members = members_of(n);
     if (members == 0) {
       t.label[n] = 0;
@@ -197,7 +210,7 @@ ZIPFLS_DEVICE A label_members(const VoteTables<A>& t, int32_t P, const A* log_ma
   sums.entropy = warp_reduce_sum<kLanes>(sums.entropy);
   const A normaliser = sums.normaliser();
 #pragma unroll 1
-  for (int32_t n = lane; occurs(n); n += kLanes) t.label[n] *= normaliser;
+  for (int32_t n = lane; n < end; n += kLanes) t.label[n] *= normaliser;
   return sums.entropy * normaliser - log_of(sums.mass);
 }
 

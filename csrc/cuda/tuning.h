@@ -13,33 +13,33 @@ namespace zipfls::cuda {
 // Rows --------------------------------------------------------------------------------------------
 
 /// 16-byte vectors of its row that a thread of loss_fwd keeps in registers between the statistics
-/// and the gradient: 64 bytes, all copied before the first is used. 1024 threads a multiprocessor
-/// have 64 KB in flight with that, twice what hides the memory's latency.
-constexpr int kHeldVectors = 4;
+/// and the gradient, all copied before the first is used: 32 elements (float64: 8), so that a warp
+/// has 1024 classes, and 64 where 16 lanes or a block have a row: what is done once a warp (half of
+/// the instructions at 32 elements) then serves twice as many elements. 512 threads a
+/// multiprocessor have 64 KB in flight with that, twice what hides the memory's latency.
+template <int SIZE, int LANES>  // bytes of an element; of a row, 0 for blocks
+constexpr int kHeldVectors = (SIZE == 4 ? 8 : 4) * (LANES == 16 || LANES == 0 ? 2 : 1);
 
 /// Threads of a block whose rows take a warp or less: four warps, so that the tail of a launch is
-/// fine-grained and few warps wait at its end. The blocks resident bound the
-/// registers (96 at 5, 80 at 6, 128 at 4), as low as the compiled code goes without spilling.
+/// fine-grained and few warps wait at its end. The blocks resident bound the registers (96 at 5,
+/// 128 at 4), as low as the compiled code goes without spilling.
 constexpr int kSmallBlock = 128;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kSpillsSooner = 1;  // the compiler needs a few registers more for sm_100
 #else
 constexpr int kSpillsSooner = 0;
 #endif
-template <class T>
-constexpr int kSmallResident = (sizeof(T) == 2   ? 5
-                                : sizeof(T) == 4 ? 6
-                                                 : 4) -
-                               kSpillsSooner;
+template <int SIZE, int LANES>
+constexpr int kSmallResident = LANES == 16 || SIZE == 8 ? 4 : 5 - kSpillsSooner;
+/// Warps for each multiprocessor from which several rows share a warp: with fewer, latency counts.
+constexpr int64_t kSharedWarps = 7;
 
-/// Most threads of a block that holds one row: 320 reach C = 10240 in 16-bit types at 96 registers
-/// a thread, with a second block on the multiprocessor, since one alone cannot load while it
-/// stores. Longer rows go to a cluster. The blocks resident bound the registers as above.
-constexpr int kWideBlock = 320;
-template <class T>
-constexpr int kWideResident = sizeof(T) == 2   ? 2
-                              : sizeof(T) == 4 ? 3 - kSpillsSooner
-                                               : 1;
+/// Most threads of a block that holds one row: 256 reach C = 16384 at 128 registers a thread, with
+/// a second block on the multiprocessor, since one alone cannot load while it stores. Longer rows
+/// go to a cluster. The blocks resident bound the registers as above.
+constexpr int kWideBlock = 256;
+template <int SIZE>
+constexpr int kWideResident = SIZE == 8 ? 1 : 2;
 
 /// Threads of a row that is read twice: 16 warps with 4 vectors in flight each. Its registers leave
 /// one block a multiprocessor, so an H200 has 132 rows in flight: 35 of its 50 MB of L2 at C =
@@ -47,18 +47,25 @@ constexpr int kWideResident = sizeof(T) == 2   ? 2
 constexpr int kLongBlock = 512;
 
 /// Fewest 16-byte vectors a thread should have when there are rows enough to fill the device, and
-/// when there are not (then latency counts, and more threads a row shorten each phase).
-constexpr int kFullDeviceVectors = 4;
+/// when there are not: then latency counts, and more threads a row shorten each phase, up to
+/// kIdleBlock of them (a warp for each scheduler and one more), since each warp more has its own
+/// part in everything that is done once a warp.
+constexpr int kFullDeviceVectors = 8;
 constexpr int kIdleDeviceVectors = 1;
+constexpr int kIdleBlock = 160;
 
 /// Votes a thread should count at most, when there are too few rows to fill the device.
 constexpr int kVotesPerThread = 4;
+/// Votes that the first warp of a block counts, two a lane, without barriers of the block; more
+/// are counted by all threads.
+constexpr int kLeadersVotes = 64;
 
 /// Blocks of a cluster, largest: 8 is the portable limit.
 constexpr int kLargestCluster = 8;
-/// Vectors of a row a block of a cluster aims at, at most: 192 threads' worth, so that three blocks
-/// share a multiprocessor and one cluster's barrier is hidden behind the others' loads.
-constexpr uint32_t kClusterSlice = 768;
+/// Vectors of a row a block of a cluster aims at, at most: 192 threads' worth, so that two blocks
+/// share a multiprocessor and one cluster's barrier is hidden behind the other's loads. More blocks
+/// would count the same votes more often.
+constexpr uint32_t kClusterSlice = 1536;
 
 // Votes -------------------------------------------------------------------------------------------
 
@@ -88,10 +95,10 @@ constexpr int kThreadsPerMultiprocessor = 2048;
 constexpr int kRegistersPerMultiprocessor = 65536;
 constexpr int kReservedShared = 1024;
 /// Registers of a thread of loss_fwd, as compiled (make kernel-report).
-template <class T>
-constexpr int kRegisters = sizeof(T) == 2   ? 96
-                           : sizeof(T) == 4 ? 80
-                                            : 128;
+template <int SIZE>
+constexpr int rows_registers(int lanes) {
+  return SIZE == 8 ? 168 : lanes == 16 || lanes == 0 ? 128 : 96;
+}
 
 // A target or a label that is given class by class ------------------------------------------------
 

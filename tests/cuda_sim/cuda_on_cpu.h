@@ -95,8 +95,12 @@ uint32_t from_float2(float low, float high, T) {
   from_float(high, &b);
   return a.bits | uint32_t{b.bits} << 16;
 }
+template <class T>
+uint32_t larger2(uint32_t a, uint32_t b, T type) {
+  const float2 x = to_float2(a, type), y = to_float2(b, type);
+  return from_float2(std::fmax(x.x, y.x), std::fmax(x.y, y.y), type);
+}
 }  // namespace sim
-
 
 inline void __syncthreads(int line = __builtin_LINE()) {
   sim::meet(sim::kOfBlock, "__syncthreads", line, nullptr, [](void**) {});
@@ -156,6 +160,12 @@ X __shfl_xor_sync(uint32_t mask, X x, int lane_mask, int line = __builtin_LINE()
 template <class X>
 X __shfl_sync(uint32_t mask, X x, int lane, int line = __builtin_LINE()) {
   return sim::shuffle(mask, x, static_cast<uint32_t>(lane), "__shfl_sync", line);
+}
+inline int32_t __reduce_add_sync(uint32_t mask, int32_t x, int line = __builtin_LINE()) {
+  for (int offset = 16; offset > 0; offset /= 2)
+    x += sim::shuffle(mask, x, (threadIdx.x % 32) ^ static_cast<uint32_t>(offset),
+                      "__reduce_add_sync", line);
+  return x;
 }
 inline int32_t atomicAdd(int32_t* at, int32_t x) { return sim::atomic_add(at, x); }
 inline uint32_t atomicAdd(uint32_t* at, uint32_t x) {

@@ -215,9 +215,7 @@ LossPlan plan_case(const Header& h, const LossGeneral& a, Dtype dtype) {
     plan.cluster = static_cast<int>(h.cluster);
     const uint32_t vectors = vectors_of(h.C, kVector<T>);
     plan.vectors = h.kernel == LossPlan::kLong ? 0 : (vectors + plan.cluster - 1) / plan.cluster;
-    const int rows = h.kernel == LossPlan::kLanes8    ? plan.threads / 8
-                     : h.kernel == LossPlan::kLanes32 ? plan.threads / 32
-                                                      : 1;
+    const int rows = plan.lanes() == 0 ? 1 : plan.threads / plan.lanes();
     plan.groups = (h.N + rows - 1) / rows;
     plan = complete<T>(plan, a, device);
   }

@@ -134,9 +134,17 @@ inline void named_barrier_sync(int barrier, int threads, int line = __builtin_LI
   sim::named_barrier(barrier, threads, line);
 }
 
+template <class T>
+T keep(T x) {
+  return x;
+}
+
 inline float ex2_approx_ftz(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;
+}
+inline float lg2_approx_ftz(float x) {
+  return static_cast<float>(std::log2(static_cast<double>(x)));
 }
 
 // Device memory -----------------------------------------------------------------------------------
