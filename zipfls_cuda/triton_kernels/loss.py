@@ -71,9 +71,9 @@ ROW_TILES = {
     2048: (1, 4),
     4096: (1, 8),
 }
-# Most registers a thread, by the elements of a tile, where ptxas takes more than it needs. Edges, masses,
-# weights and label smoothing do need more.
-REGISTERS = {4096: 104}
+# (held, elements of a tile) -> registers of a thread, where ptxas by itself takes more than it needs, or so
+# few that it spills. Masses, weights, label smoothing and the edges of a held row need more.
+REGISTERS = {(True, 4096): 104, (False, 2048): 56}
 # Where registers hold more than a float32 logit for a class: probabilities, masses, or float64; else (1, 4).
 WIDE_ROW_TILES = {16: (8, 4), 32: (4, 4), 64: (2, 4), 128: (1, 1), 256: (1, 1)}
 SHORT_ROW = 256  # classes up to which all elements of a row are in vectors
@@ -147,7 +147,7 @@ def cut_rows(logits: Tensor, P: int, label: int, soft: bool) -> Rows:
             warps = max(warps, 16 if P2 > 2048 else 8)
     steps, programs = share_rows(N, R, HASHING_PROGRAMS if hashed else PROGRAMS)
     V, edges, stride = row_layout(logits)
-    registers = REGISTERS.get(B) if held and P2 <= 64 and not (edges or wide) else None
+    registers = None if wide or P2 > 64 or (held and edges) else REGISTERS.get((held, B))
     return Rows(held, B, R, warps, steps, programs, V, edges, stride, P2, sorted_, hashed, registers)
 
 
