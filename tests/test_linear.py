@@ -442,7 +442,7 @@ def test_nothing_waits_for_a_device(dtype, reduction, only_correct, grad):
     chunked.distill_fwd(*head, *teacher, target, empty(N), *options, *rest)
 
 
-@pytest.mark.interpreted(1)
+@pytest.mark.interpreted(0)  # the operator is opaque to the compiler, whatever it calls
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compile_fullgraph_with_a_dynamic_batch(backend, device, reduction):
     def step(x, w, b, target, votes):
