@@ -74,6 +74,7 @@ ROW_TILES = {
 # (held, elements of a tile) -> registers of a thread, where ptxas by itself takes more than it needs, or so
 # few that it spills. Masses, weights, label smoothing and the edges of a held row need more.
 REGISTERS = {(True, 4096): 104, (False, 2048): 56}
+WEIGHTED_REGISTERS = {(False, 1024): 64}  # beside weights or label smoothing
 # Where registers hold more than a float32 logit for a class: probabilities, masses, or float64; else (1, 4).
 WIDE_ROW_TILES = {16: (8, 4), 32: (4, 4), 64: (2, 4), 128: (1, 1), 256: (1, 1)}
 SHORT_ROW = 256  # classes up to which all elements of a row are in vectors
@@ -129,7 +130,7 @@ class Rows(NamedTuple):
     registers: int | None = None  # a thread may have
 
 
-def cut_rows(logits: Tensor, P: int, label: int, soft: bool) -> Rows:
+def cut_rows(logits: Tensor, P: int, label: int, soft: bool, weighted: bool) -> Rows:
     """For logits with P votes a row; ``label``: 1 if votes rank; ``soft``: a target of probabilities."""
     N, C = logits.shape
     itemsize = logits.element_size()
@@ -147,8 +148,9 @@ def cut_rows(logits: Tensor, P: int, label: int, soft: bool) -> Rows:
             warps = max(warps, 16 if P2 > 2048 else 8)
     steps, programs = share_rows(N, R, HASHING_PROGRAMS if hashed else PROGRAMS)
     V, edges, stride = row_layout(logits)
-    registers = None if wide or P2 > 64 or (held and edges) else REGISTERS.get((held, B))
-    return Rows(held, B, R, warps, steps, programs, V, edges, stride, P2, sorted_, hashed, registers)
+    registers = WEIGHTED_REGISTERS if weighted else REGISTERS
+    limit = None if wide or P2 > 64 or (held and edges) else registers.get((held, B))
+    return Rows(held, B, R, warps, steps, programs, V, edges, stride, P2, sorted_, hashed, limit)
 
 
 def share_rows(N: int, R: int, most: int) -> tuple[int, int]:
@@ -241,9 +243,8 @@ def _plan(
 ) -> Plan:  # fmt: skip
     N, dtype = logits.shape[0], log_mass.dtype
     label = log_mass.dim() if zipf_weight != 0 else 0
-    rows = cut_rows(logits, 0 if votes is None else votes.shape[1], label, soft)
-    if weighted or label_smoothing > 0:
-        rows = rows._replace(registers=None)
+    P = 0 if votes is None else votes.shape[1]
+    rows = cut_rows(logits, P, label, soft, weighted or label_smoothing > 0)
     with_grad = gradient != NO_GRADIENT
     scaled = is_scaled(logits, reduction, gradient)
     lanes = rows.R if rows.held else min(32 * rows.warps, rows.B // rows.V)
