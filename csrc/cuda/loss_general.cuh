@@ -325,7 +325,7 @@ loss_general_kernel(LossGeneral a) {
       VotedSums<A> voted;
       for_votes<RowGroup<kWarp>>(t, P, [&](int32_t p, int32_t c, int32_t n, bool first) {
         const A z = logit(c), label = t.label[n];
-        if (target.in_s(c, probabilities[c])) voted.add(z, n, label, t.label[0], shift);
+        if (target.in_s(c, probabilities[c])) voted.add(z - shift, n, label, t.label[0]);
         if (first && a.grad != nullptr) t.patch[p] = target.gradient(c, z, probabilities[c], label);
       });
       voted.template reduce<kWarp>();

@@ -321,19 +321,20 @@ struct VotedSums {
                 // of -inf
   A absent = 0;  // classes with a logit of -inf
 
-  ZIPFLS_DEVICE void add(A z, int32_t n, A label, A q, A shift) {
+  /// above: z_c - m.
+  ZIPFLS_DEVICE void add(A above, int32_t n, A label, A q) {
     const A share = A(1) / static_cast<A>(n);
-    if (z == -infinity<A>()) {
+    if (above == -infinity<A>()) {
       absent += share;
       if (label > 0) cross = -infinity<A>();
     } else {
-      cross += (label - q) * (z - shift) * share;
+      cross += (label - q) * above * share;
     }
   }
   template <int WIDTH>
   ZIPFLS_DEVICE void reduce() {
     cross = warp_reduce_sum<WIDTH>(cross);
-    absent = warp_reduce_sum<WIDTH>(absent);
+    if (__ballot_sync(kAllLanes, absent != 0) != 0) absent = warp_reduce_sum<WIDTH>(absent);
   }
 };
 
@@ -355,14 +356,14 @@ ZIPFLS_DEVICE Finished<A> finish_row(const LossFwd& a, const Sample& sample, Row
   const A q = t.label[0], smooth_constant = f.constant;
   VotedSums<A> voted;
   if (sample.live) {
-    const A minus = -smooth_constant;
     const bool patches = ptx::keep(a.grad != nullptr) != 0;
     for_votes<Leaders>(t, P, [&](int32_t p, int32_t c, int32_t n, bool first) {
       if (c == sample.y) return;
-      const A z = logit(c), label = t.label[n];
-      voted.add(z, n, label, q, f.shift);
+      const A above = logit(c) - f.shift, label = t.label[n];
+      voted.add(above, n, label, q);
       if (!patches || !first || !in_part(c)) return;
-      A g = exp_element<T>(z - f.shift) * f.per_exp + (minus - f.label_step * label);
+      const A constant = fused(f.label_step, label, smooth_constant);
+      A g = fused(exp_element<T>(above), f.per_exp, -constant);
       if (f.smooth_step != 0) g -= f.smooth_step * static_cast<const A*>(a.weight)[c];
       t.patch[p] = g;
     });

@@ -97,6 +97,7 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
     const uint32_t whole_end = row_end < vectors ? row_end : vectors;
     const uint32_t whole = ptx::keep(whole_end > whole_begin ? whole_end - whole_begin : 0);
     const uint32_t from = ptx::keep(lane - whole_begin);
+    const bool edges = ptx::keep(whole < vectors) != 0;
     // visit(element of own_elements, column) for those of the vectors that are not whole, at most
     // two: an element for each of V lanes.
     const auto for_edges = [&](auto visit) {
@@ -104,14 +105,16 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
         if (lane < V)
           visit(j * V + lane, row.column(first_vector + j) + static_cast<int32_t>(lane));
       };
+      if (!edges) return;
       if (whole_begin > 0 && vectors > 0) edge(0);
       if (whole_end < vectors) edge(vectors - 1);
     };
     if (sample.live) {
       const uint4* const source = ptx::keep(row.vector(first_vector + lane));
+      const uint32_t to = ptx::keep(ptx::shared_address(area.row) + (warp_first + lane) * 16);
 #pragma unroll
       for (uint32_t step = 0; step < K_MAX * kStep; step += kStep)
-        if (from + step < whole) ptx::cp_async_16(own + lane + step, source + step);
+        if (from + step < whole) ptx::cp_async_16(to + step * 16, source + step, 16);
       for_edges([&](uint32_t e, int32_t c) {
         if (row.has(c)) {
           own_elements[e] = row.logits[c];

@@ -119,9 +119,11 @@ ZIPFLS_DEVICE int32_t load_vote(const Votes& votes, int64_t i, int32_t p, int32_
 template <class Group, class A>
 ZIPFLS_DEVICE bool count_votes(const Votes& votes, int64_t i, int32_t C, const VoteTables<A>& t) {
   int32_t most = -1;  // class
+  const int32_t* const narrow =
+      ptx::keep(static_cast<const int32_t*>(votes.data) + i * votes.stride);
 #pragma unroll 1
   for (int32_t p = Group::lane(); p < votes.P; p += Group::size()) {
-    const int32_t c = load_vote(votes, i, p, C);
+    const int32_t c = votes.wide ? load_vote(votes, i, p, C) : narrow[p];
     most = c > most ? c : most;
     int32_t entry = -1;
     if (static_cast<uint32_t>(c) < static_cast<uint32_t>(C)) {
@@ -141,7 +143,7 @@ ZIPFLS_DEVICE void for_votes(const VoteTables<A>& t, int32_t P, Visit visit) {
 #pragma unroll 1
   for (int32_t p = Group::lane(); p < P; p += Group::size()) {
     const int32_t entry = t.slot_of_vote[p], slot = entry & ~kNotFirst;
-    if (entry >= 0) visit(p, t.class_of(slot), t.counts[slot], slot == entry);
+    if (entry >= 0) visit(p, t.class_of(slot), t.counts[slot], entry < kNotFirst);
   }
 }
 
