@@ -41,6 +41,7 @@ def test_names_and_defaults():
     terms = {"kd_weight": 0.0, "tckd_weight": 0.0, "nckd_weight": 0.0, "soft_target_weight": 0.0}
     assert defaults(zls.distillation_loss) == {
         **{"temperature": 1.0, "ce_weight": 1.0, **terms, "form": "divergence", "sample_weight": None},
+        **{"teacher_index": None},
         **{**tail, "return_parts": False, "num_items": None, **last},
     }
     assert defaults(zls.check_inputs) == {"votes": None, "ignore_index": -100}

@@ -78,13 +78,13 @@ def test_it_trains_and_undoes():
     criterion = zls.ZipfLoss(0.5, votes=handle)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         loss = criterion(model(images, metadata), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert sum(losses[-10:]) / 10 < 0.7 * losses[0]
     twin = copy.deepcopy(model)
     twin(images, metadata)
     assert zls.detach(model)

@@ -67,7 +67,7 @@ def test_report_of_each_kind_is_clean():
 @pytest.mark.parametrize(
     ("plant", "case", "fault"),
     [
-        ("loss.ROW_TILES[4096] = 1, 1", "loss 4096x4096 bf16", "spill instructions"),
+        ("loss.REGISTERS[True, 4096] = 32", "loss 4096x4096 bf16", "spill instructions"),
         (
             "vote.TUNING[90, 2] = {'small': (1.0, vote.Config(32, 64, 64, 4, 3))}",
             "vote 784x512x1000 bf16",
@@ -127,7 +127,7 @@ def test_report_reaches_every_configuration(monkeypatch):
 
     def launch(self, *args):
         if self.kernel is loss.loss_fwd_kernel:
-            *_, is_held, R, B = args
+            *_, is_held, R, B, _ = args
             soft = args[loss.loss_fwd_kernel.arg_names.index("SOFT")]
             (held if is_held else streamed).add((soft, B, R, self.warps))
 
@@ -172,7 +172,7 @@ def accesses(ttgir: str) -> str:
 
 @compiles
 def test_gradient_may_lie_over_the_logits():
-    """All reads of a row, then a barrier, then each logit read again only to be written, then the patches.
+    """All reads of a row, then a barrier, then each logit read again only to be written, then patches.
 
     Triton's interpreter, of a single thread, shows no race between threads; the order in the code does.
     """
@@ -192,5 +192,5 @@ def test_gradient_may_lie_over_the_logits():
     lines = done.stdout.splitlines()
     assert len(lines) == len(names)
     for line in lines:
-        again, patches = ("(LL)?", "") if "distill_fwd_kernel" in line else ("L?", "BS")
+        again, patches = ("(LL)?", "") if "distill_fwd_kernel" in line else ("L?", "BS+")
         assert re.fullmatch(rf"L+B({again}S)+{patches}B", accesses(ast.literal_eval(line)))

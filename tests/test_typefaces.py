@@ -152,9 +152,9 @@ def test_distortions():
 
 def test_every_process_distorts_its_share_of_the_batch(load):
     data = load("typefaces:6:3")
-    whole = [images for images, _ in Loader(data, 6, 0, Place(torch.device("cpu")))]
+    whole = [images for images, *_ in Loader(data, 6, 0, Place(torch.device("cpu")))]
     parts = [
-        [images for images, _ in Loader(data, 6, 0, Place(torch.device("cpu"), rank, 2))] for rank in (0, 1)
+        [images for images, *_ in Loader(data, 6, 0, Place(torch.device("cpu"), rank, 2))] for rank in (0, 1)
     ]
     for batch, even, odd in zip(whole, *parts, strict=True):
         torch.testing.assert_close(batch[::2], even)
