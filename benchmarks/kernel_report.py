@@ -337,15 +337,15 @@ def fusible(ptx: str) -> str:
 
     Each lane adds another lane's value to its own, and both must get the same sum. They do not if a product
     of the lane's own is fused into the addition: it is not rounded, and the other lane's is. So no value from
-    a shuffle enters a multiply-add; and each addition and product has its rounding mode, without which ptxas
-    may fuse it.
+    a shuffle enters a multiply-add, but from one by index, which moves a finished value between layouts; and
+    each addition and product has its rounding mode, without which ptxas may fuse it.
     """
     shuffled: set[str] = set()
     for operation, operands in re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+(.*);", ptx, re.MULTILINE):
         if re.fullmatch(r"(add|sub|mul)(\.(ftz|sat))*\.b?f\d+(x2)?", operation):
             return f"{operation} {operands}"
         written, *read = re.findall(r"%\w+", operands) or [""]
-        if operation.startswith("shfl"):
+        if operation.startswith("shfl") and not operation.startswith("shfl.sync.idx"):
             shuffled.add(written)
         elif not shuffled.isdisjoint(read):
             if operation.startswith("fma"):

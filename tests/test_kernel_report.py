@@ -105,6 +105,7 @@ def test_lanes_differ_by_a_product_fused_with_another_lanes_value():
         "sub.bf16x2 \t%r8, %r1, %r2": "sub.bf16x2",
         "add.rn.f32 \t%r8, %r5, %r7;\n\tfma.rn.f32 \t%r9, %r8, %r1, %r2": "",
         "add.s32 \t%r8, %r5, %r7": "",
+        "shfl.sync.idx.b32 \t%r9, %r8, %r5, 31, -1;\n\tfma.rn.f32 \t%r4, %r1, %r2, %r9": "",
     }
     for line, found in lines.items():
         assert kernel_report.fusible(f"{shuffle}\t{line};\n").split(" ")[0].strip() == found, line

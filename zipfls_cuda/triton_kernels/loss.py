@@ -75,6 +75,9 @@ ROW_TILES = {
 # few that it spills. Masses, weights, label smoothing and the edges of a held row need more.
 REGISTERS = {(True, 4096): 104, (False, 2048): 56}
 WEIGHTED_REGISTERS = {(False, 1024): 64}  # beside weights or label smoothing
+EDGED_REGISTERS = {(False, 1024): 56, (False, 2048): 56, (False, 4096): 104}  # where rows have edges
+DENSE_REGISTERS = {(True, 4096): 136}  # beside a mass for every class
+SOFT_REGISTERS = 128  # beside a target of probabilities, held with 1024 votes
 # Where registers hold more than a float32 logit for a class: probabilities, masses, or float64; else (1, 4).
 WIDE_ROW_TILES = {16: (8, 4), 32: (4, 4), 64: (2, 4), 128: (1, 1), 256: (1, 1)}
 SHORT_ROW = 256  # classes up to which all elements of a row are in vectors
@@ -140,7 +143,7 @@ def cut_rows(logits: Tensor, P: int, label: int, soft: bool, weighted: bool) -> 
     wide = soft or label == 2 or itemsize == 8
     if held:
         B, R, warps = row_tile(N, C, P2, wide)
-        if B > 2048 or (soft and ((label == 2 and B == 2048) or P2 == 256)):  # 4 spilled
+        if B > 2048 or (soft and ((label == 2 and B == 2048) or P2 in (256, 1024))):  # 4 spilled
             warps = max(warps, 8)
     else:
         (B, warps), R = long_tile(C, itemsize, label, soft), 1
@@ -148,8 +151,15 @@ def cut_rows(logits: Tensor, P: int, label: int, soft: bool, weighted: bool) -> 
             warps = max(warps, 16 if P2 > 2048 else 8)
     steps, programs = share_rows(N, R, HASHING_PROGRAMS if hashed else PROGRAMS)
     V, edges, stride = row_layout(logits)
-    registers = WEIGHTED_REGISTERS if weighted else REGISTERS
-    limit = None if wide or P2 > 64 or (held and edges) else registers.get((held, B))
+    if soft:
+        limit = SOFT_REGISTERS if held and P2 == 1024 else None
+    elif label == 2:
+        limit = DENSE_REGISTERS.get((held, B))
+    elif wide or P2 > 64 or (held and edges):
+        limit = None
+    else:
+        registers = WEIGHTED_REGISTERS if weighted else EDGED_REGISTERS if edges else REGISTERS
+        limit = registers.get((held, B))
     return Rows(held, B, R, warps, steps, programs, V, edges, stride, P2, sorted_, hashed, limit)
 
 
