@@ -251,9 +251,10 @@ def quantiles(values: Sequence[float]) -> list[float]:
 
 
 def compare(
-    entries: Sequence[Entry], clock: Clock, seconds: float = 2.0, most_rounds: int = 64, memory: bool = False
-) -> Comparison:
-    """Time the entries interleaved, ``seconds`` altogether as far as seven rounds of each allow.
+    entries: Sequence[Entry], clock: Clock, seconds: float = 2.0, most_rounds: int = 64,
+    least_rounds: int = 7, memory: bool = False,
+) -> Comparison:  # fmt: skip
+    """Time the entries interleaved, ``seconds`` altogether as far as ``least_rounds`` of each allow.
 
     An entry ten times slower than the fastest gets three rounds. One that raises is left out, with its reason
     in ``failed``. ``memory``: measure the peak of one call first.
@@ -268,7 +269,8 @@ def compare(
             result.peak[name] = peak_memory(entry) if memory else None
             result.samples[name] = []
     for name in result.samples:
-        least = 3 if once[name] > 10 * min(once[n] for n in result.samples) else 7
+        slow = once[name] > 10 * min(once[n] for n in result.samples)
+        least = 3 if slow else least_rounds
         wanted[name] = min(most_rounds, max(least, int(seconds / len(result.samples) / duration[name])))
     before = processors()
     gc.collect()
