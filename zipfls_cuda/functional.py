@@ -13,6 +13,7 @@ from torch import Tensor
 from . import autograd, checks, labels, ops, scalars, sharded
 from .checks import DEFAULT_ALPHA
 from .labels import Distribution
+from .reference import accumulation_dtype
 
 # Stage 1: dense votes ------------------------------------------------------------------------------
 
@@ -397,11 +398,6 @@ def cross_entropy(
     return autograd.loss(*inputs, options, False, backend)[0]
 
 
-def accumulation_dtype(logits: Tensor) -> torch.dtype:
-    """The type of the tensors that a loss takes beside the logits."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def loss_inputs(
     logits: Tensor,
     target: Tensor,
@@ -422,7 +418,7 @@ def loss_inputs(
     else:
         target = checks.loss_inputs(logits, target, votes, weight)
         forward, C = ops.select("loss_fwd", backend, logits), logits.shape[1]
-    dtype = accumulation_dtype(logits)
+    dtype = accumulation_dtype(logits.dtype)
     P = None if votes is None else votes.shape[1]
     log_mass = labels.log_mass(law, logits.shape[0], C, P, dtype, logits.device)
     if weight is not None:
@@ -564,7 +560,7 @@ def distillation_loss(
         target = checks.distillation_inputs(logits, teacher, target, sample_weight, teacher_index)
         forward = ops.select("distill_fwd", backend, logits)
     if sample_weight is not None:
-        sample_weight = sample_weight.detach().to(accumulation_dtype(logits))
+        sample_weight = sample_weight.detach().to(accumulation_dtype(logits.dtype))
     tensors = (teacher.detach(), target, sample_weight)
     if not is_shard:
         tensors = (*tensors, teacher_index)

@@ -12,7 +12,6 @@ from . import checks, chunked, ops
 from .checks import DEFAULT_ALPHA
 from .functional import (
     LossOptions,
-    accumulation_dtype,
     dense_vote,
     distillation_options,
     loss_inputs,
@@ -21,6 +20,7 @@ from .functional import (
     zipf_cross_entropy,
 )
 from .labels import Distribution, RandomDistribution
+from .reference import accumulation_dtype
 
 
 class _HeadOptions(LossOptions, total=False):
@@ -346,7 +346,7 @@ def linear_distillation_loss(
     teacher = _stand_in(teacher_input, teacher_weight, teacher_dtype)
     target = checks.distillation_inputs(logits, teacher, target, sample_weight)
     if sample_weight is not None:
-        sample_weight = sample_weight.detach().to(accumulation_dtype(logits))
+        sample_weight = sample_weight.detach().to(accumulation_dtype(logits.dtype))
     of_teacher = (None if x is None else x.detach() for x in (teacher_input, teacher_weight, teacher_bias))
     tensors = (input, linear_weight, linear_bias, *of_teacher, target, sample_weight)
     options = (teacher_dtype, *options)

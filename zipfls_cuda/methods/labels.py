@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, functional
+from ..reference import accumulation_dtype
 from .distillation import DistillationModule, ScheduledModule
 
 
@@ -118,7 +119,7 @@ class LsrKDLoss(DistillationModule):
             target = checks.target_of_methods(logits, target, self.ignore_index)[0]
             r, C = self.target_share, logits.shape[1]
             ahead = self.temperature * (math.log(r / (1 - r)) + math.log(C - 1))
-            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            dtype = accumulation_dtype(logits.dtype)
             teacher = logits.new_zeros(logits.shape, dtype=dtype)
             teacher.scatter_(1, target.clamp(0, C - 1)[:, None], ahead)
         return self.loss(
@@ -169,7 +170,7 @@ class MaxSupLoss(ScheduledModule):
         """The loss of logits (N, C) and target (N,)."""
         target, counted = checks.target_of_methods(logits, target, self.ignore_index)
         N, C = logits.shape
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(logits.dtype)
         share = torch.full((), self.end, dtype=dtype, device=logits.device)
         if self.training and self.start != self.end:
             epoch = self.epoch_on(logits.device, "epochs", ", or give start and end the same value")
@@ -239,7 +240,7 @@ class BAKELoss(DistillationModule):
     def targets(self, logits: Tensor, features: Tensor) -> Tensor:
         """Q (N, C), float32 (float64 for float64 logits)."""
         checks.features("features", features, "logits", logits)
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(logits.dtype)
         with torch.autocast(logits.device.type, enabled=False):
             h = F.normalize(features.to(dtype), dim=1)
             itself = torch.eye(len(h), dtype=torch.bool, device=h.device)
@@ -314,7 +315,7 @@ class USKDLoss(DistillationModule):
     def _teacher(self, logits: Tensor, weak_logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
         """(N, C): log n_c at c != y, and at y what makes the softmax w / 2, which is below 1."""
         N, C = logits.shape
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(logits.dtype)
         y = target.clamp(0, C - 1)[:, None]
         log_p = logits.to(dtype).log_softmax(1)
         p, key = log_p.exp(), torch.zeros_like(log_p)

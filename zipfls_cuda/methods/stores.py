@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
+from ..reference import accumulation_dtype
 from .distillation import DistillationModule, ScheduledModule
 
 
@@ -93,7 +94,7 @@ class PSKDLoss(ScheduledModule):
         target, _ = checks.target_of_methods(logits, target, self.ignore_index)
         epoch = self.epoch_on(logits.device, "epochs")
         a = self.alpha * ((epoch + 1) / self.epochs).clamp(max=1)
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(logits.dtype)
         with torch.no_grad():
             label = self._rows(index, logits).to(dtype)  # (N, C)
             sums = label.sum(1)
