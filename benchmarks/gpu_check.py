@@ -64,6 +64,8 @@ class Child:
     def __init__(self, command: list[str], environment: dict[str, str]):
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
         pipes = {"stdin": subprocess.DEVNULL, "stdout": self.file, "stderr": subprocess.STDOUT}
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background, and inherited
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0, **pipes)
 
     def wait(self, seconds: float) -> int | None:
