@@ -482,7 +482,7 @@ def test_bad_indices_are_named():
     for bad, error, message in (
         (index[:4], ValueError, r"index must have shape \(5,\)"),
         (index.int(), TypeError, "index must be int64, got torch.int32"),
-        (index.to("meta"), ValueError, "index must be on the CPU"),
+        (index.to("meta"), ValueError, "index must be on cpu, beside a store on cpu, got meta"),
     ):
         with pytest.raises(error, match=message):
             criterion(z, bad, y)

@@ -292,21 +292,16 @@ def table(name: str, x: Tensor, logits: Tensor, num_classes: int, *, or_cpu: boo
 
 def rows_of_table(index: Tensor, store: Tensor, logits: Tensor) -> None:
     """``index`` (N,) int64 into the M rows of ``store``; values are looked at on the CPU alone."""
-    (N, _), M = _logits(logits, False), store.shape[0]
+    N, _ = _logits(logits, False)
     _tensor("index", index)
     if index.shape != (N,):
         raise ValueError(
             f"index must have shape ({N},), one row of the store per row of logits, got {_shape(index)}"
         )
-    if index.dtype != torch.int64:
-        raise TypeError(f"index must be int64, got {index.dtype}")
     if index.device not in (store.device, torch.device("cpu")):
-        raise ValueError(f"index must be on the CPU, as the store, got {index.device}")
-    if index.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = (index < 0) | (index >= M)
-        if bad.any():
-            i = int(bad.nonzero()[0])
-            raise IndexError(f"index[{i}] = {int(index[i])} is outside [0, {M})")
+        where = " or ".join(dict.fromkeys(("cpu", str(store.device))))
+        raise ValueError(f"index must be on {where}, beside a store on {store.device}, got {index.device}")
+    sample_index(index, store.shape[0])
 
 
 def target_of_methods(logits: Tensor, t: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -394,7 +389,7 @@ def sample_index(x: Tensor, size: int, name: str = "index", shape: str = "(N,)")
         raise ValueError(f"{name} must have shape {shape}, got {_shape(x)}")
     if x.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {x.dtype}")
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         outside = (x < 0) | (x >= size)
         if outside.any():
             i = outside.nonzero()[0].tolist()
