@@ -213,8 +213,8 @@ class Trainer:
         logits = self.predict(test.images[mine])
         labels = test.labels[mine].to(logits.device)
         cross_entropy = F.cross_entropy(logits, labels, reduction="sum").double()
-        confidence, predicted = logits.softmax(1).double().max(1)
-        correct = predicted == labels
+        confidence = logits.softmax(1).amax(1).double()
+        correct = logits.argmax(1) == labels  # not the softmax's, whose largest may be rounded alike
         excess = confidence.new_zeros(15)
         excess.index_add_(0, (15 * confidence).ceil().long().clamp(1, 15) - 1, confidence - correct.double())
         sums = self.place.sum(torch.cat([torch.stack([cross_entropy, correct.sum()]), excess])) / len(test)
