@@ -545,7 +545,7 @@ def test_instance_memory(backend, device):
     sampled = on_cpu.draw(index)
     results = []
     for one, where in ((on_cpu, "cpu"), (memory, device)):
-        x, i, drawn = e.to(where).requires_grad_(), index.to(where), sampled.to(where)
+        x, i, drawn = e.detach().to(where).requires_grad_(), index.to(where), sampled.to(where)
         one.draw(i)
         with no_synchronisation() if where == device else nullcontext():
             loss = one.instance_loss(x, i) + one.contrast_loss(x, x.detach().flip(1), i, sampled=drawn)
