@@ -103,17 +103,22 @@ def add_sum(out: Tensor, dz: Tensor) -> None:
         out.add_(torch.mm(dz.new_ones(1, len(dz)), dz)[0])
 
 
+# Whether torch has float32 products of 16-bit factors: builds for CUDA do.
+WIDE_PRODUCTS = torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", "CUDA")
+
+
 def add_product(out: Tensor, dz: Tensor, x: Tensor) -> None:
     """out += dz^T x, where ``out`` (C, D) is of the accumulation dtype.
 
-    A 16-bit product is added block by block of classes: in float32 where torch gives one of 16-bit factors.
+    A 16-bit product is added block by block of classes: in float32 where torch gives one of 16-bit factors,
+    which is on CUDA devices alone.
     """
     if dz.dtype == out.dtype:
         out.addmm_(dz.t(), x)
         return
     block = 1 + dz.numel() // (PARTS * x.shape[1])
     for to, part in zip(out.split(block), dz.split(block, 1), strict=True):
-        if dz.device.type == "cuda":
+        if WIDE_PRODUCTS and dz.device.type == "cuda":
             to.add_(torch.mm(part.t(), x, out_dtype=out.dtype))
         else:
             to.add_(torch.mm(part.t(), x))

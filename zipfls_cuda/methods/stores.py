@@ -237,7 +237,8 @@ class OLSLoss(DistillationModule):
         if torch.compiler.is_compiling():  # a graph cannot ask whether S was written to
             (teacher, row_sums), index = _logarithms(self.label_matrix[y]), None
         else:
-            if self.label_matrix._version != self._seen:
+            seen, version = self._seen
+            if seen is not self.label_matrix or version != self.label_matrix._version:
                 self._take_logarithms()
             teacher, row_sums, index = self.log_matrix, self.row_sums[y], y
         loss = self.loss(
@@ -250,8 +251,10 @@ class OLSLoss(DistillationModule):
 
     @torch.no_grad()
     def _take_logarithms(self) -> None:
-        self.log_matrix, self.row_sums = _logarithms(self.label_matrix)
-        self._seen = self.label_matrix._version
+        log_matrix, row_sums = _logarithms(self.label_matrix)
+        self.log_matrix.copy_(log_matrix)  # where a captured graph reads it
+        self.row_sums.copy_(row_sums)
+        self._seen = self.label_matrix, self.label_matrix._version
 
     @torch.no_grad()
     def _count(self, logits: Tensor, y: Tensor, counted: Tensor) -> None:
