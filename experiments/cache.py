@@ -17,7 +17,7 @@ def cached(file: Path, shape: tuple[int, ...], make: Callable[[], Arrays]) -> Ar
 
     Args:
         file: its name must tell all that the arrays depend on; it is written whole or not at all.
-        shape: what the array `images`, of bytes, must have.
+        shape: what the array `images`, of bytes, must have; there may be more of them.
         make: makes the arrays.
     """
     arrays = read(file, shape)
@@ -42,4 +42,5 @@ def read(file: Path, shape: tuple[int, ...]) -> Arrays | None:
         images = arrays["images"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-    return arrays if images.dtype == np.uint8 and images.shape == shape else None
+    fits = images.dtype == np.uint8 and len(images) >= shape[0] and images.shape[1:] == shape[1:]
+    return arrays if fits else None

@@ -56,6 +56,9 @@ class Data:
     classes: list[str]  # C names
     mirror: bool  # does a mirrored image keep its class?
     distortions: Distortions | None = None  # in the place of random crops
+    held_out: tuple[Split, Split] | None = (
+        None  # of other classes: what a linear probe learns, and is judged on
+    )
     digest: str = ""  # SHA-256 of the files that it was made from, where a record should tell
 
     @cached_property
@@ -147,17 +150,25 @@ def load_fonts(source: str, size: int, cache: Path, fonts: Sequence[Path]) -> Da
     faces, words = map(int, (*counts, *(100, 25)[len(counts) :]))
     found = load_typefaces(faces, words, size, cache, fonts)
     judged = "validation" if kind.endswith("validation") else "test"
-    train, test = found.images["train"], found.images[judged]
     distortions, generator = Distortions(), torch.Generator().manual_seed(zlib.crc32(judged.encode()))
-    classes = torch.arange(faces)
-    shown = test.flatten(0, 1)
-    shown = distortions.apply(shown, *distortions.draw(len(shown), shown.shape[1:], generator))
+
+    def split(words: torch.Tensor) -> Split:
+        return Split(words.flatten(0, 1), torch.arange(len(words)).repeat_interleave(words.shape[1]))
+
+    def distorted(words: torch.Tensor) -> Split:
+        plain = split(words)
+        drawn = distortions.draw(len(plain), plain.images.shape[1:], generator)
+        return Split(distortions.apply(plain.images, *drawn), plain.labels)
+
     return Data(
-        Split(train.flatten(0, 1), classes.repeat_interleave(train.shape[1])),
-        Split(shown, classes.repeat_interleave(test.shape[1])),
+        split(found.images["train"]),
+        distorted(found.images[judged]),
         found.names,
         mirror=False,
         distortions=distortions,
+        held_out=(distorted(found.held_out["train"]), distorted(found.held_out[judged]))
+        if len(found.held_out["train"]) > 1
+        else None,
         digest=found.digest,
     )
 

@@ -111,18 +111,18 @@ TYPEFACES = {
 COMPARED = BASELINE, SMOOTHING.split(",")[0], ZIPF
 STUDIES = {
     "typefaces": Study(
-        "--stages 4 --depth 10 --epochs 30 --device cpu",
-        "--data typefaces-validation:200:15",
-        "--data typefaces:200:15",
-        tuple(f"--lr {lr} --weight-decay {decay}" for lr in (0.05, 0.1, 0.2) for decay in (5e-4, 2e-3)),
+        "--stem-stride 2 --stages 3 --depth 8 --epochs 30 --batch-size 32 --device cpu",
+        "--data typefaces-validation:100:15",
+        "--data typefaces:100:15",
+        tuple(f"--lr {lr} --weight-decay {decay}" for lr in (0.1, 0.2, 0.4) for decay in (5e-4, 2e-3)),
         TYPEFACES,
         {
             "50 faces": ("--data typefaces:50:15", ""),
-            "400 faces": ("--data typefaces:400:15", ""),
-            "6 words a face": ("--data typefaces:200:6", ""),
-            "30 words a face": ("--data typefaces:200:30", ""),
-            "a map of 8 x 16 (3 stages)": ("--data typefaces:200:15", "--stages 3 --depth 8"),
-            "a map of 2 x 4 (5 stages)": ("--data typefaces:200:15", "--stages 5 --depth 12"),
+            "200 faces": ("--data typefaces:200:15", ""),
+            "8 words a face": ("--data typefaces:100:8", ""),
+            "30 words a face": ("--data typefaces:100:30", ""),
+            "a map of 2 x 4 (4 stages)": ("--data typefaces:100:15", "--stages 4 --depth 10"),
+            "a map of 1 x 2 (5 stages)": ("--data typefaces:100:15", "--stages 5 --depth 12"),
         },
         COMPARED,
     ),
@@ -168,6 +168,7 @@ def run_one(run: dict, place: Sequence[str] = ()) -> dict:
         "calibration_error": round(result.history[-1]["test_calibration_error"], 5),
         "train_accuracy": round(result.history[-1]["train_accuracy"], 5),
         **({"data_sha256": result.digest} if result.digest else {}),
+        **({} if result.probe is None else {"probe": round(result.probe, 5)}),
         "seconds": round(sum(epoch["train_seconds"] for epoch in result.history), 1),
         "settings": {k: v for k, v in vars(args).items() if k not in free},
     }

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .cache import Arrays, cached, read
 from .common import UsageError, notice
 
-FONTS_VERSION = 1  # part of the cached file's name: raise it when the pictures change
+FONTS_VERSION = 2  # part of the cached file's name: raise it when the pictures change
 WORDS = {
     "train": "anchor bridge castle dragon engine forest garden harbor island jacket kitchen lantern market "
     "needle orchard pepper quartz rabbit silver temple umbrella valley winter yellow zipper blanket copper "
@@ -27,6 +27,7 @@ WORDS = {
     "validation": "basket candle finger glacier hunter jungle magnet pocket rocket thunder velvet wizard",
     "test": "bottle cricket feather gravel helmet jigsaw marble pumpkin quiver summit violin walnut",
 }
+HELD_OUT = 50  # faces beside those that are asked for, as far as there are more: for the linear probe
 LETTERS = string.ascii_lowercase
 SAMPLE = "Hamburgefonstiv"  # the type founders' own sample word
 
@@ -56,6 +57,7 @@ class Typefaces:
     """Words set in typefaces, one image each, without any distortion."""
 
     images: dict[str, torch.Tensor]  # train, validation, test -> (faces, words, 1, size, 2 * size) uint8
+    held_out: dict[str, torch.Tensor]  # the same of faces that come after them, 50 at most
     names: list[str]  # of the faces
     digest: str  # SHA-256 of the list of all font files by content: what the choice of faces depends on
 
@@ -82,7 +84,7 @@ def load_typefaces(count: int, words: int, size: int, cache: Path, fonts: Sequen
     shape = count, len(every), size, 2 * size
 
     def make() -> Arrays:
-        faces = choose_faces(distinct_faces(files), count)
+        faces = choose_faces(distinct_faces(files), count + HELD_OUT)
         if len(faces) < count:
             raise FontsError(
                 f"{len(faces)} distinct Latin faces are found, {count} are needed; "
@@ -102,7 +104,13 @@ def load_typefaces(count: int, words: int, size: int, cache: Path, fonts: Sequen
         name = f"typefaces-v{FONTS_VERSION}-{count}-{words}-{size}px-{digest[:16]}.npz"
         arrays = cached(cache / name, shape, make)
     parts = torch.from_numpy(arrays["images"]).unsqueeze(2).split(lengths, dim=1)
-    return Typefaces(dict(zip(words_of, parts, strict=True)), arrays["names"].tolist(), str(arrays["digest"]))
+    of_part = dict(zip(words_of, parts, strict=True))
+    return Typefaces(
+        {name: part[:count] for name, part in of_part.items()},
+        {name: part[count:] for name, part in of_part.items()},
+        arrays["names"].tolist()[:count],
+        str(arrays["digest"]),
+    )
 
 
 # Font files ------------------------------------------------------------------------------------------

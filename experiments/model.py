@@ -38,14 +38,22 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """The CIFAR ResNet of He et al.: depth 6n+2, three stages, the last map a quarter of the input.
 
-    With S stages the depth is 2Sn+2, and the last map is smaller than the input by 2 ** (S - 1).
-    Images (N, channels, H, W) -> logits (N, C).
+    With S stages the depth is 2Sn+2, and the last map is smaller than the input by 2 ** (S - 1), times the
+    stem's stride. Images (N, channels, H, W) -> logits (N, C).
     """
 
-    def __init__(self, depth: int, channels: int, num_classes: int, width: int = 16, stages: int = 3):
+    def __init__(
+        self,
+        depth: int,
+        channels: int,
+        num_classes: int,
+        width: int = 16,
+        stages: int = 3,
+        stem_stride: int = 1,
+    ):
         super().__init__()
         blocks = (depth - 2) // (2 * stages)
-        conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        conv = nn.Conv2d(channels, width, 3, stem_stride, padding=1, bias=False)
         layers = [conv, nn.BatchNorm2d(width), nn.ReLU()]
         inputs = width
         for stage in range(stages):
@@ -75,7 +83,7 @@ class ModelError(UsageError):
 def make_network(args: argparse.Namespace, channels: int, num_classes: int) -> nn.Module:
     """The network that --model names."""
     if args.model == "resnet":
-        return ResNet(args.depth, channels, num_classes, args.width, args.stages)
+        return ResNet(args.depth, channels, num_classes, args.width, args.stages, args.stem_stride)
     try:
         import timm
 

@@ -22,6 +22,7 @@ from .common import Place, UsageError, atomic_file
 from .data import Data, DataError, Split
 from .methods import Method, teacher_of, wants
 from .model import attach_votes, make_loss, make_network
+from .probe import linear_probe
 
 
 class Loader:
@@ -272,6 +273,7 @@ class Run:
     alpha: float  # exponent of the Zipf law fitted to them
     intercept: float  # log probability of that law at rank 1
     digest: str = ""  # of the files that the data was made from
+    probe: float | None = None  # accuracy of a linear probe on held-out classes, where the data has some
 
 
 def by_loss(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -339,7 +341,8 @@ def train(loss: str, seed: int, data: Data, args: argparse.Namespace, place: Pla
     probabilities = trainer.predict(data.test.images).softmax(1)  # (M, C)
     alpha, intercept = zls.fit_zipf(probabilities)
     spectrum = probabilities.double().sort(1, descending=True).values.mean(0)
-    return Run(loss, seed, history, spectrum.tolist(), float(alpha), float(intercept), data.digest)
+    probe = linear_probe(trainer.net, trainer.predict, *data.held_out) if data.held_out else None
+    return Run(loss, seed, history, spectrum.tolist(), float(alpha), float(intercept), data.digest, probe)
 
 
 class CheckpointError(UsageError):

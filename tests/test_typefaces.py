@@ -177,6 +177,43 @@ def test_training_on_words(folder, tmp_path, capsys):
     assert "8n+2" in capsys.readouterr().err
 
 
+def test_faces_that_come_after_are_held_out(load, monkeypatch):
+    assert load("typefaces:6:3").held_out is None
+    data, every = load("typefaces:3:3"), load("typefaces:6:3")
+    learnt, judged = data.held_out
+    assert data.classes == every.classes[:3]
+    assert (len(learnt), len(judged)) == (9, 36)
+    assert learnt.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert torch.equal(data.train.images, every.train.images[:9])
+    still = every.train.images[9:].float()
+    assert (learnt.images.float() - still).abs().mean() < (learnt.images.float() - still.flip(0)).abs().mean()
+    validation = load("typefaces-validation:3:3").held_out
+    assert not torch.equal(validation[1].images, judged.images)
+    monkeypatch.setattr(fonts, "HELD_OUT", 2)
+    monkeypatch.setattr(fonts, "FONTS_VERSION", 0)
+    assert len(load("typefaces:3:3").held_out[0]) == 6
+
+
+def test_linear_probe(load):
+    from experiments.data import Split
+    from experiments.probe import features, linear_probe
+    from experiments.trainer import Trainer
+
+    data = load("typefaces:4:4")
+    args = run.parse_arguments(
+        run.make_parser(), ["--depth", "8", "--width", "8", "--size", "16", "--batch-size", "8"]
+    )
+    trainer = Trainer("ce", 0, data, args, Place(torch.device("cpu")))
+    found = torch.from_numpy(features(trainer.net, trainer.predict, data.test.images))
+    assert found.shape == (48, 32)
+    with torch.no_grad():
+        logits = trainer.net.fc(found)
+    torch.testing.assert_close(logits, trainer.predict(data.test.images))
+    assert linear_probe(trainer.net, trainer.predict, data.test, data.test) > 0.8  # fitted on the same
+    wrong = Split(data.test.images, data.test.labels.roll(12))
+    assert linear_probe(trainer.net, trainer.predict, data.test, wrong) < 0.2
+
+
 def test_calibration_error(load):
     from experiments.trainer import Trainer
 
