@@ -144,7 +144,7 @@ def loss_case(
 
 def distill_case(
     N: int, C: int, dtype: torch.dtype = BF16, label: str = "", *, teacher: torch.dtype | None = None,
-    target: bool = True, weight: bool = False, table: bool = False, **options,
+    target: bool = True, weight: bool = False, shares: bool = False, table: bool = False, **options,
 ) -> Case:  # fmt: skip
     """A call of distill_fwd, by default for DKD at T = 4; ``label`` says what is special about it."""
 
@@ -152,15 +152,16 @@ def distill_case(
         settings = {
             "ce_weight": 1.0 if target else 0.0, "kd_weight": 0.0 if target else 1.0,
             "tckd_weight": 1.0 if target else 0.0, "nckd_weight": 8.0 if target else 0.0,
-            "soft_target_weight": 0.0, "temperature": 4.0, "form": "divergence", "ignore_index": -100,
-            "reduction": "mean", "with_grad": True,
+            "soft_target_weight": 0.0, "max_weight": 0.0, "temperature": 4.0, "form": "divergence",
+            "ignore_index": -100, "reduction": "mean", "with_grad": True,
         }  # fmt: skip
         settings |= options
         return triton_kernels.distill_fwd(
             torch.empty(N, C, dtype=dtype),
             torch.empty(N, C, dtype=teacher or dtype),
             torch.empty(N, dtype=torch.int64) if target else None,
-            torch.empty(N, dtype=FP64 if dtype == FP64 else FP32) if weight else None,
+            torch.empty((N, 2) if shares else N, dtype=FP64 if dtype == FP64 else FP32)
+            if weight or shares else None,
             torch.empty(N, dtype=torch.int64) if table else None,
             *settings.values(),
         )
@@ -246,6 +247,8 @@ def distill_cases() -> Iterator[Case]:
     """Rows of every length and alignment, every type, and what changes the sums."""
     longest = distill_file.LONGEST_ROW
     everything = {"kd_weight": 0.5, "soft_target_weight": 0.5, "weight": True}
+    made = {"kd_weight": 1.0, "tckd_weight": 0.0, "nckd_weight": 0.0, "temperature": 1.0}
+    made |= {"form": "probabilities", "shares": True, "teacher": FP32}
     C = 16
     while longest >= C:
         yield distill_case(256, C)
@@ -268,6 +271,10 @@ def distill_cases() -> Iterator[Case]:
         yield distill_case(256, C, label="plain CE", tckd_weight=0.0, nckd_weight=0.0, reduction="sum")
         yield distill_case(256, C, label="float32 teacher", teacher=FP32)
         yield distill_case(256, C, FP32, "bfloat16 teacher", teacher=BF16)
+        for dtype in (BF16, FP32):
+            yield distill_case(256, C, dtype, "MaxSup", max_weight=1.0, **made)
+            yield distill_case(256, C, dtype, "PS-KD", table=True, **made)
+            yield distill_case(256, C, dtype, "max beside DKD", max_weight=1.0)
     yield distill_case(256, 1000, label="no gradient", with_grad=False)
 
 

@@ -32,7 +32,7 @@ using LossFwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&
                                                                    std::string_view, bool);
 using DistillFwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, double, double,
-    double, double, double, double, std::string_view, int64_t, std::string_view, bool);
+    double, double, double, double, double, std::string_view, int64_t, std::string_view, bool);
 using LossBwd = Tensor(const Tensor&, const Tensor&, const Tensor&);
 using LossBwdInPlace = void(Tensor&, const Tensor&, const Tensor&);
 
@@ -183,13 +183,13 @@ Parts loss(const Tensor& logits, const Tensor& target, const Optional& votes,
 Parts distill(const Tensor& logits, const Tensor& teacher, const Optional& target,
               const Optional& sample_weight, const Optional& teacher_index, double ce_weight,
               double kd_weight, double tckd_weight, double nckd_weight, double soft_target_weight,
-              double temperature, std::string_view form, int64_t ignore_index,
+              double max_weight, double temperature, std::string_view form, int64_t ignore_index,
               std::string_view reduction) {
   static const auto distill_fwd = find<DistillFwd>("zipfls::distill_fwd");
   return with_gradient(logits, [&](bool wanted) {
     return distill_fwd.call(logits, teacher, target, sample_weight, teacher_index, ce_weight,
-                            kd_weight, tckd_weight, nckd_weight, soft_target_weight, temperature,
-                            form, ignore_index, reduction, wanted);
+                            kd_weight, tckd_weight, nckd_weight, soft_target_weight, max_weight,
+                            temperature, form, ignore_index, reduction, wanted);
   });
 }
 

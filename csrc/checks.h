@@ -118,7 +118,7 @@ inline void check_loss(const at::Tensor& logits, const at::Tensor& target,
 }
 
 /// logits, teacher (N, C), or teacher (R, C) with teacher_index (N,) int64; target (N,) int64 or
-/// none; sample_weight (N,) in the accumulation type.
+/// none; sample_weight (N,) or (N, 2) in the accumulation type.
 inline void check_distill(const at::Tensor& logits, const at::Tensor& teacher,
                           const std::optional<at::Tensor>& target,
                           const std::optional<at::Tensor>& sample_weight,
@@ -143,14 +143,16 @@ inline void check_distill(const at::Tensor& logits, const at::Tensor& teacher,
     check_same_device(*target, "target", logits);
   }
   if (sample_weight.has_value()) {
-    TORCH_CHECK_VALUE(sample_weight->dim() == 1 && sample_weight->size(0) == N,
-                      "sample_weight must have shape (", N, ",), got ", sample_weight->sizes());
+    const bool columns = sample_weight->dim() == 2 && sample_weight->size(1) == 2;
+    TORCH_CHECK_VALUE((sample_weight->dim() == 1 || columns) && sample_weight->size(0) == N,
+                      "sample_weight must have shape (", N, ",) or (", N, ", 2), got ",
+                      sample_weight->sizes());
     check_type(*sample_weight, "sample_weight", accumulation_type(logits.scalar_type()));
     check_same_device(*sample_weight, "sample_weight", logits);
   }
   TORCH_CHECK_VALUE(temperature > 0, "temperature must be > 0, got ", temperature);
-  TORCH_CHECK_VALUE(form == "divergence" || form == "cross_entropy",
-                    "form must be divergence or cross_entropy, got ", form);
+  TORCH_CHECK_VALUE(form == "divergence" || form == "cross_entropy" || form == "probabilities",
+                    "form must be divergence, cross_entropy or probabilities, got ", form);
   check_reduction(reduction);
 }
 

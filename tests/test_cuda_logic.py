@@ -650,7 +650,7 @@ def taught(N=5, C=12, dtype=torch.float32, *, wide=False, seed=0, scale=2.0) -> 
 
 TERMS = ("ce_weight", "kd_weight", "tckd_weight", "nckd_weight", "soft_target_weight")
 ALL = dict(zip(TERMS, (0.7, 0.3, 1.1, 2.0, 0.4)))
-DISTILLATION = dict.fromkeys(TERMS, 0.0) | {"temperature": 1.0, "form": "divergence", "ignore_index": -100}
+DISTILLATION = dict.fromkeys((*TERMS, "max_weight"), 0.0) | {"temperature": 1.0, "form": "divergence", "ignore_index": -100}
 DISTILLATION |= {"reduction": "mean", "with_grad": True}
 
 
@@ -683,9 +683,10 @@ def distill_case(case: Taught, **options) -> Case:
         **header,
     )
     flags = (t.dtype != z.dtype, target is not None, weight is not None, o["form"] == "divergence")
-    data += struct.pack(
-        "6q5d", *flags, index is not None, len(t), *(o[term] for term in TERMS[1:]), o["temperature"]
-    )
+    columns = 1 if weight is None else weight.dim()
+    kinds = (index is not None, len(t), columns, o["form"] == "probabilities")
+    weights = (o[term] for term in (*TERMS[1:], "max_weight"))
+    data += struct.pack("8q6d", *flags, *kinds, *weights, o["temperature"])
     arrays = [spaced(z, gap), spaced(t, gap)]
     arrays += [x for x in (target, None if weight is None else weight.to(A), index) if x is not None]
     return Case(data + raw(arrays), outputs_of(z, o["reduction"], o["with_grad"]))

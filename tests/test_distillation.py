@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cases import DTYPES, error
 
 import zipfls_cuda as zls
-from zipfls_cuda import ops
+from zipfls_cuda import functional, ops
 
 REDUCTIONS = ("mean", "sum", "none")
 TERMS = ("ce_weight", "kd_weight", "tckd_weight", "nckd_weight", "soft_target_weight")
@@ -493,6 +493,213 @@ def test_bitwise_repeatable_and_whatever_the_strides(backend, device):
         assert grad.is_contiguous() or i == 0
 
 
+# What zls.methods needs beside it: functional.distill ------------------------------------------------------
+
+METHODS = {
+    "max": {"max_weight": 0.7},
+    "max and all": {"max_weight": 0.7, **ALL},
+    "probabilities": {"form": "probabilities", "kd_weight": 1.3},
+    "MaxSup": {"form": "probabilities", "ce_weight": 1.0, "kd_weight": 1.0, "max_weight": 1.0},
+    "everything": {"form": "probabilities", "max_weight": 0.7, **ALL},
+    "weights alone": {"ce_weight": 1.0, "form": "probabilities"},
+}
+of_methods = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+
+
+def literal_of_methods(
+    z, t, y, *, temperature=1.0, form="divergence", sample_weight=None, teacher_index=None, ce_weight=0.0,
+    kd_weight=0.0, tckd_weight=0.0, nckd_weight=0.0, soft_target_weight=0.0, max_weight=0.0,
+    reduction="mean",
+):  # fmt: skip
+    """The formulas as they are written, by softmax, argmax and autograd, in float64."""
+    t = t if teacher_index is None else t[teacher_index]
+    kept, T, c = y != -100, temperature, y.clamp(min=0)[:, None]
+    onehot = F.one_hot(c[:, 0], z.shape[1]).bool()
+    mass = share = w = torch.ones(len(z), dtype=z.dtype, device=z.device)
+    q, q_1 = (t / T).softmax(1), t.softmax(1)
+    if sample_weight is not None:
+        share, w = sample_weight.unbind(1) if sample_weight.dim() == 2 else (share, sample_weight)
+    if form == "probabilities":
+        mass = t.sum(1)
+        empty = mass == 0
+        q = q_1 = torch.where(empty[:, None], onehot.to(t.dtype), t / mass.where(~empty, 1.0)[:, None])
+        if sample_weight is not None and sample_weight.dim() == 2:
+            share = torch.where(empty, share + w, share)
+
+    def divergence(q, log_p):
+        log_q = q.where(q > 0, 1.0).log() * (form == "divergence")
+        return (q * (log_q - log_p.masked_fill(q == 0, 0.0))).sum(1)
+
+    def two(q):
+        return torch.stack([q[onehot], q.masked_fill(onehot, 0).sum(1)], 1)
+
+    q_hat = q.masked_fill(onehot, 0)
+    q_hat = q_hat / q_hat.sum(1, keepdim=True).clamp(min=1e-300)
+    kl, tckd, nckd = (
+        divergence(q, (z / T).log_softmax(1)),
+        divergence(two(q), two((z / T).softmax(1)).log()),
+        divergence(q_hat, (z / T).masked_fill(onehot, -torch.inf).log_softmax(1)),
+    )
+    each = share * (ce_weight + soft_target_weight * q_1[onehot]) * -z.log_softmax(1)[onehot]
+    each = each + T**2 * w * mass * (kd_weight * kl + tckd_weight * tckd + nckd_weight * nckd)
+    largest = z.gather(1, z.detach().argmax(1, keepdim=True)) - z.gather(1, c)  # of equal ones the lowest
+    each = (each + max_weight * w * largest[:, 0]) * kept
+    return {"none": each, "sum": each.sum(), "mean": each.sum() / kept.sum()}[reduction]
+
+
+def of_form(t, options):
+    """A teacher of logits, or labels of any sum instead, one row of them 0."""
+    if options.get("form") != "probabilities":
+        return t
+    return t.softmax(1) * torch.arange(len(t), dtype=t.dtype, device=t.device)[:, None] / 3
+
+
+def several_weights(N, dtype, device):
+    """None, of a sample, and both in all strides that a caller may give."""
+    w = torch.rand(N, 2, dtype=dtype, device=device) + 0.1
+    spaced = torch.zeros(2 * N, 6, dtype=dtype, device=device)[::2, 1::3].copy_(w)
+    return None, w[:, 0], w, w[0].expand(N, 2), w.T.contiguous().T, spaced, w[:1, :1].expand(N, 2)
+
+
+def with_ties(z, y):
+    """Every tie of the largest logit with the target's class, below and above it, and none."""
+    z, y = z.clone(), y.clone()
+    C = z.shape[1]
+    top = z.amax(1) + 1
+    y[0], z[0, 0] = 0, top[0]  # the target alone
+    y[1], z[1, 0], z[1, C - 1] = 0, top[1], top[1]  # it is the lowest of two
+    y[2], z[2, 0], z[2, C - 1] = C - 1, top[2], top[2]  # it is not
+    z[3, C // 2 :] = top[3]  # many
+    y[4], z[4, C - 1] = 0, top[4]  # the last
+    return z, y
+
+
+@of_methods
+def test_options_of_methods(backend, device, options):
+    """Held and streamed rows, ties of the maximum, a row of 0, all weights and strides, all reductions."""
+    for C, T, reduction in ((2, 1.0, "mean"), (9, 2.5, "none"), (40, 1.0, "sum"), (1500, 1.0, "none")):
+        z, t, y = make(7, C, torch.float64, device)
+        z, y = with_ties(z, y)
+        y[5] = -100
+        t, index = of_form(t, options), torch.tensor([3, 0, 6, 2, 2, 1, 0], device=device)
+        upstream = torch.rand(7 if reduction == "none" else (), dtype=torch.float64, device=device)
+        given = {"temperature": T, "reduction": reduction, **options}
+        weights = several_weights(7, torch.float64, device)
+        for k, weight in enumerate(weights if C == 9 else weights[:1] + weights[2:3]):
+            more = {"sample_weight": weight, "teacher_index": index if k % 2 else None}
+            loss, grad = run(z, t, y, upstream, function=functional.distill, backend=backend, **given, **more)
+            expected, wanted = run(z, t, y, upstream, function=literal_of_methods, **given, **more)
+            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12, msg=lambda m: f"{C}, {k}: {m}")
+            torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12, msg=lambda m: f"{C}, {k}: {m}")
+
+
+@of_methods
+def test_options_of_methods_in_every_type_and_width(backend, device, options):
+    """Against float64; rows that start anywhere; stores of any type, read where they are or gathered."""
+    for C, dtype, teacher in (
+        *((C, torch.float32, torch.float32) for C in (2, 7, 16, 17, 33, 63, 1003)),
+        *((C, torch.bfloat16, torch.float32) for C in (40, 65)),
+        *((C, torch.float16, torch.bfloat16) for C in (64, 77)),
+        (2056, torch.float16, torch.float32),
+    ):
+        z, t, y = make(5, C + 2, torch.float64, device)
+        z, y = z.to(dtype)[:, 1 : C + 1] if C % 8 else z.to(dtype)[:, :C].contiguous(), y % C
+        t = of_form(t[:, :C].contiguous(), options).to(teacher)
+        y[1] = -100
+        wide = torch.float32
+        weight = torch.rand(5, 2, device=device, dtype=wide)
+        index = torch.tensor([4, 4, 0, 1, 2], device=device)
+        given = {"sample_weight": weight, "teacher_index": index, **options}
+        loss, grad = run(z, t, y, function=functional.distill, backend=backend, **given)
+        given["sample_weight"] = weight.double()
+        expected, exact = run(z.double(), t.double(), y, function=literal_of_methods, **given)
+        assert (loss.dtype, grad.dtype) == (wide, dtype)
+        assert error(loss, expected) <= 2e-6 * max(1.0, expected.abs().item()), (C, dtype)
+        stored = 2 * torch.finfo(dtype).eps * exact.abs().max().item()
+        assert error(grad, exact) <= 8 * torch.finfo(wide).eps + stored, (C, dtype)
+
+
+@of_methods
+def test_options_of_methods_in_place(backend, device, options):
+    """The gradient over the logits is that beside them, to the bit."""
+    for C in (9, 64, 1500):
+        z, t, y = make(5, C, device=device)
+        z, y = with_ties(z, y)
+        t, weights = of_form(t, options), torch.rand(5, 2, device=device)
+        order = (*TERMS, "max_weight", "temperature", "form")
+        tail = [{"temperature": 1.0, "form": "divergence", **options}.get(name, 0.0) for name in order]
+        args = (t, y, weights, None, *tail, -100, "sum")
+        *parts, grad, _ = ops.OPERATORS["distill_fwd", backend](z, *args, True)
+        *again, _ = ops.OPERATORS["distill_grad_", backend](z, *args)
+        torch.testing.assert_close((*again, z), (*parts, grad), rtol=0, atol=0)
+
+
+@of_methods
+def test_options_of_methods_beside_nan_infinity_and_weights_of_zero(backend, device, options):
+    for value, c in itertools.product((torch.nan, torch.inf), (0, 4)):
+        z, t, y = make(device=device)
+        t = of_form(t, options)
+        z[2, (y[2] + c) % 9] = value
+        given = {"reduction": "none", "backend": backend, "function": functional.distill, **options}
+        loss, grad = run(z, t, y, sample_weight=torch.ones(5, 2, device=device), **given)
+        assert loss.isnan().tolist() == [i == 2 for i in range(5)]
+        assert grad.isnan().all(1).tolist() == [i == 2 for i in range(5)]
+        assert grad[[0, 1, 3, 4]].isfinite().all()
+    z, t, y = make(device=device)
+    t = of_form(t, options)
+    z[3, y[3]] = -torch.inf  # every term is infinite
+    weights = torch.ones(5, 2, device=device)
+    weights[3] = 0
+    loss, grad = run(z, t, y, sample_weight=weights, **given)
+    assert loss[3] == 0
+    assert (grad[3] == 0).all()
+    assert grad.isfinite().all()
+    weights[3] = 1
+    loss, grad = run(z, t, y, sample_weight=weights, **given)
+    assert loss[3] == torch.inf
+    assert grad.isfinite().all()
+
+
+def test_a_row_of_zeros(backend, device):
+    """No part; with both weights, its second is the cross-entropy's: finite at any first weight."""
+    z, t, y = make(3, 9, torch.float64, device)
+    t = torch.zeros_like(t)
+    ce, p, onehot = F.cross_entropy(z, y, reduction="none"), z.softmax(1), F.one_hot(y, 9)
+    given = {"form": "probabilities", "ce_weight": 1.0, "kd_weight": 1.0, "reduction": "none"}
+    for weight, scale in ((None, 1.0), ((0.3,), 1.0), ((0.0, 0.3), 0.3), ((0.7, 0.3), 1.0), ((0.7, 0.0), 0.7)):
+        w = None if weight is None else torch.tensor([weight] * 3, dtype=z.dtype, device=device).squeeze(1)
+        loss, grad = run(z, t, y, sample_weight=w, function=functional.distill, backend=backend, **given)
+        torch.testing.assert_close(loss, scale * ce, rtol=1e-12, atol=0)
+        torch.testing.assert_close(grad, scale * (p - onehot), rtol=1e-12, atol=1e-12)
+
+
+def test_parts_with_two_weights(backend, device):
+    """ce is that of the loss, with its samples' weights."""
+    z, t, y = make(dtype=torch.float64, device=device)
+    w = torch.rand(5, 2, dtype=torch.float64, device=device)
+    args = (z, t, y, w, None, 0.5, 1.0, 0.0, 0.0, 0.0, 0.3, 1.0, "divergence", -100, "none", False)
+    loss, ce, rest = ops.OPERATORS["distill_fwd", backend](*args)[:3]
+    torch.testing.assert_close(ce, w[:, 0] * F.cross_entropy(z, y, reduction="none"))
+    torch.testing.assert_close(loss, 0.5 * ce + rest)
+
+
+def test_the_public_function_has_none_of_them():
+    z, t, y = make()
+    with pytest.raises(ValueError, match="form must be one of divergence, cross_entropy, got 'probabilities'"):
+        zls.distillation_loss(z, t, y, form="probabilities")
+    with pytest.raises(ValueError, match=r"sample_weight must have shape \(5,\).*got \(5, 2\)"):
+        zls.distillation_loss(z, t, y, sample_weight=torch.ones(5, 2))
+    for options, message in (
+        ({"form": "kl"}, "form must be one of divergence, cross_entropy, probabilities, got 'kl'"),
+        ({"sample_weight": torch.ones(5, 3)}, r"sample_weight must have shape \(5,\)"),
+        ({"max_weight": torch.inf}, "max_weight must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            functional.distill(z, t, y, **options)
+    with pytest.raises(ValueError, match="got None with max_weight=1.0"):
+        functional.distill(z, t, None, max_weight=1.0)
+
+
 # As a part of PyTorch -------------------------------------------------------------------------------------
 
 
@@ -619,7 +826,7 @@ def test_float16_mean_does_not_underflow(backend, device):
 @pytest.mark.skipif("cpu" not in zls.backends(), reason="the C++ extension is not built")
 def test_operators_guard_memory():
     z, t, y = make()
-    w, tail = torch.rand(5), (1.0, 1.0, 0.0, 0.0, 0.0, 2.0, "divergence", -100, "mean")
+    w, tail = torch.rand(5), (1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 2.0, "divergence", -100, "mean")
     bad = [
         (z[0], t, y, w), (z, t[:, :8], y, w), (z, t[:4], y, w), (z, t, y[:4], w), (z, t, y.int(), w),
         (z, t, y, w[:4]), (z, t, y, w.double()), (z.long(), t, y, w),
@@ -634,7 +841,7 @@ def test_operators_guard_memory():
             ops.OPERATORS["distill_fwd", "cpu"](*args, *tail, True)
     for options in (("kl", -100, "mean"), ("divergence", -100, "avg")):
         with pytest.raises(ValueError, match="must be"):
-            ops.OPERATORS["distill_fwd", "cpu"](z, t, y, w, None, *tail[:6], *options, True)
+            ops.OPERATORS["distill_fwd", "cpu"](z, t, y, w, None, *tail[:7], *options, True)
     with pytest.raises(ValueError, match="logits must be contiguous"):
         ops.OPERATORS["distill_grad_", "cpu"](torch.randn(5, 18)[:, ::2], t, y, w, None, *tail)
 

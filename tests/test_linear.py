@@ -438,7 +438,7 @@ def test_nothing_waits_for_a_device(dtype, reduction, only_correct, grad):
         found = chunked.loss_fwd(*head, y, votes, empty(5), empty(C), 1.0, 0.1, 0.1, only_correct, *rest)
         assert [x.shape for x in found[3:6]] == [x.shape if grad else (0,) for x in head]
     teacher = empty(N, E), empty(C, E), None
-    options = (torch.float32, 1.0, 0.5, 0.0, 0.0, 0.0, 2.0, "divergence")
+    options = (torch.float32, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 2.0, "divergence")
     chunked.distill_fwd(*head, *teacher, target, empty(N), *options, *rest)
 
 
@@ -485,7 +485,7 @@ def test_opcheck(stage):
     rest = (torch.float32, 5, "reference", True, True, True)
     if stage == "distill":
         teacher = (torch.randn(N, 9), torch.randn(C, 9), None, target, None, torch.float32)
-        args = (x, w, b, *teacher, 1.0, 0.5, 0.0, 0.0, 0.0, 2.0, "divergence", -100, "mean", *rest, None)
+        args = (x, w, b, *teacher, 1.0, 0.5, *(0.0,) * 4, 2.0, "divergence", -100, "mean", *rest, None)
         torch.library.opcheck(torch.ops.zipfls.linear_distill_fwd.default, args)
         return
     reduction = "none" if "none" in stage else "mean"

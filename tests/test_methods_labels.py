@@ -141,17 +141,15 @@ def test_golden(backend, device, function, dtype):
 
 
 def test_ols_sees_a_matrix_that_was_written_and_moved():
-    """Its logarithms follow what was written to S, also where a move then makes another tensor of it."""
+    """What was written to S counts, also where a move then makes another tensor of it."""
     z, y, S = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 5, torch.rand(5, 5).double()
     expected = 0.5 * F.cross_entropy(z, y) - 0.5 * (S[y].float().double() * z.log_softmax(1)).sum(1).mean()
     criterion = methods.OLSLoss(5).eval()
     criterion.label_matrix.copy_(S)
     torch.testing.assert_close(criterion.double()(z, y), expected, rtol=1e-6, atol=0)
-    where = criterion.log_matrix.data_ptr()
     criterion.label_matrix = S.new_full((5, 5), 0.2)
     smooth = 0.5 * F.cross_entropy(z, y) - 0.1 * z.log_softmax(1).sum(1).mean()
     torch.testing.assert_close(criterion(z, y), smooth, rtol=1e-6, atol=0)
-    assert criterion.log_matrix.data_ptr() == where
 
 
 # What all have in common ------------------------------------------------------------------------------------

@@ -73,11 +73,14 @@ def samples(stage, device):
             x, t, w = case.logits.to(dtype), torch.randn(5, 12, device=device), torch.rand(5, device=device)
             w = w.double() if dtype == torch.float64 else w
             out.append(
-                (x, t, case.target, w, None, 1.0, 0.5, 0.2, 0.3, 0.1, 4.0, form, -100, reduction, True)
+                (x, t, case.target, w, None, 1.0, 0.5, 0.2, 0.3, 0.1, 0.0, 4.0, form, -100, reduction, True)
             )
         index = torch.arange(5, device=device) // 2
-        without = (None, None, index, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, form, 3, "mean", False)
-        return [*out, (case.logits, t[:3], *without)]
+        without = (None, None, index, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, form, 3, "mean", False)
+        out.append((case.logits, t[:3], *without))
+        shares = torch.rand(2, device=device).expand(5, 2)
+        made = (case.target, shares, index, 1.0, 0.5, 0.0, 0.0, 0.0, 0.3, 1.0, "probabilities", 3, "mean", True)
+        return [*out, (case.logits, t[:3].softmax(1), *made)]
     if "_grad_" in stage:
         return [args[:-1] for args in samples(stage.replace("grad_", "fwd"), device)]
     scale = torch.full((), 2.0, device=device)

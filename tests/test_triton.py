@@ -309,6 +309,7 @@ def distill_args(
     weight=False,
     index=None,
     terms=EVERY_TERM,
+    max_weight=0.0,
     temperature=2.5,
     form="divergence",
     reduction="mean",
@@ -321,10 +322,13 @@ def distill_args(
     y = torch.randint(0, C, (N,))
     if N > 2:
         y[1] = -100
-    w = torch.rand(N, dtype=reference.accumulation_dtype(dtype)) if weight else None
+    shape = (N, 2) if weight == "both" else (N,)
+    w = torch.rand(shape, dtype=reference.accumulation_dtype(dtype)) if weight else None
+    if form == "probabilities":
+        t = t.softmax(1) * torch.arange(len(t)).to(t)[:, None]
     terms = terms if target else (0.0, 0.9, 0.0, 0.0, 0.0)
     args = map(placed, (z, t, y if target else None, w, index))
-    return (*args, *terms, temperature, form, -100, reduction, with_grad)
+    return (*args, *terms, max_weight, temperature, form, -100, reduction, with_grad)
 
 
 def assert_distilled(args):
@@ -391,6 +395,12 @@ def test_distill_tile_boundaries(distill_kernel, C):
         {"target": False},
         {"target": False, "temperature": 1.0, "reduction": "none", "weight": True},
         {"with_grad": False},
+        {"max_weight": 0.6, "weight": True},
+        {"max_weight": 0.6, "terms": (0.0, 0.0, 0.0, 0.0, 0.0), "reduction": "none"},
+        {"max_weight": 0.6, "form": "probabilities", "weight": "both", "temperature": 1.0},
+        {"form": "probabilities", "weight": "both"},
+        {"form": "probabilities", "terms": (1.0, 0.0, 0.0, 0.0, 0.0), "weight": "both", "reduction": "none"},
+        {"form": "probabilities", "target": False, "temperature": 1.0},
     ],
     ids=str,
 )

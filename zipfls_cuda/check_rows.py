@@ -191,7 +191,7 @@ def distill_row(device, backend, operator, dtype, case: DistillCase) -> Prepared
     """distill_fwd and distill_grad_, or the public function and the gradient attached to it."""
     (taught, x), wide = distillation(case, dtype), arithmetic_dtype(dtype)
     tensors, (a, kd, tckd, nckd, soft) = taught.to(device), case.weights
-    options = (*case.weights, case.temperature, case.form, IGNORE, case.reduction)
+    options = (*case.weights, 0.0, case.temperature, case.form, IGNORE, case.reduction)
     upstream = 3.0 if operator == "distillation_loss" else 1.0
 
     def call() -> Results:

@@ -17,6 +17,7 @@ from .reference import raise_outside
 
 REDUCTIONS = ("mean", "sum", "none")
 FORMS = ("divergence", "cross_entropy")
+FORMS_OF_METHODS = (*FORMS, "probabilities")
 DEFAULT_ALPHA = float("1.0")  # an object of its own: tells alpha left out from alpha=1.0 given
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -239,8 +240,13 @@ def distillation_inputs(
     teacher_index: Tensor | None = None,
     *,
     shard: bool = False,
+    columns: bool = False,
 ) -> Tensor | None:
-    """The tensors of ``distillation_loss``, as ``loss_inputs``; returns the target."""
+    """The tensors of ``distillation_loss``, as ``loss_inputs``; returns the target.
+
+    Args:
+        columns: whether sample_weight may be (N, 2).
+    """
     N, C = _logits(logits, shard)
     _tensor("teacher", teacher)
     if teacher_index is None:
@@ -267,7 +273,7 @@ def distillation_inputs(
         _same_device("target", t, "logits", logits)
     if sample_weight is not None:
         _tensor("sample_weight", sample_weight)
-        if sample_weight.shape != (N,):
+        if sample_weight.shape != (N,) and not (columns and sample_weight.shape == (N, 2)):
             raise ValueError(
                 f"sample_weight must have shape ({N},), one weight per row of logits, "
                 f"got {_shape(sample_weight)}"
@@ -416,12 +422,14 @@ def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     _same_device(name, x, other_name, other)
 
 
-def distillation_options(weights: dict[str, float], T: float, form: str) -> tuple[float | str, ...]:
-    """The ``weights`` of the terms in their order, then ``T``, the temperature, and ``form``."""
+def distillation_options(
+    weights: dict[str, float], T: float, form: str, forms: tuple[str, ...] = FORMS
+) -> tuple[float | str, ...]:
+    """The ``weights`` of the terms in their order, then ``T``, the temperature, and ``form``, of ``forms``."""
     weights = {name: float(number(name, x)) for name, x in weights.items()}
     T = temperature(T)
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    if form not in forms:
+        raise ValueError(f"form must be one of {', '.join(forms)}, got {form!r}")
     return *weights.values(), T, form
 
 

@@ -347,6 +347,7 @@ def distill_fwd(
     tckd_weight: float,
     nckd_weight: float,
     soft_target_weight: float,
+    max_weight: float,
     temperature: float,
     form: str,
     ignore_index: int,
@@ -377,7 +378,7 @@ def distill_fwd(
                 samples = (target != ignore_index).sum()
             mean = 1 / samples.to(reference.accumulation_dtype(dtype))
             factors, reduction = Factors(mean, mean, _usable(mean)), "sum"
-        weights = (ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight)
+        weights = (ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight, max_weight)
         options = (*weights, temperature, form, ignore_index, reduction)
 
         def others(rows: Rows) -> tuple:

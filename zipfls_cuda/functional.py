@@ -550,6 +550,61 @@ def distillation_loss(
         target, ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight,
         temperature, form, ignore_index, reduction, num_items,
     )  # fmt: skip
+    inputs = distillation_inputs(
+        logits, teacher, target, sample_weight, teacher_index, False, backend, process_group
+    )
+    parts = per_item(autograd.loss(*inputs, options, inplace, backend, "distill_grad_"), num_items)
+    return parts if return_parts else parts[0]
+
+
+def distill(
+    logits: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    ce_weight: float = 0.0,
+    kd_weight: float = 0.0,
+    tckd_weight: float = 0.0,
+    nckd_weight: float = 0.0,
+    soft_target_weight: float = 0.0,
+    max_weight: float = 0.0,
+    temperature: float = 1.0,
+    form: str = "divergence",
+    sample_weight: Tensor | None = None,
+    teacher_index: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """``distillation_loss`` with what ``zls.methods`` needs beside it.
+
+    Args:
+        max_weight: finite, of w (max_c z_c - z_y); of equal logits the lowest class has the gradient.
+        form: also "probabilities": the teacher's rows are labels P >= 0 of any sum, any float type, and
+            kd_weight is that of T^2 w (-sum_c P_c log p_c). A row of 0 has no part.
+        sample_weight: also (N, 2), any strides: weights of the cross-entropies, soft target included, and of
+            the other terms. A row of probabilities that is 0 leaves its second weight to the first.
+        The others as in ``distillation_loss``.
+    """
+    options, _ = distillation_options(
+        target, ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight,
+        temperature, form, ignore_index, reduction, None, max_weight, checks.FORMS_OF_METHODS,
+    )  # fmt: skip
+    inputs = distillation_inputs(logits, teacher, target, sample_weight, teacher_index, True, backend, None)
+    return autograd.loss(*inputs, options, False, backend, "distill_grad_")[0]
+
+
+def distillation_inputs(
+    logits: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    sample_weight: Tensor | None,
+    teacher_index: Tensor | None,
+    columns: bool,
+    backend: str | None,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Callable, Tensor, tuple[Tensor | None, ...], bool]:
+    """As ``loss_inputs``, of ``distillation_loss``; ``columns``: sample_weight may be (N, 2)."""
     is_shard = process_group is not None or (type(logits) is not Tensor and checks.is_class_shard(logits, 1))
     if is_shard:
         logits, teacher, target, sample_weight, shard = sharded.distill_inputs(
@@ -557,16 +612,14 @@ def distillation_loss(
         )
         forward = functools.partial(sharded.distill_fwd, shard)
     else:
-        target = checks.distillation_inputs(logits, teacher, target, sample_weight, teacher_index)
+        target = checks.distillation_inputs(
+            logits, teacher, target, sample_weight, teacher_index, columns=columns
+        )
         forward = ops.select("distill_fwd", backend, logits)
     if sample_weight is not None:
         sample_weight = sample_weight.detach().to(accumulation_dtype(logits.dtype))
     tensors = (teacher.detach(), target, sample_weight)
-    if not is_shard:
-        tensors = (*tensors, teacher_index)
-    parts = autograd.loss(forward, logits, tensors, is_shard, options, inplace, backend, "distill_grad_")
-    parts = per_item(parts, num_items)
-    return parts if return_parts else parts[0]
+    return forward, logits, tensors if is_shard else (*tensors, teacher_index), is_shard
 
 
 def distillation_options(
@@ -581,6 +634,8 @@ def distillation_options(
     ignore_index: int,
     reduction: str,
     num_items: float | Tensor | None,
+    max_weight: float = 0.0,
+    forms: tuple[str, ...] = checks.FORMS,
 ) -> tuple[tuple, float | Tensor | None]:
     """The operator's options, checked, from ce_weight to reduction; and num_items."""
     weights = {
@@ -589,8 +644,9 @@ def distillation_options(
         "tckd_weight": tckd_weight,
         "nckd_weight": nckd_weight,
         "soft_target_weight": soft_target_weight,
+        "max_weight": max_weight,
     }
-    options = checks.distillation_options(weights, temperature, form)
+    options = checks.distillation_options(weights, temperature, form, forms)
     options += checks.which_samples(ignore_index, reduction)
     checks.target_or_none(target, weights)
     if num_items is not None:

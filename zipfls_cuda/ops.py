@@ -48,13 +48,13 @@ SCHEMAS = {
     "distill_fwd": (
         "(Tensor logits, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? teacher_index, "
         "float ce_weight, float kd_weight, float tckd_weight, float nckd_weight, float soft_target_weight, "
-        "float temperature, str form, int ignore_index, str reduction, bool with_grad) "
+        "float max_weight, float temperature, str form, int ignore_index, str reduction, bool with_grad) "
         "-> (Tensor loss, Tensor ce, Tensor distillation, Tensor grad, Tensor grad_scale)"
     ),
     "distill_grad_": (
         "(Tensor(a!) logits, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? teacher_index, "
         "float ce_weight, float kd_weight, float tckd_weight, float nckd_weight, float soft_target_weight, "
-        "float temperature, str form, int ignore_index, str reduction) "
+        "float max_weight, float temperature, str form, int ignore_index, str reduction) "
         "-> (Tensor loss, Tensor ce, Tensor distillation, Tensor grad_scale)"
     ),
     "loss_bwd": "(Tensor grad, Tensor grad_loss, Tensor grad_scale) -> Tensor",
@@ -79,9 +79,9 @@ LINEAR_SCHEMAS = {
     "linear_distill_fwd": (
         f"({_LINEAR}, Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, "
         "Tensor? sample_weight, ScalarType teacher_dtype, float ce_weight, float kd_weight, "
-        "float tckd_weight, float nckd_weight, float soft_target_weight, float temperature, str form, "
-        f"int ignore_index, str reduction, {_CHUNKS}) -> (Tensor loss, Tensor ce, Tensor distillation, "
-        f"{_GRADIENTS})"
+        "float tckd_weight, float nckd_weight, float soft_target_weight, float max_weight, float temperature, "
+        f"str form, int ignore_index, str reduction, {_CHUNKS}) -> (Tensor loss, Tensor ce, "
+        f"Tensor distillation, {_GRADIENTS})"
     ),
 }
 

@@ -463,13 +463,14 @@ def distill_fwd(
     tckd_weight: float,
     nckd_weight: float,
     soft_target_weight: float,
+    max_weight: float,
     temperature: float,
     form: str,
     ignore_index: int,
     reduction: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(ce_weight + soft_target_weight q1_y) CE + T^2 w (kd KL + tckd TCKD + nckd NCKD) and its gradient.
+    """v (ce + soft_target q1_y) CE + T^2 w (kd KL + tckd TCKD + nckd NCKD) + w max (max_c z_c - z_y).
 
     p, q are the softmax of z/T and t/T over all classes, p^, q^ those over the classes c != y; q1 is q at
     T = 1. TCKD = KL((q_y, 1 - q_y) || (p_y, 1 - p_y)), NCKD = KL(q^ || p^), and
@@ -480,14 +481,17 @@ def distill_fwd(
         logits, teacher: (N, C) z and t, any float types; the arithmetic's is that of the logits. The teacher
             may be a table (R, C) beside a ``teacher_index``.
         target: (N,) int64; or None with kd_weight alone, when the teacher's largest class takes its place.
-        sample_weight: (N,) w in the accumulation dtype, or None for 1.
+        sample_weight: (N,) w in the accumulation dtype, or None for 1; v is 1. (N, 2): v and w.
+        max_weight: the largest logit's term; of equal ones the lowest class has the gradient.
         teacher_index: (N,) int64, the teacher's row of each sample; None: the i-th of the i-th.
-        form: "divergence", or "cross_entropy" without the teacher's entropies: -sum q log p.
+        form: "divergence", or "cross_entropy" without the teacher's entropies: -sum q log p. Or
+            "probabilities": the same, the teacher's rows being q times a sum of their own, whatever T; w is
+            multiplied by that sum. A row of 0 has no part, and leaves its w to v where there is a v.
         The others as for ``loss_fwd``. A term whose weight is 0 is skipped, and so is a class without mass.
 
     Returns:
-        loss, ce, distillation: ce is unweighted, distillation all of the loss but ce_weight * CE.
-        grad, grad_scale: as ``loss_fwd``. Means divide by the number of samples not ignored.
+        loss, ce, distillation: ce is v CE, distillation all of the loss but ce_weight * ce.
+        grad, grad_scale: as ``loss_fwd``, written out by hand. Means divide by the number of samples not ignored.
     """
     N, C = logits.shape
     dtype = accumulation_dtype(logits.dtype)
@@ -503,11 +507,23 @@ def distill_fwd(
     y = argmax_lowest(t).long().clamp(min=0) if target is None else target.clamp(0, C - 1)
     at_target = F.one_hot(y, C).bool()
     m, m_t = (x.masked_fill(at_target, -torch.inf).amax(1) for x in (z, t))
-    rows = DistillRows(z, t, at_target, finite_max(m), finite_max(m_t), temperature, form)
+    rows = DistillRows(z, t, at_target, finite_max(m), base_of_teacher(m_t, form), temperature, form)
     z_y, t_y = (x.gather(1, y[:, None])[:, 0] for x in (z, t))
     weights = (ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight)
     ce, distillation, factors = rows.losses(z_y, t_y, rows.sums(), sample_weight, *weights)
     dz = rows.gradient(*factors) if with_grad else z.new_empty(0)
+    if max_weight != 0:
+        k = argmax_lowest(z.masked_fill(at_target, torch.nan)).long().clamp(min=0)
+        ahead = (m > z_y) | ((m == z_y) & (k < y))
+        largest = torch.maximum(m, z_y)
+        none = largest - largest  # 0; NaN where the largest logit is not finite
+        w = max_weight * columns_of(sample_weight, z_y)[1]
+        distillation = distillation + _times(w, torch.where(ahead, m - z_y, 0) + none)
+        if with_grad:
+            step = torch.where(ahead, w, 0)
+            dz = (dz + none[:, None]).scatter_add_(
+                1, torch.stack([y, k], 1), torch.stack([-step, step], 1).to(dtype)
+            )
     return distill_results(ce, distillation, dz, ignored, bad, ce_weight, reduction, logits.dtype, with_grad)
 
 
@@ -527,6 +543,20 @@ def rows_by_index(table: Tensor, index: Tensor, ignored: Tensor) -> tuple[Tensor
 def finite_max(m: Tensor) -> Tensor:
     """The largest logits of rows, 0 for a row of -inf alone, which has no largest to subtract."""
     return m.masked_fill(m == -torch.inf, 0)
+
+
+def base_of_teacher(m_t: Tensor, form: str) -> Tensor:
+    """What the teacher's exponentials are relative to: probabilities are none."""
+    return torch.zeros_like(m_t) if form == "probabilities" else finite_max(m_t)
+
+
+def columns_of(sample_weight: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) weights of the cross-entropy and of the distillation, in the dtype of ``like`` (N,)."""
+    one = torch.ones_like(like)
+    if sample_weight is None:
+        return one, one
+    w = sample_weight.to(like.dtype)
+    return (w[:, 0], w[:, 1]) if w.dim() == 2 else (one, w)
 
 
 def distill_results(
@@ -554,10 +584,10 @@ class DistillRows(NamedTuple):
     """Rows of both networks, in the accumulation dtype, or their classes of one shard (``sharded``)."""
 
     z: Tensor  # (N, C) logits
-    t: Tensor  # (N, C) the teacher's
+    t: Tensor  # (N, C) the teacher's; or probabilities, beside the form of that name
     at_target: Tensor  # (N, C) bool
     m: Tensor  # (N,) max_{c != y} z_c
-    m_t: Tensor  # (N,) max_{c != y} t_c
+    m_t: Tensor  # (N,) max_{c != y} t_c; 0 beside probabilities
     temperature: float
     form: str
 
@@ -565,20 +595,26 @@ class DistillRows(NamedTuple):
         """exp((x - m) / T), 0 at the target."""
         return ((x - m[:, None]) / temperature).masked_fill(self.at_target, -torch.inf).exp()
 
+    def _teacher(self, temperature: float) -> Tensor:
+        if self.form == "probabilities":
+            return self.t.masked_fill(self.at_target, 0)
+        return self._exp(self.t, self.m_t, temperature)
+
     def sums(self) -> Tensor:
         """(5, N) sums over the classes c != y: e_T, e_1, f_T, f_1, d.
 
-        e_T = sum exp((z_c - m) / T), e_1 the same at T = 1; f_T, f_1 likewise of t;
-        d = sum exp((t_c - m') / T) ((t_c - m') - (z_c - m)), or of m - z_c for "cross_entropy".
+        e_T = sum exp((z_c - m) / T), e_1 the same at T = 1; f_T, f_1 likewise of t, whose exponentials
+        probabilities are; d = sum exp((t_c - m') / T) ((t_c - m') - (z_c - m)), or of m - z_c but for
+        "divergence".
         """
-        q = self._exp(self.t, self.m_t, self.temperature)
+        q = self._teacher(self.temperature)
         ratio = self.m[:, None] - self.z
         if self.form == "divergence":
             ratio = (self.t - self.m_t[:, None]) + ratio
         e_T, f_T = self._exp(self.z, self.m, self.temperature).sum(1), q.sum(1)
         e_1, f_1 = e_T, f_T
         if self.temperature != 1:
-            e_1, f_1 = self._exp(self.z, self.m, 1.0).sum(1), self._exp(self.t, self.m_t, 1.0).sum(1)
+            e_1, f_1 = self._exp(self.z, self.m, 1.0).sum(1), self._teacher(1.0).sum(1)
         return torch.stack([e_T, e_1, f_T, f_1, torch.where(q > 0, q * ratio, 0.0).sum(1)])
 
     def losses(
@@ -601,6 +637,7 @@ class DistillRows(NamedTuple):
 
         Args:
             z_y, t_y: (N,) logits of the target class. sums: (5, N) of all classes, from ``sums``.
+            sample_weight: (N,), (N, 2) or None, as of ``distill_fwd``.
         """
         T, dtype = self.temperature, z_y.dtype
         e_T, e_1, f_T, f_1, d = sums.double().unbind()
@@ -609,33 +646,42 @@ class DistillRows(NamedTuple):
         u, v, u_1 = z_y / T - e_T.log(), t_y / T - f_T.log(), z_y - e_1.log()
         zero = torch.zeros_like(z_y)
         one = torch.ones_like(z_y)  # a sum is 0 where all its classes are -inf, and otherwise not below 1
+        f = f_T.masked_fill(f_T == 0, 1)
+        w_ce, w = columns_of(sample_weight, z_y)
+        s_v, r_v, q_y = torch.sigmoid(v), torch.sigmoid(-v), torch.sigmoid(t_y - f_1.log())
+        if self.form == "probabilities":
+            total = t_y + f_T
+            empty = total == 0
+            s_v, r_v = (t_y / total).masked_fill(empty, 1), (f_T / total).masked_fill(empty, 0)
+            q_y = s_v
+            if sample_weight is not None and sample_weight.dim() == 2:
+                w_ce = torch.where(empty, w_ce + w, w_ce)
+            w = w * total
         ce = distillation = dz_y = zero
         A = B = D = None
         if ce_weight != 0 or soft_target_weight != 0:
             nll = softplus(-u_1)
             a = ce_weight * one
             if ce_weight != 0:
-                ce = nll
+                ce = _times(w_ce, nll)
             if soft_target_weight != 0:
-                q_y = torch.sigmoid(t_y - f_1.log())
-                distillation = soft_target_weight * _times(q_y, nll)
+                distillation = soft_target_weight * _times(w_ce, _times(q_y, nll))
                 a = a + soft_target_weight * q_y
-            dz_y = -a * torch.sigmoid(-u_1)
+            dz_y = -w_ce * a * torch.sigmoid(-u_1)
             A = -dz_y / torch.maximum(e_1, one)
         alpha = kd_weight + tckd_weight  # of TCKD
         if kd_weight != 0 or tckd_weight != 0 or nckd_weight != 0:
-            s_u, s_v, r_u, r_v = (torch.sigmoid(x) for x in (u, v, -u, -v))
+            s_u, r_u = torch.sigmoid(u), torch.sigmoid(-u)
             beta = (nckd_weight + kd_weight * r_v).masked_fill(f_T == 0, 0)  # of NCKD
             log_p, log_not_p = -softplus(-u), -softplus(u)  # log p_y, log(1 - p_y)
             log_f = zero
             if self.form == "divergence":
                 log_p, log_not_p = log_p + softplus(-v), log_not_p + softplus(v)
-                log_f = torch.maximum(f_T, one).log()
+                log_f = f.log()
             tckd = -_times(s_v, log_p) - _times(r_v, log_not_p) if alpha != 0 else zero
-            nckd = d / (T * torch.maximum(f_T, one)) - log_f + torch.maximum(e_T, one).log()
-            w = one if sample_weight is None else sample_weight.double()
+            nckd = d / (T * f) - log_f + torch.maximum(e_T, one).log()
             distillation = distillation + T * T * _times(w, alpha * tckd + _times(beta, nckd))
-            D = w * T * beta / torch.maximum(f_T, one)
+            D = w * T * beta / f
             B = w * T * (beta + alpha * (r_u - r_v)) / torch.maximum(e_T, one)
             dz_y = dz_y + w * T * alpha * torch.where(u > 0, r_v - r_u, s_u - s_v)
         factors = (None if x is None else x.to(dtype) for x in (dz_y, A, B, D))
@@ -647,7 +693,7 @@ class DistillRows(NamedTuple):
         if A is not None:
             dz = dz + A[:, None] * self._exp(self.z, self.m, 1.0)
         if B is not None:  # the difference first: of two classes it is 0
-            p, q = self._exp(self.z, self.m, self.temperature), self._exp(self.t, self.m_t, self.temperature)
+            p, q = self._exp(self.z, self.m, self.temperature), self._teacher(self.temperature)
             dz = dz + (B[:, None] * p - D[:, None] * q)
         return torch.where(self.at_target, dz_y[:, None], dz).contiguous()
 

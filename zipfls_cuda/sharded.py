@@ -486,6 +486,7 @@ def distill_fwd(
     tckd_weight: float,
     nckd_weight: float,
     soft_target_weight: float,
+    max_weight: float,
     temperature: float,
     form: str,
     ignore_index: int,
@@ -496,7 +497,12 @@ def distill_fwd(
 
     Args:
         logits, teacher: (N, C/W). target, sample_weight (N,): global, the same on every rank.
+
+    Raises:
+        NotImplementedError: max_weight is not 0.
     """
+    if max_weight != 0:
+        raise NotImplementedError(f"max_weight must be 0 beside class shards, got {max_weight!r}")
     C, N = shard.num_classes, len(logits)
     dtype = reference.accumulation_dtype(logits.dtype)
     z, t = logits.to(dtype), teacher.to(dtype)
@@ -517,6 +523,7 @@ def distill_fwd(
         for i, x in enumerate((z, t)):
             maxima[i] = x.masked_fill(at_target | x.isnan(), -torch.inf).amax(1)
     m, m_t = reference.finite_max(_all_reduce(maxima, dist.ReduceOp.MAX, shard.group))
+    m_t = reference.base_of_teacher(m_t, form)
     rows = reference.DistillRows(z, t, at_target, m, m_t, temperature, form)
     logits_of_target = [shard.pick(x, y[:, None])[:, 0] for x in (z, t)]
     sums = _all_reduce(

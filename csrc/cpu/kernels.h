@@ -86,18 +86,23 @@ struct DistillFwd {
   const int64_t* teacher_index;  // (N,) in [0, R) but for ignored samples; null: row i of sample i
   const int64_t* target;  // (N,) in [0, C) or ignore_index; null: the teacher's largest class
   int64_t ignore_index;
-  const void* sample_weight;  // (N,) A, or null
-  double ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight;
+  const void* sample_weight;  // (N,) A, of the terms but the cross-entropy, or null
+  int64_t weight_stride;      // elements from row to row
+  const void* share;          // (N,) A, of the cross-entropy, with the same stride, or null
+  double ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight, max_weight;
   double temperature;
   bool cross_entropy;  // without the teacher's entropies
+  bool probabilities;  // the teacher's rows are these, and cross_entropy is set
   double factor;       // what the gradient of a row is multiplied with
   void* grad;          // (N, C) T, contiguous; null: not wanted
   double* ce_rows;     // (N,) float64, unweighted
   double* rest_rows;   // (N,) float64, the loss but for ce_weight * CE
 
-  /// Whether the cross-entropy is wanted, and whether one of the terms at T is.
-  bool hard() const { return ce_weight != 0 || soft_target_weight != 0; }
+  /// Whether the softmax at T = 1 is wanted, and whether one of the terms at T is.
+  bool hard() const { return ce_weight != 0 || soft_target_weight != 0 || max_weight != 0; }
   bool distils() const { return kd_weight != 0 || tckd_weight != 0 || nckd_weight != 0; }
+  /// Whether the kernel with all options is wanted.
+  bool more() const { return probabilities || share != nullptr || max_weight != 0; }
 };
 
 /// One table for each instruction set. A function that returns bool tells whether all votes were

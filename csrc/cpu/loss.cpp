@@ -267,19 +267,19 @@ Parts distill_into(const at::Tensor& grad, const at::Tensor& logits, const at::T
                    const std::optional<at::Tensor>& sample_weight,
                    const std::optional<at::Tensor>& teacher_index, double ce_weight,
                    double kd_weight, double tckd_weight, double nckd_weight,
-                   double soft_target_weight, double temperature, std::string_view form,
-                   int64_t ignore_index, std::string_view reduction) {
+                   double soft_target_weight, double max_weight, double temperature,
+                   std::string_view form, int64_t ignore_index, std::string_view reduction) {
   check_distill(logits, teacher, target, sample_weight, teacher_index, temperature, form,
                 reduction);
   const int64_t N = logits.size(0), C = logits.size(1);
   const auto type = accumulation_type(logits.scalar_type());
   const bool mean = reduction == "mean", with_grad = grad.dim() == 2;
   const bool same_type = teacher.scalar_type() == logits.scalar_type();
+  const bool columns = sample_weight.has_value() && sample_weight->dim() == 2;
 
   const Dtype dtype = dtype_of(logits);
   const at::Tensor z = with_contiguous_rows(logits);
   const at::Tensor y = target.has_value() ? target->contiguous() : at::Tensor();
-  const at::Tensor w = sample_weight.has_value() ? sample_weight->contiguous() : at::Tensor();
   int64_t samples = N;
   if (target.has_value()) {
     const Totals totals = total(y.const_data_ptr<int64_t>(), N, C, ignore_index, std::nullopt);
@@ -292,7 +292,8 @@ Parts distill_into(const at::Tensor& grad, const at::Tensor& logits, const at::T
     raise_outside_table(index, teacher.size(0), y, ignore_index);
   }
   // Of a table that is to be copied, the rows of the samples alone.
-  const bool copied = !same_type || (teacher.stride(1) != 1 && C > 1);
+  const bool of_type = same_type || teacher.scalar_type() == type;
+  const bool copied = !of_type || (teacher.stride(1) != 1 && C > 1);
   at::Tensor t = teacher;  // (N, C), or (R, C) by index
   if (index.defined() && copied) {
     t = t.index_select(0, index.clamp(0, teacher.size(0) - 1));
@@ -312,14 +313,22 @@ Parts distill_into(const at::Tensor& grad, const at::Tensor& logits, const at::T
   a.teacher_index = index.defined() ? index.const_data_ptr<int64_t>() : nullptr;
   a.target = y.defined() ? y.const_data_ptr<int64_t>() : nullptr;
   a.ignore_index = ignore_index;
-  a.sample_weight = w.defined() ? w.const_data_ptr() : nullptr;
+  if (sample_weight.has_value()) {
+    const auto* const first = static_cast<const char*>(sample_weight->const_data_ptr());
+    a.weight_stride = sample_weight->stride(0);
+    a.share = columns ? first : nullptr;
+    a.sample_weight =
+        columns ? first + sample_weight->stride(1) * sample_weight->element_size() : first;
+  }
   a.ce_weight = ce_weight;
   a.kd_weight = kd_weight;
   a.tckd_weight = tckd_weight;
   a.nckd_weight = nckd_weight;
   a.soft_target_weight = soft_target_weight;
+  a.max_weight = max_weight;
   a.temperature = temperature;
-  a.cross_entropy = form == "cross_entropy";
+  a.cross_entropy = form != "divergence";
+  a.probabilities = form == "probabilities";
   a.factor = mean_scale / scale;
   a.grad = with_grad ? grad.mutable_data_ptr() : nullptr;
   a.ce_rows = row_losses.get();
@@ -342,11 +351,12 @@ Parts distill_fwd_cpu(const at::Tensor& logits, const at::Tensor& teacher,
                       const std::optional<at::Tensor>& sample_weight,
                       const std::optional<at::Tensor>& teacher_index, double ce_weight,
                       double kd_weight, double tckd_weight, double nckd_weight,
-                      double soft_target_weight, double temperature, std::string_view form,
-                      int64_t ignore_index, std::string_view reduction, bool with_grad) {
+                      double soft_target_weight, double max_weight, double temperature,
+                      std::string_view form, int64_t ignore_index, std::string_view reduction,
+                      bool with_grad) {
   return distill_into(gradient_like(logits, with_grad), logits, teacher, target, sample_weight,
                       teacher_index, ce_weight, kd_weight, tckd_weight, nckd_weight,
-                      soft_target_weight, temperature, form, ignore_index, reduction);
+                      soft_target_weight, max_weight, temperature, form, ignore_index, reduction);
 }
 
 /// As reference.distill_grad_. A teacher in the logits' memory is copied: its rows may be other
@@ -356,13 +366,13 @@ Losses distill_grad__cpu(at::Tensor& logits, const at::Tensor& teacher,
                          const std::optional<at::Tensor>& sample_weight,
                          const std::optional<at::Tensor>& teacher_index, double ce_weight,
                          double kd_weight, double tckd_weight, double nckd_weight,
-                         double soft_target_weight, double temperature, std::string_view form,
-                         int64_t ignore_index, std::string_view reduction) {
+                         double soft_target_weight, double max_weight, double temperature,
+                         std::string_view form, int64_t ignore_index, std::string_view reduction) {
   check_contiguous(logits, "logits");
   return without_grad(
       distill_into(logits, logits, teacher.is_alias_of(logits) ? teacher.clone() : teacher, target,
                    sample_weight, teacher_index, ce_weight, kd_weight, tckd_weight, nckd_weight,
-                   soft_target_weight, temperature, form, ignore_index, reduction));
+                   soft_target_weight, max_weight, temperature, form, ignore_index, reduction));
 }
 
 /// out = in * grad_loss * grad_scale, row by row. in and out may be one tensor, which a scale of 1

@@ -80,9 +80,17 @@ struct DistillFwd : LossFwd {
   bool wide;
   const int64_t* teacher_index;  // (N,) int64, or null: the teacher is (table_rows, C), its row of
   int64_t table_rows;            // a sample the index's; outside of it the sample becomes NaN
-  const void* sample_weight;     // (N,) A, or null
-  double kd_weight, tckd_weight, nckd_weight, soft_target_weight, temperature;
-  bool divergence;  // form; else "cross_entropy"
+  const void* sample_weight;     // (N,) A, of the terms but the cross-entropy, or null
+  int64_t weight_stride;         // elements from row to row; 1 but where more()
+  const void* share;             // (N,) A, of the cross-entropy, with the same stride, or null
+  double kd_weight, tckd_weight, nckd_weight, soft_target_weight, max_weight, temperature;
+  bool divergence;     // form; else "cross_entropy"
+  bool probabilities;  // the teacher's rows are these; not divergence
+
+  /// Whether the kernel with all options is wanted.
+  bool more() const {
+    return probabilities || share != nullptr || max_weight != 0;
+  }
 };
 
 /// loss_totals: partial sums of the denominators, (3, blocks) float64.

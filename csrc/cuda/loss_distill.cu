@@ -9,7 +9,10 @@ LossPlan plan_distill(const DistillFwd& a, Dtype dtype, const Device& device) {
     using T = decltype(x);
     SmemAllocator smem{nullptr};
     BlockArea<Arithmetic<T>>::allocate(smem);
-    DistillArea<T>::allocate(smem);
+    if (a.more())
+      DistillArea<T, true>::allocate(smem);
+    else
+      DistillArea<T, false>::allocate(smem);
     const uint32_t vectors = vectors_of(a.C, kVector<T>);
     const int64_t warps = int64_t{device.multiprocessors} * (kThreadsPerMultiprocessor / kWarp);
     const int wanted = a.N * 2 >= warps ? kFullDeviceVectors : kIdleDeviceVectors;
@@ -32,7 +35,11 @@ cudaError_t distill_fwd_cuda(const DistillFwd& a, Dtype dtype, const LossPlan& p
                              cudaStream_t stream) {
   return with_type(dtype, [&](auto x) {
     using T = decltype(x);
-    const auto kernel = a.wide ? loss_distill_kernel<T, Arithmetic<T>> : loss_distill_kernel<T, T>;
+    using A = Arithmetic<T>;
+    const auto kernel = a.more()
+                            ? a.wide ? loss_distill_kernel<T, A, true> : loss_distill_kernel<T, T, true>
+                        : a.wide ? loss_distill_kernel<T, A, false>
+                                 : loss_distill_kernel<T, T, false>;
     return launch(kernel, {plan.blocks, plan.threads, plan.shared}, stream, a);
   });
 }

@@ -16,26 +16,41 @@ namespace zipfls::cuda {
 
 // Sums of a row -----------------------------------------------------------------------------------
 
-/// Which sums a call needs.
-template <class A>
+/// Which sums a call needs. kMore: with the options of DistillFwd::more.
+template <class A, bool kMore>
 struct DistillTerms {
   bool at_T, at_1, soft;  // those at T; those at 1 beside them; of these, the teacher's
-  bool divergence;
-  A per_T;  // 1 / T
+  bool divergence, given;  // given: the teacher's row is probabilities
+  A per_T;                 // 1 / T
 
   ZIPFLS_DEVICE static DistillTerms of(const DistillFwd& a) {
     DistillTerms terms;
+    terms.given = kMore && a.probabilities;
     terms.at_T = a.kd_weight != 0 || a.tckd_weight != 0 || a.nckd_weight != 0;
+    if (terms.probabilities()) terms.at_T = true;
     const bool same = terms.at_T && a.temperature == 1;  // the sums at 1 are those at T
-    terms.soft = a.soft_target_weight != 0 && !same;
-    terms.at_1 = (a.ce || a.soft_target_weight != 0) && !same;
+    terms.soft = a.soft_target_weight != 0 && !same && !terms.probabilities();
+    terms.at_1 = (a.ce || a.soft_target_weight != 0 || suppresses(a)) && !same;
     terms.divergence = a.divergence;
     terms.per_T = static_cast<A>(1 / a.temperature);
     return terms;
   }
+
+  ZIPFLS_DEVICE bool probabilities() const { return kMore && given; }
+
+  /// Whether there is the largest logit's term.
+  ZIPFLS_DEVICE static bool suppresses(const DistillFwd& a) { return kMore && a.max_weight != 0; }
+
+  /// exp((t - m') / T), which a probability is; 0 outside of the row.
+  template <class T>
+  ZIPFLS_DEVICE A mass(A t, A shift_t) const {
+    if (probabilities()) return t == -infinity<A>() ? A(0) : t;
+    return exp_element<T>((t - shift_t) * per_T);
+  }
 };
 
-/// Sums over some of the classes c != y. m, m': their maxima, or 0 where those are -inf.
+/// Sums over some of the classes c != y. m, m': their maxima, or 0 where those are -inf, as m' is
+/// beside probabilities.
 template <class T>
 struct DistillSums {
   using A = Arithmetic<T>;
@@ -44,11 +59,13 @@ struct DistillSums {
   A sum[kSums] = {};
 
   /// Rebases the sums to maxima that are not below their own. Sums of no mass become 0.
-  ZIPFLS_DEVICE void rebase(const A (&to)[2], const DistillTerms<A>& terms) {
+  template <class Terms>
+  ZIPFLS_DEVICE void rebase(const A (&to)[2], const Terms& terms) {
     const A lift = shift_of(top[0]) - shift_of(to[0]), lift_t = shift_of(top[1]) - shift_of(to[1]);
     const auto factor = [&](int k, A x) { return top[k] == -infinity<A>() ? A(0) : exp_of(x); };
     if (terms.at_T) {
-      const A by = factor(1, lift_t * terms.per_T), mass = sum[kTeacherT];
+      const A by = terms.probabilities() ? A(1) : factor(1, lift_t * terms.per_T),
+              mass = sum[kTeacherT];
       const A ratio = terms.divergence ? lift_t - lift : -lift;
       sum[kCross] = by == 0 ? A(0) : by * (sum[kCross] + mass * ratio);
       sum[kTeacherT] = mass * by;
@@ -62,10 +79,11 @@ struct DistillSums {
 
   /// Adds a class, whose logits are no larger than the maxima. A class at -inf in both rows, or
   /// without mass, adds 0.
-  ZIPFLS_DEVICE void add(A z, A t, A shift, A shift_t, const DistillTerms<A>& terms) {
+  template <class Terms>
+  ZIPFLS_DEVICE void add(A z, A t, A shift, A shift_t, const Terms& terms) {
     const A z_above = z - shift, t_above = t - shift_t;
     if (terms.at_T) {
-      const A q = exp_element<T>(t_above * terms.per_T);
+      const A q = terms.template mass<T>(t, shift_t);
       sum[kStudentT] += exp_element<T>(z_above * terms.per_T);
       sum[kTeacherT] += q;
       if (q > 0) sum[kCross] += q * (terms.divergence ? t_above - z_above : -z_above);
@@ -76,21 +94,25 @@ struct DistillSums {
 };
 
 /// The block's sums over a row, for each thread. y: the class left out. partial: (kSums, 32) A.
-template <class T, class Share>
+/// largest: the lowest of this thread's classes with the row's largest logit but y's, or C; kMore.
+template <class T, bool kMore, class Share>
 ZIPFLS_DEVICE DistillSums<T> distill_sums(Share& x, int32_t y,
-                                          const DistillTerms<Arithmetic<T>>& terms,
-                                          Arithmetic<T>* partial) {
+                                          const DistillTerms<Arithmetic<T>, kMore>& terms,
+                                          Arithmetic<T>* partial, int32_t& largest) {
   using A = Arithmetic<T>;
   constexpr int V = kVector<T>;
   DistillSums<T> sums;
+  if constexpr (kMore) largest = x.row.C;
   x.for_parts([&](uint32_t part) {
     A top[2] = {sums.top[0], sums.top[1]};
     x.for_loaded(part, [&](uint32_t j, const A* z, const A* t) {
 #pragma unroll
       for (int v = 0; v < V; v++) {
         if (x.row.column(j) + v == y) continue;
+        if constexpr (kMore)
+          if (z[v] > top[0]) largest = x.row.column(j) + v;
         top[0] = larger(top[0], z[v]);
-        top[1] = larger(top[1], t[v]);
+        if (!terms.probabilities()) top[1] = larger(top[1], t[v]);
       }
     });
     sums.rebase(top, terms);
@@ -103,9 +125,16 @@ ZIPFLS_DEVICE DistillSums<T> distill_sums(Share& x, int32_t y,
   });
   A top[2] = {sums.top[0], sums.top[1]};
   block_all_reduce(top, partial, [](A a, A b) { return larger(a, b); });
+  if constexpr (kMore)
+    if (sums.top[0] != top[0]) largest = x.row.C;
   sums.rebase(top, terms);
   block_all_reduce(sums.sum, partial, [](A a, A b) { return a + b; });
   return sums;
+}
+
+/// The least class of the block's threads. partial: (32,) float64.
+ZIPFLS_DEVICE int32_t block_min(int32_t c, double* partial) {
+  return static_cast<int32_t>(-block_all_reduce_max(-static_cast<double>(c), partial));
 }
 
 /// The teacher's largest class, for each thread: the lowest among equals; NaN is never the largest,
@@ -122,7 +151,7 @@ ZIPFLS_DEVICE int32_t largest_class(Share& x, double* partial) {
   });
   const double top = block_all_reduce_max(static_cast<double>(most), partial);
   if (static_cast<double>(most) != top) y = x.row.C;
-  y = static_cast<int32_t>(-block_all_reduce_max(-static_cast<double>(y), partial));
+  y = block_min(y, partial);
   return y == x.row.C ? 0 : y;
 }
 
@@ -150,6 +179,17 @@ ZIPFLS_DEVICE LogOdds log_odds(double z, double sum) {
   return odds;
 }
 
+/// The same of a target with probability p beside the sum of the others', of a row of any sum; of
+/// one of 0, 1. No logarithms.
+ZIPFLS_DEVICE LogOdds odds_of_probability(double p, double sum) {
+  const double total = p + sum;
+  LogOdds odds = {};
+  odds.p = total == 0 ? 1 : p / total;
+  odds.rest = total == 0 ? 0 : sum / total;
+  odds.sum = sum;
+  return odds;
+}
+
 /// weight * x, 0 where the weight is 0, be x infinite or NaN.
 ZIPFLS_DEVICE double times(double weight, double x) { return weight == 0 ? 0 : weight * x; }
 
@@ -160,20 +200,47 @@ struct DistillFactors {
   A at_target, A_1, B, D;
 };
 
+/// What finish_distillation needs for the options of DistillFwd::more.
+struct DistillMore {
+  double x_y;       // the target's logit less m
+  double total;     // sum of a row of probabilities
+  int32_t largest;  // the lowest class with the largest logit but y's
+};
+
 /// Args: odds: (4,) student and teacher at T, student and teacher at 1. d: DistillSums::kCross.
-template <class A>
+/// at_top: what is added to the gradient at more.largest; kMore.
+template <class A, bool kMore>
 ZIPFLS_DEVICE DistillFactors<A> finish_distillation(const DistillFwd& a, const Sample& sample,
-                                                    const LogOdds* odds, double d, double step) {
+                                                    const LogOdds* odds, double d, double step,
+                                                    const DistillMore& more, A* at_top) {
   const LogOdds &u = odds[0], &v = odds[1], &u_1 = odds[2], &v_1 = odds[3];
   const double T = a.temperature;
   const auto mass = [](const LogOdds& x) { return x.sum == 0 ? 1 : x.sum; };  // else not below 1
   double ce = 0, distillation = 0, at_target = 0, A_1 = 0, B = 0, D = 0;
-  if (a.ce || a.soft_target_weight != 0) {
+  const auto weight_of = [&](const void* rows) {
+    if (rows == nullptr) return 1.0;
+    const int64_t at = kMore ? sample.i * a.weight_stride : sample.i;
+    return static_cast<double>(static_cast<const A*>(rows)[at]);
+  };
+  double share = 1, of_rest = 1;  // of_rest: what its weight is multiplied by
+  if constexpr (kMore) {
+    share = weight_of(a.share);
+    if (a.probabilities) {
+      if (a.share != nullptr && more.total == 0) share += weight_of(a.sample_weight);
+      of_rest = more.total;
+    }
+  }
+  if (a.ce || a.soft_target_weight != 0 || DistillTerms<A, kMore>::suppresses(a)) {
     double weight = a.ce_weight;
     if (a.ce) ce = -u_1.log_p;
     if (a.soft_target_weight != 0) {
       distillation = a.soft_target_weight * times(v_1.p, -u_1.log_p);
       weight += a.soft_target_weight * v_1.p;
+    }
+    if constexpr (kMore) {
+      ce = times(share, ce);
+      distillation = times(share, distillation);
+      weight *= share;
     }
     at_target = -weight * u_1.rest;
     A_1 = -at_target / mass(u_1);
@@ -188,9 +255,8 @@ ZIPFLS_DEVICE DistillFactors<A> finish_distillation(const DistillFwd& a, const S
       nckd -= v.log_sum;
     }
     if (alpha != 0) tckd = -times(v.p, log_p) - times(v.rest, log_rest);
-    const double w = a.sample_weight == nullptr
-                         ? 1
-                         : static_cast<double>(static_cast<const A*>(a.sample_weight)[sample.i]);
+    double w = weight_of(a.sample_weight);
+    if constexpr (kMore) w *= of_rest;
     distillation += T * T * times(w, alpha * tckd + times(beta, nckd));
     // Of p_y - q_y the difference of what is small.
     const double ahead = u.p > u.rest ? v.rest - u.rest : u.p - v.p;
@@ -199,6 +265,18 @@ ZIPFLS_DEVICE DistillFactors<A> finish_distillation(const DistillFwd& a, const S
     D = w * T * beta / mass(v);
   }
   const auto scaled = [&](double x) { return static_cast<A>(x * step); };
+  if constexpr (kMore) {
+    double added = 0;
+    if (a.max_weight != 0) {
+      const bool ahead =
+          u_1.sum != 0 && (more.x_y < 0 || (more.x_y == 0 && more.largest < sample.y));
+      const double w = a.max_weight * weight_of(a.sample_weight), none = u_1.p - u_1.p;
+      distillation += times(w, (ahead ? -more.x_y : 0) + none);  // none: 0, or NaN
+      added = ahead ? w : 0;
+      at_target -= added;
+    }
+    *at_top = scaled(added);
+  }
   return {static_cast<A>(ce), static_cast<A>(distillation),
           scaled(at_target),  scaled(A_1),
           scaled(B),          scaled(D)};
@@ -207,23 +285,26 @@ ZIPFLS_DEVICE DistillFactors<A> finish_distillation(const DistillFwd& a, const S
 // The kernel --------------------------------------------------------------------------------------
 
 /// Shared memory of a block beside BlockArea.
-template <class T>
+template <class T, bool kMore>
 struct DistillArea {
   using A = Arithmetic<T>;
   A* partial;                  // (kSums, 32) A: of each warp
   LogOdds* odds;               // (4,)
   DistillFactors<A>* factors;  // (1,)
+  A* at_top;                   // (1,); kMore
 
   ZIPFLS_HOST_DEVICE static DistillArea allocate(SmemAllocator& smem) {
     DistillArea area;
     area.partial = smem.allocate<A>(DistillSums<T>::kSums * kWarp);
     area.odds = smem.allocate<LogOdds>(4);
     area.factors = smem.allocate<DistillFactors<A>>(1);
+    area.at_top = kMore ? smem.allocate<A>(1) : nullptr;
     return area;
   }
 };
 
-/// Loss and gradient of distillation; S: the teacher's type, T or A.
+/// Loss and gradient of distillation; S: the teacher's type, T or A; kMore: with the options of
+/// DistillFwd::more, which cost registers.
 ///
 /// - Bytes: a row of logits (C itemsize) and of the teacher's from device memory; of rows that a
 ///   block does not hold, twice, and without a target three times. The gradient written once.
@@ -235,7 +316,7 @@ struct DistillArea {
 /// - Hazards: factors are published, and z_y and t_y read, before the gradient, which may overwrite
 ///   the logits (and so a teacher that is the same memory); the next row's reductions separate its
 ///   factors from this row's.
-template <class T, class S>
+template <class T, class S, bool kMore>
 ZIPFLS_KERNEL(kDistillBlock<T>)
 loss_distill_kernel(DistillFwd a) {
   using A = Arithmetic<T>;
@@ -244,8 +325,8 @@ loss_distill_kernel(DistillFwd a) {
   ZIPFLS_DYNAMIC_SHARED(shared, 16);
   SmemAllocator smem{shared};
   const auto block = BlockArea<A>::allocate(smem);
-  const auto area = DistillArea<T>::allocate(smem);
-  const auto terms = DistillTerms<A>::of(a);
+  const auto area = DistillArea<T, kMore>::allocate(smem);
+  const auto terms = DistillTerms<A, kMore>::of(a);
   if (a.target != nullptr) {
     mean_scales<A>(a, block);
   } else {
@@ -274,7 +355,9 @@ loss_distill_kernel(DistillFwd a) {
     if (!sample.live) x.row.count = 0;  // no logit is read
     if (x.parts() == 1) x.load(0);
     if (a.target == nullptr) sample.y = largest_class<A>(x, block.partial);
-    const Sums sums = distill_sums<T>(x, sample.y, terms, area.partial);
+    int32_t largest = 0;
+    const Sums sums = distill_sums<T, kMore>(x, sample.y, terms, area.partial, largest);
+    if (terms.suppresses(a)) largest = block_min(largest, block.partial);
     const A shift = shift_of(sums.top[0]), shift_t = shift_of(sums.top[1]);
     const A e_T = sums.sum[Sums::kStudentT], f_T = sums.sum[Sums::kTeacherT],
             e_1 = sums.sum[Sums::kStudent1], f_1 = sums.sum[Sums::kTeacher1];
@@ -290,15 +373,24 @@ loss_distill_kernel(DistillFwd a) {
         A sum = student ? e_T : f_T;
         if (k == 2 && terms.at_1) sum = e_1;
         if (k == 3 && terms.soft) sum = f_1;
-        area.odds[k] = log_odds(at_T ? z / a.temperature : z, static_cast<double>(sum));
+        area.odds[k] = !student && terms.probabilities()
+                           ? odds_of_probability(z, static_cast<double>(f_T))
+                           : log_odds(at_T ? z / a.temperature : z, static_cast<double>(sum));
       }
       __syncwarp(kAllLanes);
       if (k == 0) {
         Finished<A> f{};
         if (sample.live) {
           const double d = static_cast<double>(sums.sum[Sums::kCross]);
-          const auto factors = finish_distillation<A>(a, sample, area.odds, d,
-                                                      static_cast<double>(block.scales->zipf_step));
+          DistillMore more = {};
+          if constexpr (kMore) {
+            more.x_y = static_cast<double>(to_float(x.row.logits[sample.y])) - shift;
+            more.total = static_cast<double>(to_float(x.beside[sample.y])) + f_T;
+            more.largest = largest;
+          }
+          const auto factors = finish_distillation<A, kMore>(
+              a, sample, area.odds, d, static_cast<double>(block.scales->zipf_step), more,
+              area.at_top);
           f.ce = factors.ce;
           f.zipf = factors.distillation;
           *area.factors = factors;
@@ -320,6 +412,7 @@ loss_distill_kernel(DistillFwd a) {
       continue;
     }
     const DistillFactors<A> f = *area.factors;
+    const A at_top = kMore ? *area.at_top : A(0);
     x.for_vectors([&](uint32_t j, const A* z, const A* t) {
       A g[V];
 #pragma unroll
@@ -327,10 +420,12 @@ loss_distill_kernel(DistillFwd a) {
         A p = 0, q = 0;
         if (terms.at_T) {
           p = exp_element<T>((z[v] - shift) * terms.per_T);
-          q = exp_element<T>((t[v] - shift_t) * terms.per_T);
+          q = terms.template mass<T>(t[v], shift_t);
         }
         const A e = terms.at_1 ? exp_element<T>(z[v] - shift) : p;
         g[v] = f.A_1 * e + (f.B * p - f.D * q);  // the difference first: of two classes it is 0
+        if constexpr (kMore)
+          if (x.row.column(j) + v == largest) g[v] += at_top;
         if (x.row.column(j) + v == sample.y) g[v] = f.at_target;
       }
       x.row.store(j, g);

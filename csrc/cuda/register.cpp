@@ -304,17 +304,19 @@ Parts distill_parts(const Tensor& given_logits, const Tensor& given_teacher,
                     const OptionalTensor& given_target, const OptionalTensor& given_weight,
                     const OptionalTensor& given_index, double ce_weight, double kd_weight,
                     double tckd_weight, double nckd_weight, double soft_target_weight,
-                    double temperature, std::string_view form, int64_t ignore_index,
-                    std::string_view reduction, Gradient gradient) {
+                    double max_weight, double temperature, std::string_view form,
+                    int64_t ignore_index, std::string_view reduction, Gradient gradient) {
   check_distill(given_logits, given_teacher, given_target, given_weight, given_index, temperature,
                 form, reduction);
   const c10::cuda::CUDAGuard guard(given_logits.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const Dtype dtype = dtype_of(given_logits.scalar_type());
   const Tensor logits = with_aligned_rows(given_logits);
+  const auto type = accumulation_type(given_logits.scalar_type());
   const bool wide = given_teacher.scalar_type() != given_logits.scalar_type();
+  const bool of_type = !wide || given_teacher.scalar_type() == type;
   const bool by_index =
-      given_index.has_value() && !wide && whole_vectors(given_teacher) && whole_vectors(logits);
+      given_index.has_value() && of_type && whole_vectors(given_teacher) && whole_vectors(logits);
   Tensor teacher = given_teacher;
   OptionalTensor index;
   if (given_index.has_value()) index = given_index->contiguous();
@@ -330,9 +332,10 @@ Parts distill_parts(const Tensor& given_logits, const Tensor& given_teacher,
                                    ignore_index == -1 ? -2 : -1);
     index = std::nullopt;
   }
-  if (wide) teacher = teacher.to(accumulation_type(logits.scalar_type()));
+  if (wide) teacher = teacher.to(type);
   if (!by_index) teacher = with_aligned_rows(teacher);
-  if (given_weight.has_value()) weight = given_weight->contiguous();
+  const bool columns = given_weight.has_value() && given_weight->dim() == 2;
+  if (given_weight.has_value()) weight = columns ? *given_weight : given_weight->contiguous();
   DistillFwd a = {};
   const Parts results = allocate_results(a, logits, reduction, gradient);
   a.target = target.has_value() ? target->const_data_ptr<int64_t>() : nullptr;
@@ -346,13 +349,17 @@ Parts distill_parts(const Tensor& given_logits, const Tensor& given_teacher,
   a.wide = wide;
   a.teacher_index = index.has_value() ? index->const_data_ptr<int64_t>() : nullptr;
   a.table_rows = given_teacher.size(0);
-  a.sample_weight = data_or_null(weight);
+  a.sample_weight = data_or_null(columns ? weight->select(1, 1) : weight);
+  a.share = columns ? weight->const_data_ptr() : nullptr;
+  a.weight_stride = columns ? weight->stride(0) : 1;
   a.kd_weight = kd_weight;
   a.tckd_weight = tckd_weight;
   a.nckd_weight = nckd_weight;
   a.soft_target_weight = soft_target_weight;
+  a.max_weight = max_weight;
   a.temperature = temperature;
   a.divergence = form == "divergence";
+  a.probabilities = form == "probabilities";
 
   Tensor partials;
   if (a.reduction == kMean && a.target != nullptr)
@@ -366,10 +373,11 @@ Parts distill_parts(const Tensor& given_logits, const Tensor& given_teacher,
 Parts distill_fwd(const Tensor& logits, const Tensor& teacher, const OptionalTensor& target,
                   const OptionalTensor& sample_weight, const OptionalTensor& teacher_index,
                   double ce_weight, double kd_weight, double tckd_weight, double nckd_weight,
-                  double soft_target_weight, double temperature, std::string_view form,
-                  int64_t ignore_index, std::string_view reduction, bool with_grad) {
+                  double soft_target_weight, double max_weight, double temperature,
+                  std::string_view form, int64_t ignore_index, std::string_view reduction,
+                  bool with_grad) {
   return distill_parts(logits, teacher, target, sample_weight, teacher_index, ce_weight, kd_weight,
-                       tckd_weight, nckd_weight, soft_target_weight, temperature, form,
+                       tckd_weight, nckd_weight, soft_target_weight, max_weight, temperature, form,
                        ignore_index, reduction, with_grad ? Gradient::kNew : Gradient::kNone);
 }
 
@@ -377,8 +385,8 @@ Parts distill_fwd(const Tensor& logits, const Tensor& teacher, const OptionalTen
 Losses distill_grad_(Tensor& logits, const Tensor& teacher, const OptionalTensor& target,
                      const OptionalTensor& sample_weight, const OptionalTensor& teacher_index,
                      double ce_weight, double kd_weight, double tckd_weight, double nckd_weight,
-                     double soft_target_weight, double temperature, std::string_view form,
-                     int64_t ignore_index, std::string_view reduction) {
+                     double soft_target_weight, double max_weight, double temperature,
+                     std::string_view form, int64_t ignore_index, std::string_view reduction) {
   // In the memory of the logits, but not the logits themselves: its rows may be other samples'.
   const bool same = teacher.const_data_ptr() == logits.const_data_ptr() &&
                     teacher.strides() == logits.strides() &&
@@ -386,8 +394,8 @@ Losses distill_grad_(Tensor& logits, const Tensor& teacher, const OptionalTensor
   const Tensor apart = teacher.is_alias_of(logits) && !same ? teacher.clone() : teacher;
   return over_logits(logits, [&](Gradient gradient) {
     return distill_parts(logits, apart, target, sample_weight, teacher_index, ce_weight, kd_weight,
-                         tckd_weight, nckd_weight, soft_target_weight, temperature, form,
-                         ignore_index, reduction, gradient);
+                         tckd_weight, nckd_weight, soft_target_weight, max_weight, temperature,
+                         form, ignore_index, reduction, gradient);
   });
 }
 

@@ -42,7 +42,8 @@ struct Numbers {
 /// What follows for a distillation.
 struct DistillHeader {
   int64_t wide, has_target, has_sample_weight, divergence, has_index, table_rows;
-  double kd_weight, tckd_weight, nckd_weight, soft_target_weight, temperature;
+  int64_t columns, probabilities;  // columns: 1 or 2, of sample_weight
+  double kd_weight, tckd_weight, nckd_weight, soft_target_weight, max_weight, temperature;
 };
 
 FILE* in;
@@ -181,15 +182,22 @@ DistillFwd read_distill(const Header& h, const Numbers& x) {
   a.teacher = read_array(taught * (a.wide ? sizeof(A) : sizeof(T)), "teacher",
                          a.wide ? phase_of_wide<T>(h) : h.phase);
   if (d.has_target != 0) a.target = reinterpret_cast<int64_t*>(read_array(h.N * 8, "target"));
-  if (d.has_sample_weight != 0) a.sample_weight = read_array(h.N * sizeof(A), "sample_weight");
+  a.weight_stride = d.columns;
+  if (d.has_sample_weight != 0) {
+    const auto* const rows = read_array(h.N * d.columns * sizeof(A), "sample_weight");
+    a.sample_weight = rows + (d.columns - 1) * sizeof(A);
+    a.share = d.columns == 2 ? rows : nullptr;
+  }
   if (d.has_index != 0)
     a.teacher_index = reinterpret_cast<int64_t*>(read_array(h.N * 8, "teacher_index"));
   a.kd_weight = d.kd_weight;
   a.tckd_weight = d.tckd_weight;
   a.nckd_weight = d.nckd_weight;
   a.soft_target_weight = d.soft_target_weight;
+  a.max_weight = d.max_weight;
   a.temperature = d.temperature;
   a.divergence = d.divergence != 0;
+  a.probabilities = d.probabilities != 0;
   return a;
 }
 

@@ -32,17 +32,18 @@ class DistillationModule(nn.Module):
         tckd_weight: float = 0.0,
         nckd_weight: float = 0.0,
         soft_target_weight: float = 0.0,
+        max_weight: float = 0.0,
         temperature: float = 1.0,
         form: str = "divergence",
         sample_weight: Tensor | None = None,
         teacher_index: Tensor | None = None,
         reduction: str | None = None,
     ) -> Tensor:
-        """``distillation_loss`` with the settings of the module; ``reduction`` None is the module's."""
-        return functional.distillation_loss(
+        """``functional.distill`` with the settings of the module; ``reduction`` None is the module's."""
+        return functional.distill(
             logits, teacher, target, ce_weight=ce_weight, kd_weight=kd_weight, tckd_weight=tckd_weight,
-            nckd_weight=nckd_weight, soft_target_weight=soft_target_weight, temperature=temperature,
-            form=form, sample_weight=sample_weight, teacher_index=teacher_index,
+            nckd_weight=nckd_weight, soft_target_weight=soft_target_weight, max_weight=max_weight,
+            temperature=temperature, form=form, sample_weight=sample_weight, teacher_index=teacher_index,
             ignore_index=self.ignore_index, reduction=reduction or self.reduction, backend=self.backend,
         )  # fmt: skip
 

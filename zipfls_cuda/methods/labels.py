@@ -114,7 +114,7 @@ class LsrKDLoss(DistillationModule):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (N, C) and target (N,)."""
         if self.target_share is None:
-            teacher = logits.new_zeros(1).expand(logits.shape)  # a row that costs no memory
+            teacher = logits.new_zeros(logits.shape[-1:]).expand(logits.shape)  # in the memory of one row
         else:
             target = checks.target_of_methods(logits, target, self.ignore_index)[0]
             r, C = self.target_share, logits.shape[1]
@@ -131,9 +131,9 @@ class LsrKDLoss(DistillationModule):
 class MaxSupLoss(ScheduledModule):
     """Max suppression: CE + l (max_c z_c - mean_c z_c), l growing linearly from ``start`` by the epoch.
 
-    That is a cross-entropy with the label onehot + l / C - l onehot(argmax): label smoothing where the target
-    has the largest logit, the lowest class of equal ones. l = start + (end - start) epoch / epochs; in eval
-    mode it is ``end``. Cost a step: a row of label a sample, written and read, and a search for the argmax.
+    That is label smoothing by l, (1 - l) CE + l (-mean_c log p_c), plus l (max_c z_c - z_y): the smoothing
+    alone where the target has the largest logit, the lowest class of equal ones. l = start + (end - start)
+    epoch / epochs; in eval mode it is ``end``. Cost a step: none.
 
     Args:
         start, end: finite; where they are equal ``set_epoch`` is not needed.
@@ -168,25 +168,22 @@ class MaxSupLoss(ScheduledModule):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (N, C) and target (N,)."""
-        target, counted = checks.target_of_methods(logits, target, self.ignore_index)
-        N, C = logits.shape
         dtype = accumulation_dtype(logits.dtype)
-        share = torch.full((), self.end, dtype=dtype, device=logits.device)
+        rest, share, weights = 1 - self.end, self.end, None
         if self.training and self.start != self.end:
             epoch = self.epoch_on(logits.device, "epochs", ", or give start and end the same value")
             share = (self.start + (self.end - self.start) * epoch / self.epochs).to(dtype)
-        y = target.clamp(0, C - 1)
-        number = counted.sum()
-        weight = counted.to(dtype).masked_fill(counted & (target != y), torch.nan)
-        if self.reduction == "mean":  # the operator's divides by N
-            weight = weight * (N / number.clamp(min=1))
-        label = (weight * share / C)[:, None].repeat(1, C)
-        label.scatter_add_(1, y[:, None], weight[:, None])
-        label.scatter_add_(1, logits.detach().argmax(1, keepdim=True), -(weight * share)[:, None])
-        loss = functional.cross_entropy(logits, label, reduction=self.reduction, backend=self.backend)
-        if self.reduction == "mean":
-            loss = loss + number * 0 / number  # NaN where no sample counts
-        return loss
+            weights = torch.stack([1 - share, share]).expand(*logits.shape[:1], 2)
+            rest = share = 1.0
+        return self.loss(
+            logits, _even_rows(logits, dtype), target, ce_weight=rest, kd_weight=share, max_weight=share,
+            form="probabilities", sample_weight=weights,
+        )  # fmt: skip
+
+
+def _even_rows(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Probabilities 1 / C in the shape of the logits, in the memory of one row."""
+    return logits.new_full(logits.shape[-1:], 1 / max(logits.shape[-1], 1), dtype=dtype).expand(logits.shape)
 
 
 class BAKELoss(DistillationModule):

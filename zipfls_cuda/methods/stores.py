@@ -21,8 +21,8 @@ class PSKDLoss(ScheduledModule):
     a = alpha (epoch + 1) / epochs, at most alpha: call ``set_epoch`` at the start of every epoch. The softmax
     of the logits replaces P_i. In the first epoch, and at a sample's first visit, the label is the one-hot.
     In eval mode, and where no gradient is recorded, the loss is the cross-entropy and nothing is stored. On
-    ImageNet alpha is 0.3. Cost a step: rows of the store read and written, a softmax, and a row of label a
-    sample; the store takes M C numbers (5.1 GB in float32 for ImageNet, half in bfloat16).
+    ImageNet alpha is 0.3. Cost a step: rows of the store, read where they are and written, and a softmax; the
+    store takes M C numbers (5.1 GB in float32 for ImageNet, half in bfloat16).
 
     The store may be on the CPU beside logits on a GPU: with ``index`` on the CPU too it is read without
     synchronising, and written at the next call (or set_epoch, state_dict, a copy). Under DDP every rank keeps
@@ -91,31 +91,32 @@ class PSKDLoss(ScheduledModule):
         self._write_late_rows()
         checks.table("past", self.past, logits, self.num_classes, or_cpu=True)
         checks.rows_of_table(index, self.past, logits)
-        target, _ = checks.target_of_methods(logits, target, self.ignore_index)
         epoch = self.epoch_on(logits.device, "epochs")
         a = self.alpha * ((epoch + 1) / self.epochs).clamp(max=1)
         dtype = accumulation_dtype(logits.dtype)
-        with torch.no_grad():
-            label = self._rows(index, logits).to(dtype)  # (N, C)
-            sums = label.sum(1)
-            a = torch.where((epoch == 0) | (sums == 0), 0, a).to(dtype)
-            y = target.clamp(0, self.num_classes - 1)[:, None]
-            label = label.mul_(a[:, None]).scatter_add_(1, y, (1 - a)[:, None]).log_()
+        a = torch.where(epoch == 0, 0, a).to(dtype)
+        weights = torch.stack([1 - a, a]).expand(len(logits), 2)  # a row of 0 leaves a to the one-hot
+        past, rows = self.past, index.to(self.past.device)
+        if past.device != logits.device:
+            past, rows = self._gathered(rows, logits.device), None
+        elif past.device.type == "cpu":  # elsewhere the operator makes NaN of an index outside
+            rows, inside = self._checked(rows)
+            weights = weights if inside is None else weights.where(inside, torch.nan)
         loss = self.loss(
-            logits, label, target, kd_weight=1.0, form="cross_entropy", sample_weight=1 - a + a * sums
-        )
+            logits, past, target, ce_weight=1.0, kd_weight=1.0, form="probabilities", sample_weight=weights,
+            teacher_index=rows,
+        )  # fmt: skip
+        # Not by the kernel that reads the rows: of a sample that is twice in the batch it would race.
         self._store(index, logits.detach().to(dtype).softmax(1))
         return loss
 
-    def _rows(self, index: Tensor, logits: Tensor) -> Tensor:
-        """(N, C) rows of the store on the logits' device, NaN where the index is outside."""
-        index, inside = self._checked(index.to(self.past.device))
+    def _gathered(self, index: Tensor, device: torch.device) -> Tensor:
+        """(N, C) rows of a store on the CPU on another device, NaN where the index is outside."""
+        index, inside = self._checked(index)
         rows = self.past.index_select(0, index)
         if inside is not None:
             rows = rows.masked_fill(~inside, torch.nan)
-        if rows.device != logits.device:
-            rows = rows.pin_memory().to(logits.device, non_blocking=True)
-        return rows
+        return rows.pin_memory().to(device, non_blocking=True)
 
     def _checked(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """An index of the store, and where it was inside (N, 1); None if checks.rows_of_table has looked."""
@@ -178,8 +179,8 @@ class OLSLoss(DistillationModule):
     weights 1 and 1; that for CIFAR-100 has S = 0 in the first epoch, and the others 1 / C, as here. Samples
     are counted in training mode where a gradient is recorded; otherwise S serves unchanged. Under DDP
     ``end_epoch`` adds what all ranks have counted: call it on each, and keep the criterion out of the wrapped
-    model, whose buffers DDP overwrites. Cost a step: a row of S a sample, read where it is, and a softmax; S,
-    its logarithm and the next S take 3 C^2 numbers (12 MB at C = 1000, 1.2 GB at C = 10000).
+    model, whose buffers DDP overwrites. Cost a step: a row of S a sample, read where it is, and a softmax; S
+    and the next S take 2 C^2 numbers (8 MB at C = 1000, 0.8 GB at C = 10000).
 
     Args:
         num_classes: C >= 2.
@@ -204,8 +205,6 @@ class OLSLoss(DistillationModule):
     label_matrix: Tensor  # (C, C) S
     sums: Tensor  # (C, C) of this epoch's predictions, by class
     counts: Tensor  # (C,)
-    log_matrix: Tensor  # (C, C) log S, a teacher's table
-    row_sums: Tensor  # (C,) of S
 
     def __init__(
         self,
@@ -224,37 +223,19 @@ class OLSLoss(DistillationModule):
         self.register_buffer("label_matrix", torch.full((C, C), 1 / C))
         self.register_buffer("sums", torch.zeros(C, C))
         self.register_buffer("counts", torch.zeros(C))
-        self.register_buffer("log_matrix", torch.empty(C, C), persistent=False)
-        self.register_buffer("row_sums", torch.empty(C), persistent=False)
-        self._take_logarithms()
-        self.register_load_state_dict_post_hook(_after_load_state_dict)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (N, C) and target (N,)."""
         checks.table("label_matrix", self.label_matrix, logits, self.num_classes)
         target, counted = checks.target_of_methods(logits, target, self.ignore_index)
         y = target.clamp(0, self.num_classes - 1)
-        if torch.compiler.is_compiling():  # a graph cannot ask whether S was written to
-            (teacher, row_sums), index = _logarithms(self.label_matrix[y]), None
-        else:
-            seen, version = self._seen
-            if seen is not self.label_matrix or version != self.label_matrix._version:
-                self._take_logarithms()
-            teacher, row_sums, index = self.log_matrix, self.row_sums[y], y
         loss = self.loss(
-            logits, teacher, target, ce_weight=self.hard_weight, kd_weight=self.soft_weight,
-            form="cross_entropy", sample_weight=row_sums, teacher_index=index,
+            logits, self.label_matrix, target, ce_weight=self.hard_weight, kd_weight=self.soft_weight,
+            form="probabilities", teacher_index=y,
         )  # fmt: skip
         if self.training and torch.is_grad_enabled():
             self._count(logits.detach(), y, counted & (target == y))
         return loss
-
-    @torch.no_grad()
-    def _take_logarithms(self) -> None:
-        log_matrix, row_sums = _logarithms(self.label_matrix)
-        self.log_matrix.copy_(log_matrix)  # where a captured graph reads it
-        self.row_sums.copy_(row_sums)
-        self._seen = self.label_matrix, self.label_matrix._version
 
     @torch.no_grad()
     def _count(self, logits: Tensor, y: Tensor, counted: Tensor) -> None:
@@ -273,14 +254,3 @@ class OLSLoss(DistillationModule):
         self.label_matrix.copy_(torch.where(counts > 0, self.sums / counts, 1 / self.num_classes))
         self.sums.zero_()
         self.counts.zero_()
-        self._take_logarithms()
-
-
-def _logarithms(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """log of rows (R, C) of probabilities, and their sums (R,); a row of zeros has no part in a loss."""
-    sums = rows.sum(1)
-    return rows.masked_fill((sums == 0)[:, None], 1).log(), sums
-
-
-def _after_load_state_dict(module: OLSLoss, _: object) -> None:
-    module._take_logarithms()

@@ -81,12 +81,16 @@ def _plan(
 def _distill(
     gradient: int, logits: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
     teacher_index: Tensor | None, ce_weight: float, kd_weight: float, tckd_weight: float, nckd_weight: float,
-    soft_target_weight: float, temperature: float, form: str, ignore_index: int, reduction: str,
+    soft_target_weight: float, max_weight: float, temperature: float, form: str, ignore_index: int,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     logits = with_unit_stride(logits)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     kd = kd_weight != 0 or tckd_weight != 0 or nckd_weight != 0
+    probabilities = form == "probabilities"
+    shares = sample_weight is not None and sample_weight.dim() == 2
     needed = target is None or kd or soft_target_weight != 0  # else no term asks for the teacher
+    needed = needed or (probabilities and shares)  # where a row of 0 leaves its weight to the target
     table_rows, by_index = teacher.shape[0], needed and teacher_index is not None
     if by_index and not (_whole_vectors(logits, logits) and _whole_vectors(teacher, logits)):
         teacher, by_index = teacher[teacher_index.clamp(0, table_rows - 1)], False
@@ -94,10 +98,13 @@ def _distill(
         teacher = logits
     elif not by_index:
         teacher = second_rows(teacher, logits)
-    weighted = sample_weight is not None and kd
+    if shares:
+        sample_weight = with_unit_stride(sample_weight)
+    weighted = sample_weight is not None and (kd or max_weight != 0 or shares)
     options = (
-        teacher_index is not None, by_index, target is not None, weighted, ce_weight != 0,
-        soft_target_weight != 0, kd, temperature == 1 or not kd, form == "divergence",
+        teacher_index is not None, by_index, target is not None, weighted, shares, ce_weight != 0,
+        soft_target_weight != 0, max_weight != 0, kd, temperature == 1 or not kd, form == "divergence",
+        probabilities,
     )  # fmt: skip
     classes = logits if target is None else target
     weight = sample_weight if weighted else logits
@@ -129,7 +136,8 @@ def _distill(
             classes, classes.stride(0), weight, weight.stride(0), totals, partials,
             loss, ce, distillation, grad, grad_scale, sums, counter,
             N, C, rows.steps, ignore_index,
-            ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight, temperature, *plan.constants,
+            ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight, max_weight, temperature,
+            *plan.constants,
         )  # fmt: skip
     return results
 

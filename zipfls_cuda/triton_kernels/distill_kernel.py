@@ -35,14 +35,14 @@ from .loss_reduce import combine_losses, gradient_scales, mean_scales
 def distill_fwd_kernel(
     logits,  # (N, C) z, float16, bfloat16, float32 or float64, rows `stride` apart
     stride,
-    teacher,  # (N, C) t, any of these types, rows `teacher_stride` apart; TEACHER. BY_INDEX: (R, C)
+    teacher,  # (N, C) t, or PROBABILITIES, any of these types, rows `teacher_stride` apart. BY_INDEX: (R, C)
     teacher_stride,
     teacher_index,  # (N,) int64, any stride; HAS_INDEX
     index_stride,
     table_rows,  # HAS_INDEX: where an index is outside [0, table_rows) the sample becomes NaN
     target,  # (N,) int64, any stride; HAS_TARGET
     target_stride,
-    sample_weight,  # (N,) type of loss, any stride; HAS_WEIGHT
+    sample_weight,  # (N,) type of loss, any stride; HAS_WEIGHT. SHARES: (N, 2), rows contiguous
     weight_stride,
     totals,  # (3, partials) type of loss; PARTIAL_TOTALS
     partials,
@@ -62,16 +62,20 @@ def distill_fwd_kernel(
     tckd_weight: tl.float64,
     nckd_weight: tl.float64,
     soft_target_weight: tl.float64,
+    max_weight: tl.float64,
     T: tl.float64,
     HAS_INDEX: tl.constexpr,
     BY_INDEX: tl.constexpr,  # the teacher's row of a sample is that of its index; not EDGES
     HAS_TARGET: tl.constexpr,  # else the teacher's largest class, the lowest of equal ones
     HAS_WEIGHT: tl.constexpr,
+    SHARES: tl.constexpr,  # a weight of the cross-entropy and one of the rest
     HAS_CE: tl.constexpr,
     CE_BY_TEACHER: tl.constexpr,
+    MAX: tl.constexpr,  # the largest logit's term
     KD: tl.constexpr,
     AT_ONE: tl.constexpr,
     ENTROPY: tl.constexpr,
+    PROBABILITIES: tl.constexpr,  # the teacher's rows are these, not logits
     REDUCTION: tl.constexpr,
     TOTALS: tl.constexpr,
     SCALED: tl.constexpr,
@@ -93,8 +97,9 @@ def distill_fwd_kernel(
     """
     D: tl.constexpr = loss.dtype.element_ty
     o: tl.constexpr = Options(
-        HELD=HELD, SOFT=KD or CE_BY_TEACHER or not HAS_TARGET, CE=HAS_CE or CE_BY_TEACHER,
-        CE_BY_TEACHER=CE_BY_TEACHER, KD=KD, AT_ONE=AT_ONE, ENTROPY=ENTROPY,
+        HELD=HELD, SOFT=KD or CE_BY_TEACHER or not HAS_TARGET or (PROBABILITIES and SHARES),
+        CE=HAS_CE or CE_BY_TEACHER or MAX, CE_BY_TEACHER=CE_BY_TEACHER, KD=KD, AT_ONE=AT_ONE,
+        ENTROPY=ENTROPY, PROBABILITIES=PROBABILITIES, SHARES=SHARES, MAX=MAX,
     )  # fmt: skip
     G: tl.constexpr = R if HELD else B // V
     W: tl.constexpr = B if HELD else V
@@ -112,6 +117,7 @@ def distill_fwd_kernel(
     tckd_weight = tl.full([1], tckd_weight, D)
     nckd_weight = tl.full([1], nckd_weight, D)
     soft_target_weight = tl.full([1], soft_target_weight, D)
+    max_weight = tl.full([1], max_weight, D)
     scale = one
     gradient_scale = one
     if REDUCTION == MEAN:
@@ -150,13 +156,14 @@ def distill_fwd_kernel(
             best = tl.full([G], -float("inf"), D)
             lowest = tl.full([G], NO_COLUMN, tl.int32)
             if HELD:
-                best, lowest = argmax_combine(best, lowest, whole, False, o)
+                best, lowest = argmax_combine(best, lowest, whole.t, whole, False, o)
             else:
                 for first in range(0, C // V * V, B):
                     seen = load_tile(
                         logits, teacher, start, teacher_start, first + offset, head, body, row_ok, D, o
                     )
-                    best, lowest = argmax_combine(best, lowest, teacher_in(seen, D, o), True, o)
+                    seen = teacher_in(seen, D, o)
+                    best, lowest = argmax_combine(best, lowest, seen.t, seen, True, o)
             row_best, y = best, lowest
             if not HELD:
                 row_best = tl.max(best, 0, keep_dims=True)
@@ -165,7 +172,8 @@ def distill_fwd_kernel(
                 ends = load_edges(
                     logits, teacher, row, stride, teacher_stride, head, body, row_ok, C, V, D, o
                 )
-                row_best, y = argmax_combine(row_best, y, teacher_in(ends, D, o), False, o)
+                ends = teacher_in(ends, D, o)
+                row_best, y = argmax_combine(row_best, y, ends.t, ends, False, o)
             y = tl.where(y < C, y, 0).to(tl.int64)
         if HAS_INDEX:
             invalid = invalid | (missing & ~ignored)
@@ -183,6 +191,8 @@ def distill_fwd_kernel(
             base = tile_base(tile, no_base(R, D), o)
         else:
             vectors = no_sums(G, D)
+            top = tl.full([G], -float("inf"), D)
+            top_column = tl.full([G], NO_COLUMN, tl.int32)
             for first in range(0, C // V * V, B):
                 part = load_tile(
                     logits, teacher, start, teacher_start, first + offset, head, body, row_ok, D, o
@@ -190,6 +200,8 @@ def distill_fwd_kernel(
                 part = but_target(teacher_in(part, D, o), y, o)
                 part_sums = tile_sums(part, tile_base(part, vectors.base, o), temperature, True, o)[0]
                 vectors = merge(vectors, part_sums, temperature, o)
+                if MAX:
+                    top, top_column = argmax_combine(top, top_column, part.x, part, True, o)
             base = join_lanes(vectors.base)
         if EDGES:
             edges = load_edges(logits, teacher, row, stride, teacher_stride, head, body, row_ok, C, V, D, o)
@@ -204,13 +216,31 @@ def distill_fwd_kernel(
         if EDGES:
             row_sums = add(row_sums, edge_sums)
 
+        # The largest logit but the target's, and its lowest column.
+        k = y
+        ahead = row < 0
+        if MAX:
+            if HELD:
+                none = tl.full([R], -float("inf"), D)
+                row_top, k = argmax_combine(none, tl.full([R], NO_COLUMN, tl.int32), tile.x, tile, False, o)
+            else:
+                row_top = tl.max(top, 0, keep_dims=True)
+                k = tl.min(tl.where(top == row_top, top_column, NO_COLUMN), 0, keep_dims=True)
+            if EDGES:
+                row_top, k = argmax_combine(row_top, k, edges.x, edges, False, o)
+            ahead = (zy < row_top) | ((zy == row_top) & (k < y))
+
         # The losses, and what the gradient is made of.
         w = tl.full([R], 1, D)
-        if HAS_WEIGHT:
+        share = w
+        if SHARES:
+            share = tl.load(sample_weight + row * weight_stride, mask=row_ok, other=0)
+            w = tl.load(sample_weight + row * weight_stride + 1, mask=row_ok, other=0)
+        elif HAS_WEIGHT:
             w = tl.load(sample_weight + row * weight_stride, mask=row_ok, other=0)
         ce_row, distillation_row, f = losses_of(
-            row_sums, zy, ty, w, ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight,
-            temperature, at_one, o,
+            row_sums, zy, ty, share, w, ahead, ce_weight, kd_weight, tckd_weight, nckd_weight,
+            soft_target_weight, max_weight, temperature, at_one, o,
         )  # fmt: skip
         if not HAS_CE:
             ce_row = tl.zeros([R], D)
@@ -229,8 +259,8 @@ def distill_fwd_kernel(
         if WITH_GRAD:
             tl.debug_barrier()
             f = Factors(
-                at_target=f.at_target * gradient_scale, A=f.A * gradient_scale, B=f.B * gradient_scale,
-                D=f.D * gradient_scale,
+                at_target=f.at_target * gradient_scale, at_top=f.at_top * gradient_scale,
+                A=f.A * gradient_scale, B=f.B * gradient_scale, D=f.D * gradient_scale,
             )  # fmt: skip
             unset = of_rows(ignored | invalid, o)
             value = of_rows(tl.where(ignored, tl.zeros([R], D), float("nan")), o)
@@ -242,10 +272,10 @@ def distill_fwd_kernel(
                 )
                 edge = but_target(teacher_in(edge, D, o), y, o)
                 edge_e = exponentials(edge, base, temperature, False, o)[0]
-                edge_g = tl.where(unset, value, tile_gradient(edge, edge_e, f, y, o))
+                edge_g = tl.where(unset, value, tile_gradient(edge, edge_e, f, y, k, o))
                 tl.store(grad + of_rows(row * C, o) + edge.column, from_float(edge_g, TYPE), mask=edge.inside)
             if HELD:
-                g = tl.where(unset, value, tile_gradient(tile, e, f, y, o))
+                g = tl.where(unset, value, tile_gradient(tile, e, f, y, k, o))
                 tl.store(grad + grad_start + offset, from_float(g, TYPE), mask=tile.inside)
             else:
                 blocks = (C // V * V + B - 1) // B
@@ -254,7 +284,7 @@ def distill_fwd_kernel(
                     again = load_tile(logits, teacher, start, teacher_start, j, head, body, row_ok, D, o)
                     again = but_target(teacher_in(again, D, o), y, o)
                     again_e = exponentials(again, base, temperature, False, o)[0]
-                    again_g = tl.where(unset, value, tile_gradient(again, again_e, f, y, o))
+                    again_g = tl.where(unset, value, tile_gradient(again, again_e, f, y, k, o))
                     tl.store(grad + grad_start + j, from_float(again_g, TYPE), mask=again.inside)
     if REDUCTION != NONE:
         combine_losses(

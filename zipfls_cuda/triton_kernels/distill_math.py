@@ -30,11 +30,14 @@ class Options(NamedTuple):
 
     HELD: bool  # a row is one tile
     SOFT: bool  # the teacher's row is read; loss_kernel's loads read a target of probabilities by this name
-    CE: bool  # there is a cross-entropy, be its weight the teacher's probability
+    CE: bool  # there is a cross-entropy, be its weight the teacher's probability; or MAX
     CE_BY_TEACHER: bool  # it has such a weight
     KD: bool  # there is a divergence of teacher and student
     AT_ONE: bool  # its temperature is 1, or there is none
     ENTROPY: bool  # it has the teacher's entropy in it: form "divergence"
+    PROBABILITIES: bool  # the teacher's row is q times a sum of its own, and its base 0
+    SHARES: bool  # a sample has a weight of the cross-entropy beside the other
+    MAX: bool  # there is the largest logit's term
 
 
 class Temperature(NamedTuple):
@@ -87,6 +90,7 @@ class Factors(NamedTuple):
     """What the gradient of R rows is made of, (R,) each: reference.DistillRows.gradient."""
 
     at_target: tl.tensor  # gradient at the target
+    at_top: tl.tensor  # and what is added at the largest logit; MAX
     A: tl.tensor  # of p_1; CE
     B: tl.tensor  # of p; KD
     D: tl.tensor  # of q; KD
@@ -97,27 +101,27 @@ class Factors(NamedTuple):
 
 @triton.jit
 def teacher_in(tile, DTYPE: tl.constexpr, o: tl.constexpr):
-    """A tile as loss_kernel loads it, the teacher's logits in the type of the arithmetic, -inf outside."""
+    """A tile as loss_kernel loads it, the teacher's row in the type of the arithmetic, no mass outside."""
     t = tile.x
     if o.SOFT:
-        t = tl.where(tile.inside, tile.t.to(DTYPE), -float("inf"))
+        t = tl.where(tile.inside, tile.t.to(DTYPE), 0.0 if o.PROBABILITIES else -float("inf"))
     return Tile(x=tile.x, t=t, column=tile.column, inside=tile.inside)
 
 
 @triton.jit
 def but_target(tile, y, o: tl.constexpr):
-    """A tile with -inf at the targets y (R,)."""
+    """A tile with -inf at the targets y (R,), and no mass of the teacher's."""
     at_y = tile.column == of_rows(y, o)
     x = tl.where(at_y, -float("inf"), tile.x)
-    t = tl.where(at_y, -float("inf"), tile.t)
+    t = tl.where(at_y, 0.0 if o.PROBABILITIES else -float("inf"), tile.t)
     return Tile(x=x, t=t, column=tile.column, inside=tile.inside)
 
 
 @triton.jit
-def argmax_combine(best, lowest, tile, VECTORS: tl.constexpr, o: tl.constexpr):
-    """The teacher's largest logit and its lowest column so far, with those of a tile; NaN is skipped."""
-    top = tl.max(tl.where(tile.t == tile.t, tile.t, -float("inf")), 1)
-    there = tile.inside & (tile.t == of_groups(top, VECTORS, o))
+def argmax_combine(best, lowest, x, tile, VECTORS: tl.constexpr, o: tl.constexpr):
+    """The largest of a row and its lowest column so far, with those of a tile's x or t; NaN is skipped."""
+    top = tl.max(tl.where(x == x, x, -float("inf")), 1)
+    there = tile.inside & (x == of_groups(top, VECTORS, o))
     first = tl.min(tl.where(there, tile.column, NO_COLUMN), 1)
     wins = (top > best) | ((top == best) & (first < lowest))
     return tl.where(wins, top, best), tl.where(wins, first, lowest)
@@ -144,7 +148,7 @@ def no_sums(G: tl.constexpr, DTYPE: tl.constexpr):
 def tile_base(tile, floor, o: tl.constexpr):
     """The base of a tile and of what came before it, ``floor``."""
     m_t = floor.m_t
-    if o.SOFT:
+    if o.SOFT and not o.PROBABILITIES:
         m_t = tl.maximum(m_t, tl.max(tile.t, 1))
     return Base(m=tl.maximum(floor.m, tl.max(tile.x, 1)), m_t=m_t)
 
@@ -162,6 +166,8 @@ def exponentials(tile, base, temperature, VECTORS: tl.constexpr, o: tl.constexpr
         p = tl.exp(x * temperature.inverse)
         p_1 = tl.exp(x)
         q = tl.exp(t * temperature.inverse)
+    if o.PROBABILITIES:
+        q = tile.t
     return Exponentials(p=p, p_1=p_1, q=q), x, t
 
 
@@ -176,7 +182,7 @@ def tile_sums(tile, base, temperature, VECTORS: tl.constexpr, o: tl.constexpr):
         e_1 = tl.sum(exps.p_1, 1)
     if o.SOFT:
         f = tl.sum(exps.q, 1)
-    if o.CE_BY_TEACHER and not o.AT_ONE:
+    if o.CE_BY_TEACHER and not o.AT_ONE and not o.PROBABILITIES:
         f_1 = tl.sum(tl.exp(t), 1)
     if o.KD:
         ratio = t - x if o.ENTROPY else -x
@@ -311,31 +317,63 @@ def target_divergence(u, v, e, f, o: tl.constexpr):
 
 
 @triton.jit
+def odds_of_probabilities(p, f):
+    """The odds of targets with probability p beside f of the others together, whose sum is any; 1 of none."""
+    total = p + f
+    empty = total == 0
+    zero = tl.zeros_like(p)
+    return Odds(
+        x=zero, x_rest=zero, u=zero, p=tl.where(empty, 1.0, p / total), r=tl.where(empty, 0.0, f / total),
+        minus_log_p=zero, minus_log_r=zero,
+    )  # fmt: skip
+
+
+@triton.jit
 def losses_of(
-    sums, zy, ty, w, ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight, temperature, one,
-    o: tl.constexpr,
+    sums, zy, ty, share, w, ahead, ce_weight, kd_weight, tckd_weight, nckd_weight, soft_target_weight,
+    max_weight, temperature, one, o: tl.constexpr,
 ):  # fmt: skip
     """CE and distillation of rows, and the factors of their gradient: reference.DistillRows.losses.
 
-    zy, ty, w (R,): logits of the target, sample weights; ``one``: the Temperature 1.
+    zy, ty, share, w, ahead (R,): logits of the target, sample weights, and whether another class than the
+    target is the largest; ``one``: the Temperature 1.
     """
     zero = tl.zeros_like(zy)
-    ce, distillation, at_target, A, B, D = zero, zero, zero, zero, zero, zero
+    ce, distillation, at_target, at_top, A, B, D = zero, zero, zero, zero, zero, zero, zero
     m, m_t, e, f = sums.base.m, sums.base.m_t, sums.e, sums.f
     u = odds_of(zy, m, e, temperature)
+    w_max = w
+    if o.PROBABILITIES and o.SOFT:
+        total = ty + f
+        if o.SHARES:
+            share = tl.where(total == 0, share + w, share)
+        w *= total
     if o.CE:
         e_1 = e if o.AT_ONE else sums.e_1
         student = u if o.AT_ONE else odds_of(zy, m, e_1, one)
         ce = student.minus_log_p
+        if o.SHARES:
+            ce = weighted(share, ce)
         a = ce_weight + zero
         if o.CE_BY_TEACHER:
-            q_y = odds_of(ty, m_t, f if o.AT_ONE else sums.f_1, one).p
+            if o.PROBABILITIES:
+                q_y = odds_of_probabilities(ty, f).p
+            else:
+                q_y = odds_of(ty, m_t, f if o.AT_ONE else sums.f_1, one).p
             distillation = soft_target_weight * weighted(q_y, ce)
             a += soft_target_weight * q_y
+        if o.SHARES:
+            a *= share
         at_target = -a * student.r
         A = a * student.r / one_for_none(e_1)
+        if o.MAX:
+            at_top = tl.where(ahead, max_weight * w_max, zero)
+            gap = tl.where(ahead, m - zy, zero)
+            gap = tl.where(student.u == student.u, gap, float("nan"))
+            distillation += weighted(max_weight * w_max, gap)
+            at_target -= at_top
     if o.KD:
-        v = odds_of(ty, m_t, f, temperature)
+        v = odds_of_probabilities(ty, f) if o.PROBABILITIES else odds_of(ty, m_t, f, temperature)
         alpha = kd_weight + tckd_weight
         beta = tl.where(f == 0, 0.0, nckd_weight + kd_weight * v.r)
         e, f = one_for_none(e), one_for_none(f)
@@ -347,14 +385,14 @@ def losses_of(
         D = w * beta / f
         B = w * (beta + alpha * (u.r - v.r)) / e
         at_target += w * alpha * tl.where(u.u > 0, v.r - u.r, u.p - v.p)
-    return ce, distillation, Factors(at_target=at_target, A=A, B=B, D=D)
+    return ce, distillation, Factors(at_target=at_target, at_top=at_top, A=A, B=B, D=D)
 
 
 # Gradients -------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def tile_gradient(tile, e, f, y, o: tl.constexpr):
+def tile_gradient(tile, e, f, y, k, o: tl.constexpr):
     """A exp(z - m) + (B exp((z - m) / T) - D exp((t - m_t) / T)) of a tile, and what there is at the target.
 
     The difference first, of two rounded products: of equal rows, and of two classes, it is 0.
@@ -364,4 +402,6 @@ def tile_gradient(tile, e, f, y, o: tl.constexpr):
         g = of_rows(f.B, o) * e.p - of_rows(f.D, o) * e.q
     if o.CE:
         g = tl.fma(e.p_1, of_rows(f.A, o), g)
+    if o.MAX:
+        g = tl.where(tile.column == of_rows(k, o), g + of_rows(f.at_top, o), g)
     return tl.where(tile.column == of_rows(y, o), of_rows(f.at_target, o), g)
