@@ -156,12 +156,12 @@ def distill_case(
             "ignore_index": -100, "reduction": "mean", "with_grad": True,
         }  # fmt: skip
         settings |= options
+        accumulated = FP64 if dtype == FP64 else FP32
         return triton_kernels.distill_fwd(
             torch.empty(N, C, dtype=dtype),
             torch.empty(N, C, dtype=teacher or dtype),
             torch.empty(N, dtype=torch.int64) if target else None,
-            torch.empty((N, 2) if shares else N, dtype=FP64 if dtype == FP64 else FP32)
-            if weight or shares else None,
+            torch.empty((N, 2) if shares else N, dtype=accumulated) if weight or shares else None,
             torch.empty(N, dtype=torch.int64) if table else None,
             *settings.values(),
         )

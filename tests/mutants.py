@@ -116,10 +116,11 @@ MUTANTS = [
     ),
     Mutant("Tf-KD reg with its entropy", MADE_LABELS, "return loss - constant\n", "return loss\n", MADE),
     Mutant("teacher correction without T", MADE_LABELS, "self.temperature * (math.log", "(math.log", MADE),
-    Mutant("MaxSup of samples that are ignored", MADE_LABELS, "number.clamp(min=1)", "N", MADE),
+    Mutant("MaxSup beside all of CE", MADE_LABELS, "1 - share, share", "0 * share + 1, share", MADE),
     Mutant("USKD's weight without the batch's mean", MADE_LABELS, "square + 1 - mean", "square + 1", MADE),
     Mutant("BAKE with the sample itself", MADE_LABELS, ".masked_fill(itself, 0)", "", MADE),
-    Mutant("PS-KD's first epoch from the store", STORES, "(epoch == 0) | (sums", "(sums", MADE),
+    Mutant("PS-KD's first epoch from the store", STORES, "torch.where(epoch == 0, 0, a)", "a", MADE),
+    Mutant("PS-KD weights swapped", STORES, "torch.stack([1 - a, a])", "torch.stack([a, 1 - a])", MADE),
     Mutant("PS-KD forgets to store", STORES, "self.past.index_copy_(0, index, rows)", "pass", MADE),
     Mutant("OLS learns from what is wrong", STORES, "counted & (logits.argmax(1) == y)", "counted", MADE),
     Mutant("BYOT's soft term with T squared", SEVERAL, " / self.temperature**2", "", OUTPUTS),
@@ -189,9 +190,19 @@ MUTANTS = [
     Mutant(
         "weight of a sample on the cross-entropy",
         REFERENCE,
-        "dz_y = -a * torch.sigmoid(-u_1)",
-        "dz_y = -a * (1 if sample_weight is None else sample_weight) * torch.sigmoid(-u_1)",
+        "if w.dim() == 2 else (one, w)",
+        "if w.dim() == 2 else (w, w)",
         DISTILL,
+    ),
+    *(
+        Mutant(f"methods: {name}", REFERENCE, old, new, DISTILL)
+        for name, old, new in (
+            ("both weights turned round", "(w[:, 0], w[:, 1]) if w", "(w[:, 1], w[:, 0]) if w"),
+            ("a row of 0 leaves nothing", "torch.where(empty, w_ce + w, w_ce)", "w_ce"),
+            ("labels without their sum", "w = w * total", "w = w * 1.0"),
+            ("the highest of equal logits", "(m == z_y) & (k < y)", "(m == z_y) & (k > y)"),
+            ("the largest logit's gradient at the target alone", "[-step, step]", "[-step, 0 * step]"),
+        )
     ),
     Mutant("gradient of the wrong sign", REFERENCE, "(p_nontarget - label)", "(label - p_nontarget)", LOSS),
     Mutant(
@@ -486,6 +497,20 @@ MUTANTS = [
                 "distillation.py::test_index_out_of_range",
             ),
             (
+                "a tie of the largest logit is the target's",
+                "distill_kernel",
+                "ahead = (zy < row_top) | ((zy == row_top) & (k < y))",
+                "ahead = zy < row_top",
+                "distillation.py::test_options_of_methods",
+            ),
+            (
+                "the largest logit of the last tile",
+                "distill_kernel",
+                "top, top_column = argmax_combine(top, top_column, part.x, part, True, o)",
+                "top, top_column = argmax_combine(top * 0, top_column, part.x, part, True, o)",
+                "distillation.py::test_options_of_methods",
+            ),
+            (
                 "a teacher that the gradient overwrites",
                 "distill",
                 "if _written_over(teacher, logits, others[2]):",
@@ -508,6 +533,18 @@ MUTANTS = [
                 "wins = (top > best) |",
                 "wins = (top == top) |",
                 "triton.py::test_distill_finds_the_teachers_largest_class",
+            ),
+            (
+                "a row of 0 leaves its weight nowhere",
+                "share = tl.where(total == 0, share + w, share)",
+                "share = share + 0.0",
+                "distillation.py::test_a_row_of_zeros",
+            ),
+            (
+                "mass outside a row of probabilities",
+                "tile.t.to(DTYPE), 0.0 if",
+                "tile.t.to(DTYPE), 1.0 if",
+                "distillation.py::test_options_of_methods",
             ),
             (
                 "TCKD as a difference of large logarithms",
@@ -586,6 +623,34 @@ MUTANTS = [
                 "cpu/distill_kernel.h",
                 "a.teacher_index == nullptr ? i : a.teacher_index[i]",
                 "i",
+                DISTILL,
+            ),
+            (
+                "a tie of the largest logit is the higher class's",
+                "cpu/distill_kernel.h",
+                "if (x_y == 0 && k > y) k = y;",
+                "",
+                DISTILL,
+            ),
+            (
+                "a row of 0 leaves its weight nowhere",
+                "cpu/distill_kernel.h",
+                "if (total == 0 && a.share != nullptr) share += w;",
+                "",
+                DISTILL,
+            ),
+            (
+                "the largest logit's step after rounding",
+                "cpu/distill_kernel.h",
+                "static_cast<A>(at + a.factor * step)",
+                "static_cast<A>(a.factor * step)",
+                DISTILL,
+            ),
+            (
+                "weights of samples side by side",
+                "cpu/loss.cpp",
+                "a.weight_stride = sample_weight->stride(0);",
+                "a.weight_stride = 1;",
                 DISTILL,
             ),
             (

@@ -650,8 +650,8 @@ def taught(N=5, C=12, dtype=torch.float32, *, wide=False, seed=0, scale=2.0) -> 
 
 TERMS = ("ce_weight", "kd_weight", "tckd_weight", "nckd_weight", "soft_target_weight")
 ALL = dict(zip(TERMS, (0.7, 0.3, 1.1, 2.0, 0.4)))
-DISTILLATION = dict.fromkeys((*TERMS, "max_weight"), 0.0) | {"temperature": 1.0, "form": "divergence", "ignore_index": -100}
-DISTILLATION |= {"reduction": "mean", "with_grad": True}
+DISTILLATION = dict.fromkeys((*TERMS, "max_weight"), 0.0) | {"temperature": 1.0, "form": "divergence"}
+DISTILLATION |= {"ignore_index": -100, "reduction": "mean", "with_grad": True}
 
 
 def split(options: dict) -> tuple[dict, dict]:

@@ -589,8 +589,8 @@ def test_options_of_methods(backend, device, options):
             more = {"sample_weight": weight, "teacher_index": index if k % 2 else None}
             loss, grad = run(z, t, y, upstream, function=functional.distill, backend=backend, **given, **more)
             expected, wanted = run(z, t, y, upstream, function=literal_of_methods, **given, **more)
-            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12, msg=lambda m: f"{C}, {k}: {m}")
-            torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12, msg=lambda m: f"{C}, {k}: {m}")
+            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12)
 
 
 @of_methods
@@ -666,8 +666,8 @@ def test_a_row_of_zeros(backend, device):
     t = torch.zeros_like(t)
     ce, p, onehot = F.cross_entropy(z, y, reduction="none"), z.softmax(1), F.one_hot(y, 9)
     given = {"form": "probabilities", "ce_weight": 1.0, "kd_weight": 1.0, "reduction": "none"}
-    for weight, scale in ((None, 1.0), ((0.3,), 1.0), ((0.0, 0.3), 0.3), ((0.7, 0.3), 1.0), ((0.7, 0.0), 0.7)):
-        w = None if weight is None else torch.tensor([weight] * 3, dtype=z.dtype, device=device).squeeze(1)
+    for weight, scale in ((None, 1.0), (0.3, 1.0), ((0.0, 0.3), 0.3), ((0.7, 0.3), 1.0), ((0.7, 0.0), 0.7)):
+        w = None if weight is None else torch.tensor([weight] * 3, dtype=z.dtype, device=device)
         loss, grad = run(z, t, y, sample_weight=w, function=functional.distill, backend=backend, **given)
         torch.testing.assert_close(loss, scale * ce, rtol=1e-12, atol=0)
         torch.testing.assert_close(grad, scale * (p - onehot), rtol=1e-12, atol=1e-12)
@@ -685,7 +685,7 @@ def test_parts_with_two_weights(backend, device):
 
 def test_the_public_function_has_none_of_them():
     z, t, y = make()
-    with pytest.raises(ValueError, match="form must be one of divergence, cross_entropy, got 'probabilities'"):
+    with pytest.raises(ValueError, match="one of divergence, cross_entropy, got 'probabilities'"):
         zls.distillation_loss(z, t, y, form="probabilities")
     with pytest.raises(ValueError, match=r"sample_weight must have shape \(5,\).*got \(5, 2\)"):
         zls.distillation_loss(z, t, y, sample_weight=torch.ones(5, 2))
@@ -696,7 +696,7 @@ def test_the_public_function_has_none_of_them():
     ):
         with pytest.raises(ValueError, match=message):
             functional.distill(z, t, y, **options)
-    with pytest.raises(ValueError, match="got None with max_weight=1.0"):
+    with pytest.raises(ValueError, match="got None with max_weight=1"):
         functional.distill(z, t, None, max_weight=1.0)
 
 

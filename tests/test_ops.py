@@ -79,8 +79,8 @@ def samples(stage, device):
         without = (None, None, index, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, form, 3, "mean", False)
         out.append((case.logits, t[:3], *without))
         shares = torch.rand(2, device=device).expand(5, 2)
-        made = (case.target, shares, index, 1.0, 0.5, 0.0, 0.0, 0.0, 0.3, 1.0, "probabilities", 3, "mean", True)
-        return [*out, (case.logits, t[:3].softmax(1), *made)]
+        made = (case.logits, t[:3].softmax(1), case.target, shares, index, 1.0, 0.5, 0.0, 0.0, 0.0, 0.3)
+        return [*out, (*made, 1.0, "probabilities", 3, "mean", True)]
     if "_grad_" in stage:
         return [args[:-1] for args in samples(stage.replace("grad_", "fwd"), device)]
     scale = torch.full((), 2.0, device=device)

@@ -425,7 +425,7 @@ def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 def distillation_options(
     weights: dict[str, float], T: float, form: str, forms: tuple[str, ...] = FORMS
 ) -> tuple[float | str, ...]:
-    """The ``weights`` of the terms in their order, then ``T``, the temperature, and ``form``, of ``forms``."""
+    """The ``weights`` of the terms in their order, then ``T``, the temperature, and the ``form``."""
     weights = {name: float(number(name, x)) for name, x in weights.items()}
     T = temperature(T)
     if form not in forms:

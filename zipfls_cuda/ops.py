@@ -79,9 +79,9 @@ LINEAR_SCHEMAS = {
     "linear_distill_fwd": (
         f"({_LINEAR}, Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, "
         "Tensor? sample_weight, ScalarType teacher_dtype, float ce_weight, float kd_weight, "
-        "float tckd_weight, float nckd_weight, float soft_target_weight, float max_weight, float temperature, "
-        f"str form, int ignore_index, str reduction, {_CHUNKS}) -> (Tensor loss, Tensor ce, "
-        f"Tensor distillation, {_GRADIENTS})"
+        "float tckd_weight, float nckd_weight, float soft_target_weight, float max_weight, "
+        f"float temperature, str form, int ignore_index, str reduction, {_CHUNKS}) "
+        f"-> (Tensor loss, Tensor ce, Tensor distillation, {_GRADIENTS})"
     ),
 }
 

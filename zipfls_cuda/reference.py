@@ -491,7 +491,7 @@ def distill_fwd(
 
     Returns:
         loss, ce, distillation: ce is v CE, distillation all of the loss but ce_weight * ce.
-        grad, grad_scale: as ``loss_fwd``, written out by hand. Means divide by the number of samples not ignored.
+        grad, grad_scale: as ``loss_fwd``. Means divide by the number of samples not ignored.
     """
     N, C = logits.shape
     dtype = accumulation_dtype(logits.dtype)

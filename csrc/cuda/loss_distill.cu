@@ -36,11 +36,12 @@ cudaError_t distill_fwd_cuda(const DistillFwd& a, Dtype dtype, const LossPlan& p
   return with_type(dtype, [&](auto x) {
     using T = decltype(x);
     using A = Arithmetic<T>;
-    const auto kernel = a.more()
-                            ? a.wide ? loss_distill_kernel<T, A, true> : loss_distill_kernel<T, T, true>
-                        : a.wide ? loss_distill_kernel<T, A, false>
-                                 : loss_distill_kernel<T, T, false>;
-    return launch(kernel, {plan.blocks, plan.threads, plan.shared}, stream, a);
+    const Launch how = {plan.blocks, plan.threads, plan.shared};
+    if (a.more())
+      return launch(a.wide ? loss_distill_kernel<T, A, true> : loss_distill_kernel<T, T, true>,
+                    how, stream, a);
+    return launch(a.wide ? loss_distill_kernel<T, A, false> : loss_distill_kernel<T, T, false>,
+                  how, stream, a);
   });
 }
 
