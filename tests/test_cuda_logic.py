@@ -764,6 +764,45 @@ def test_distillation_options(drivers, tmp_path):
     check_distill(drivers["plain"], tmp_path, calls)
 
 
+OF_METHODS = (
+    {"max_weight": 0.7},
+    {"max_weight": 0.7, **ALL},
+    {"form": "probabilities", "kd_weight": 1.3},
+    {"form": "probabilities", "ce_weight": 1.0, "kd_weight": 1.0, "max_weight": 1.0},
+    {"form": "probabilities", "max_weight": 0.7, **ALL},
+)
+
+
+def for_methods(N, C, dtype, options, *, wide=False) -> Taught:
+    """Ties of the largest logit around the target, and labels of several sums, one of them 0."""
+    case = taught(N, C, dtype, wide=wide, seed=C)
+    z, t, y = case.logits, case.teacher, case.target
+    y[:2] = torch.tensor([0, C - 1])
+    for i in range(2):
+        z[i, [0, C - 1]] = z[i].amax() + 1
+    z[2, C // 2 :] = z[2].amax() + 1
+    if options.get("form") == "probabilities":
+        t = (t.double().softmax(1) * torch.arange(float(N))[:, None]).to(t.dtype)
+    return case._replace(teacher=t)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_distillation_of_methods(drivers, tmp_path, dtype):
+    """Labels as the teacher, both weights, the largest logit; rows held, in parts, and of a table."""
+    calls = []
+    for C, options in itertools.product((2, 9, 64, 700, 5008), OF_METHODS):
+        k = len(calls)
+        case = for_methods(5, C, dtype, options, wide=k % 3 == 0)
+        weight = torch.rand(5, 2, generator=torch.Generator().manual_seed(k))
+        case = case._replace(sample_weight=(weight, None, weight[:, 0])[k % 3])
+        if C % 16 == 0 and k % 2:
+            case = case._replace(index=torch.tensor([2, 0, 1, 4, 2]))
+        settings = {"temperature": (1.0, 2.5)[k % 2], "reduction": ("none", "mean", "sum")[k % 3]}
+        schedule = {"blocks": 1 + k % 3, "threads": 32 * (k % 3)} | SCHEDULES[k % 4]
+        calls.append((case, options | settings | schedule))
+    check_distill(drivers["plain"], tmp_path, calls)
+
+
 def distill_corners(dtype) -> list[Taught]:
     """Infinities, NaN, masked classes and rows, targets far ahead and behind, in either row or both."""
     inf, cases = torch.inf, []
@@ -818,6 +857,7 @@ def test_distillation_corners(drivers, tmp_path, dtype):
             {"nckd_weight": 1.0, "temperature": 4.0},
             {"ce_weight": 1.0},
             {"soft_target_weight": 1.0},
+            {"max_weight": 1.0},
         ):
             calls.append((case, {"reduction": "none", **options}))
         calls.append((case._replace(sample_weight=zero), {"reduction": "none", **ALL}))
@@ -894,6 +934,7 @@ def hard_distillations(dtypes, **header) -> list[Case]:
             (case._replace(sample_weight=weight), ALL | {"temperature": 4.0, "reduction": "none"}),
             (case._replace(target=None), {"kd_weight": 1.0}),
             (case, {"ce_weight": 1.0, "reduction": "sum", "totals": 2}),
+            (for_methods(5, 41, dtype, OF_METHODS[4], wide=wide), OF_METHODS[4]),
             (long, ALL | {"temperature": 2.0, "blocks": 1}),
             (long._replace(target=None), {"kd_weight": 1.0, "blocks": 1, "with_grad": False}),
         ):
