@@ -131,7 +131,8 @@ ZIPFLS_INLINE int64_t largest_class(const U* t, int64_t C) {
   return lowest_at<A>(max_nontarget<A>(t, C, C), t, C, C);
 }
 
-/// Row i; kPower is T where e^x is that power of e^(x / T), else 0. kMore: with a.more()'s options.
+/// Row i; kPower is T where e^x is that power of e^(x / T), else 0. kMore: with the options of
+/// DistillFwd::more.
 template <class T, class U, int kPower, bool kMore>
 ZIPFLS_INLINE void distill_row(const DistillFwd& a, const Scratch& scratch, int64_t i) {
   using A = decltype(value(T{}));
@@ -232,7 +233,7 @@ void distill_fwd_kernel(const DistillFwd& a, const Scratch& scratch, int64_t beg
   auto rows = [&](auto row) __attribute__((always_inline)) {
     for (int64_t i = begin; i < end; i++) row(i);
   };
-  if (a.more()) {  // options of methods at T = 1
+  if (a.more()) {
     if (a.temperature == 1)
       rows([&](int64_t i) { distill_row<T, U, 1, true>(a, scratch, i); });
     else
