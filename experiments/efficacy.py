@@ -102,7 +102,6 @@ TYPEFACES = {
     SMOOTHING.split(",")[0]: tuple(f"--loss ls --label-smoothing {x}" for x in (0.05, 0.1, 0.2, 0.3)),
     ZIPF: tuple(f"--loss zipf --zipf-weight {x}" for x in ZIPF_WEIGHTS),
     "Zipf, ranks by logits": tuple(f"--loss zipf --ranking logits --zipf-weight {x}" for x in ZIPF_WEIGHTS),
-    "Zipf, two stages": tuple(f"--loss zipf --deep --zipf-weight {x}" for x in ZIPF_WEIGHTS),
     "constant": tuple(f"--loss zipf --distribution constant --zipf-weight {x}" for x in ZIPF_WEIGHTS),
     "Tf-KD, regularisation": ("--loss tfkd-reg",),  # the authors' settings: nothing is chosen
     "MaxSup": ("--loss maxsup",),
