@@ -239,8 +239,6 @@ def loss_cases(soft: bool) -> Iterator[Case]:
         yield loss_case(256, C, label="weights, sum", weight=True, reduction="sum")
     yield loss_case(256, 1000, label="none", reduction="none")
     yield loss_case(32768, 1000, label="totals", kernels=("totals_kernel",))
-    for C in (1000, 1024):
-        yield loss_case(256, C, BF16, None, "ranked by logits", kernels=("logits_mass_kernel",))
 
 
 def distill_cases() -> Iterator[Case]:
@@ -288,13 +286,8 @@ def backward_and_label_cases() -> Iterator[Case]:
                 yield Case(name, call, ("loss_bwd_kernel", "loss_bwd_rows_kernel"))
     for P in (49, 196, 320, 4096):
         votes = torch.empty(64, P, dtype=torch.int32)
-        target, table = torch.empty(64, dtype=torch.int64), torch.empty(P + 1)
         call = functools.partial(triton_kernels.rank_fwd, votes, 1000)
         yield Case(f"ranks 64x1000 P={P}", call, ("rank_fwd_kernel",))
-        call = functools.partial(triton_kernels.label_fwd, target, votes, table, 1000, -100)
-        yield Case(f"label 64x1000 P={P}", call, ("label_fwd_kernel",))
-    call = functools.partial(triton_kernels.label_fwd, target, votes, torch.empty(64, 1000), 1000, -100)
-    yield Case("label 64x1000 dense", call, ("label_fwd_kernel",))
 
 
 def vote_cases() -> Iterator[Case]:

@@ -8,6 +8,11 @@ interleaved with them: a table of times over theirs, to choose the constants in 
 is left out, results are wrong on purpose: the difference in time is the cost of the stage.
 
 ``--compile`` stops after compiling, which needs no GPU.
+
+    python benchmarks/tune.py --triton 12544x2048x1000 ...
+
+measures the configurations of Triton's votes instead, for M positions, D channels and C classes in bfloat16,
+and keeps the fastest where the package finds it.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -251,13 +257,49 @@ def table(kind: str, rows: list[dict]) -> str:
     return "\n".join([*lines.values(), *wrong])
 
 
+def tune_votes(shapes: list[str]) -> int:
+    """Keeps the fastest configuration of Triton's votes for shapes MxDxC in vote.TUNED."""
+    if not torch.cuda.is_available():
+        print("tune --triton needs a CUDA device")
+        return 2
+    from zipfls_cuda.triton_kernels import vote
+
+    arch, multiprocessors = vote.device_properties(torch.device("cuda", torch.cuda.current_device()))
+    entries = {key: list(config) for key, config in vote.tuned().items()}
+    tiles = (64, 128), (128, 128), (128, 256), (64, 256)
+    for shape in shapes:
+        M, D, C = map(int, shape.split("x"))
+        x, weight = (torch.randn(n, D, dtype=torch.bfloat16, device="cuda") for n in (M, C))
+        votes, found = torch.empty((1, M), dtype=torch.int32, device="cuda"), []
+        V, tma = vote._alignment(x, D, weight, D)
+        special = (False, True) if arch >= 90 and tma and vote.SPECIALIZES else (False,)
+        cuts = itertools.product(tiles, (32, 64), (4, 8), (2, 3, 4), (1, 2), special)
+        for (BM, BN), BK, warps, stages, per_sm, specialize in cuts:
+            config = vote.Config(BM, BN, BK, warps, stages, arch >= 90 and tma, specialize, per_sm)
+            programs = min(-(-M // BM) * -(-C // BN), multiprocessors * per_sm)
+            plan = vote._product(x, D, M, M, M, weight, False, config, programs, V, "tf32")
+            try:
+                taken = vote.triton.testing.do_bench(lambda: vote._run(plan, x, weight, weight, votes))  # noqa: B023
+                found.append((taken, config))
+            except Exception as error:  # does not fit this GPU: no candidate
+                print(f"  {config}: {type(error).__name__}", file=sys.stderr)
+        milliseconds, config = min(found)
+        entries[vote.tuned_key(arch, 2, M, D, C)] = list(config)
+        print(f"{shape}: {milliseconds * 1e3:.1f} us with {config}")
+        vote.TUNED.write_text(json.dumps(entries, indent=1) + "\n")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--triton", nargs="+", metavar="MxDxC", help="measure Triton's votes for these")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--arch", default="90a", help="as nvcc names it")
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON, as they come")
     parser.add_argument("--compile", action="store_true", help="compile, and no more")
     args = parser.parse_args()
+    if args.triton:
+        return tune_votes(args.triton)
     if shutil.which("nvcc") is None or not (args.compile or torch.cuda.is_available()):
         print("tune needs nvcc, and a CUDA device (--compile does not)")
         return 2

@@ -36,7 +36,7 @@ ARROWS = {
     "reference": set(),
     "labels": {"scalars"},
     "scalars": set(),
-    "triton_kernels": {"distill", "vote", "label", "loss"},
+    "triton_kernels": {"distill", "vote", "label", "loss", "reference"},
 }
 
 

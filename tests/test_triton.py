@@ -18,7 +18,6 @@ pytest.importorskip("triton")
 
 from zipfls_cuda import reference, triton_kernels
 from zipfls_cuda.triton_kernels import distill as distill_file
-from zipfls_cuda.triton_kernels import label as label_file
 from zipfls_cuda.triton_kernels import launch_cache, loss_reduce
 from zipfls_cuda.triton_kernels import loss as loss_file
 from zipfls_cuda.triton_kernels import vote as vote_file
@@ -844,13 +843,6 @@ def test_ranks_and_label(C, P):
         torch.testing.assert_close(ours.cpu(), reference.label_fwd(target.cpu(), votes.cpu(), mass, C, -100))
 
 
-def test_logits_ranking_with_ties_and_nan():
-    z = torch.tensor([[1.0, 3.0, 1.0, NAN, -INF, 3.0, INF], [0.0] * 7], device=DEVICE)
-    mass = table(7)
-    expected = mass[reference.competition_rank(z.cpu()).long() - 1]
-    assert torch.equal(label_file.logits_mass(z, mass.to(DEVICE)).cpu(), expected)
-
-
 # Votes -----------------------------------------------------------------------------------------------
 
 
@@ -1001,7 +993,7 @@ def test_launchers_never_wait_for_the_device(monkeypatch):
         triton_kernels.label_fwd(target, votes, mass, 40, -100)
         for upsample in (1, 2):
             triton_kernels.vote_fwd(features, weight, None, upsample)
-    kernels = "correct logits_mass loss_bwd loss_bwd_rows loss_fwd rank_fwd label_fwd totals transpose "
+    kernels = "correct loss_bwd loss_bwd_rows loss_fwd rank_fwd totals transpose "
     kernels += "vote_combine vote_fwd vote_upsample"
     assert set(launched) == {f"{kernel}_kernel" for kernel in kernels.split()}
 

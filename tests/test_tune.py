@@ -158,3 +158,11 @@ def test_main_measures_what_compiles(tmp_path, monkeypatch, capsys):
     measured.clear()
     assert tune.main() == 1
     assert not measured, "without the kernels as they are there is nothing to compare with"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+@pytest.mark.parametrize("options", [["--triton", "64x16x8"], ["--only", "loss"]])
+def test_without_a_gpu_it_says_what_is_missing(options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tune.py", *options])
+    assert tune.main() == 2
+    assert "CUDA device" in capsys.readouterr().out

@@ -127,7 +127,7 @@ def target_classes(target: Tensor, num_classes: int) -> Tensor:
     label smoothing and mixup give to the classes they do not name.
     """
     if target.dim() == 1:
-        return F.one_hot(target, num_classes).bool()
+        return target[:, None] == torch.arange(num_classes, device=target.device)
     return target != target.amin(1, keepdim=True)
 
 

@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_cache import device_of, launch, with_unit_stride
+from ..reference import label_from_mass, outside
+from .launch_cache import device_of, launch
 
 INTERPRET: bool = triton.knobs.runtime.interpret  # whether kernels run in Triton's interpreter
 INTERPRETED = tl.constexpr(INTERPRET)
@@ -273,118 +274,6 @@ def rank_fwd_kernel(
         tl.store(ranks + start + v, rank, mask=stands & ~bad[:, None])
 
 
-@triton.jit
-def label_fwd_kernel(
-    target,  # (N,) int64, any stride
-    target_stride,
-    votes,  # (N, P) int32 or int64, any strides
-    votes_stride_n,
-    votes_stride_p,
-    log_mass,  # (table_length,) by rank from 1, or DENSE: (N, C), any strides, float32 or float64
-    table_length,
-    mass_stride_n,
-    mass_stride_c,
-    label,  # (N, C), dtype of log_mass
-    scratch,  # (programs, 5 P2) int32; neither SORTED nor DENSE
-    N,
-    C,
-    P,
-    ignore_index,
-    P2: tl.constexpr,
-    SORTED: tl.constexpr,
-    DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Soft label of all classes. A row at a time; writes the row once and reads a dense one three times (L2).
-
-    A barrier stands between the constant and the exceptions written over it, as in rank_fwd_kernel.
-    """
-    dtype: tl.constexpr = log_mass.dtype.element_ty
-    scratch += tl.program_id(0).to(tl.int64) * 5 * P2
-    for n in range(tl.program_id(0), N, tl.num_programs(0)):
-        row = tl.full([1], n, tl.int64)
-        y = tl.load(target + row * target_stride)
-        ignored = y == ignore_index
-        bad = (y < 0) | (y >= C)
-        y = tl.minimum(tl.maximum(y, 0), C - 1)
-        start = row[:, None] * C
-        if DENSE:
-            _, _, bad_votes = load_votes(votes, votes_stride_n, votes_stride_p, row, row < N, C, P, P2)
-            masses = log_mass + row[:, None] * mass_stride_n
-            # Lanes meet after the loops: sooner, Triton 3.6 fails to compile.
-            tops = tl.full([1, BLOCK], -float("inf"), dtype)
-            for first in range(0, C, BLOCK):
-                c = first + tl.arange(0, BLOCK).to(tl.int64)[None, :]
-                counted = (c < C) & (c != y[:, None])
-                a = tl.load(masses + c * mass_stride_c, mask=counted, other=-float("inf"))
-                tops = tl.maximum(tops, a)
-            top = tl.max(tops, 1)
-            massless = top == -float("inf")
-            totals = tl.zeros([1, BLOCK], dtype)
-            for first in range(0, C, BLOCK):
-                c = first + tl.arange(0, BLOCK).to(tl.int64)[None, :]
-                counted = (c < C) & (c != y[:, None])
-                a = tl.load(masses + c * mass_stride_c, mask=counted, other=-float("inf"))
-                a = tl.where(massless[:, None], tl.zeros_like(a), a - top[:, None])
-                totals += tl.where(counted, tl.exp(a), tl.zeros_like(a))
-            total = tl.sum(totals, 1)
-        else:
-            v, share, exceptions, constant, _, _, bad_votes = votes_label(
-                votes, votes_stride_n, votes_stride_p, log_mass, table_length, row, row < N, y, C, P, scratch,
-                1, P2, SORTED,
-            )  # fmt: skip
-        bad |= bad_votes
-        invalid_value = tl.where(ignored, 0.0, float("nan")).to(dtype)[:, None]
-        for first in range(0, C, BLOCK):
-            c = first + tl.arange(0, BLOCK).to(tl.int64)[None, :]
-            if DENSE:
-                a = tl.load(masses + c * mass_stride_c, mask=c < C, other=-float("inf"))
-                a = tl.where(massless[:, None], tl.zeros_like(a), a - top[:, None])
-                p = tl.exp(a) / total[:, None]
-            else:
-                p = constant[:, None] + tl.zeros([1, BLOCK], dtype)
-            p = tl.where(c == y[:, None], tl.zeros_like(p), p)
-            tl.store(label + start + c, tl.where((bad | ignored)[:, None], invalid_value, p), mask=c < C)
-        if not DENSE:
-            tl.debug_barrier()
-            tl.store(label + start + v, exceptions, mask=(share > 0) & ~(bad | ignored)[:, None])
-
-
-@triton.jit
-def logits_mass_kernel(
-    logits,  # (N, C), any strides
-    logits_stride_n,
-    logits_stride_c,
-    ordered,  # (N, C) the same in descending order, NaN and -inf last
-    log_mass,  # (table_length,) by rank from 1
-    table_length,
-    dense,  # (N, C) dtype of log_mass: log mass of each class's rank by the logits
-    C,
-    steps,  # bits of C: steps of the binary search
-    BLOCK: tl.constexpr,
-):
-    """Log masses by the logits' ranks (Table 5): rank = 1 + #{m : z_m > z_c}, found in the sorted row.
-
-    One block of classes of one row per program; reads and writes each class once, and searches the sorted row
-    (log2 C reads a class, from L1 and L2).
-    """
-    row = tl.program_id(1).to(tl.int64)
-    c = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    dtype: tl.constexpr = log_mass.dtype.element_ty
-    z = tl.load(logits + row * logits_stride_n + c * logits_stride_c, mask=c < C, other=0).to(dtype)
-    z = tl.where(z == z, z, -float("inf"))  # NaN ranks last
-    low = tl.zeros([BLOCK], tl.int64)
-    high = low + C
-    for _ in range(steps):  # ordered[: low] > z >= ordered[high :]
-        middle = (low + high) // 2
-        above = tl.load(ordered + row * C + middle, mask=(c < C) & (middle < C), other=0).to(dtype) > z
-        searching = low < high
-        low = tl.where(searching & above, middle + 1, low)
-        high = tl.where(searching & ~above, middle, high)
-    mass = tl.load(log_mass + tl.minimum(low, table_length - 1), mask=c < C, other=0)
-    tl.store(dense + row * C + c, mass, mask=c < C)
-
-
 # Launchers -----------------------------------------------------------------------------------------
 
 
@@ -404,10 +293,6 @@ def vote_scratch(programs: int, P2: int, x: Tensor) -> Tensor:
     return torch.empty((programs, 5 * P2), dtype=torch.int32, device=x.device)
 
 
-def _warps(P2: int, BLOCK: int) -> int:
-    return 8 if P2 > 1024 or BLOCK > 2048 else 4
-
-
 def rank_fwd(votes: Tensor, num_classes: int) -> Tensor:
     """See reference.rank_fwd; a row with a vote >= C becomes 0."""
     N, P = votes.shape
@@ -419,56 +304,19 @@ def rank_fwd(votes: Tensor, num_classes: int) -> Tensor:
     with device_of(votes):
         programs = N if sorted_ else min(N, HASHING_PROGRAMS)
         scratch = ranks if sorted_ else vote_scratch(programs, P2, votes)
-        args = (
-            votes, votes.stride(0), votes.stride(1), ranks, scratch,
-            N, num_classes, P, P2, sorted_, BLOCK,
-        )  # fmt: skip
-        launch(rank_fwd_kernel, (programs, 1, 1), args, (votes,), _warps(P2, BLOCK))
+        args = (votes, *votes.stride(), ranks, scratch, N, num_classes, P, P2, sorted_, BLOCK)
+        launch(rank_fwd_kernel, (programs, 1, 1), args, (votes,), 8 if P2 > 1024 else 4)
     return ranks
 
 
 def label_fwd(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """See reference.label_fwd; a row with a target or vote out of range becomes NaN."""
-    N, P = votes.shape
-    label = torch.empty((N, num_classes), dtype=log_mass.dtype, device=log_mass.device)
-    if N == 0:
-        return label
-    dense = log_mass.dim() == 2
-    if not dense:
-        log_mass = with_unit_stride(log_mass)
-    P2, sorted_ = vote_tile(P)
-    BLOCK = min(2048, triton.next_power_of_2(num_classes))
-    with device_of(label):
-        programs = N if sorted_ or dense else min(N, HASHING_PROGRAMS)
-        scratch = votes if sorted_ or dense else vote_scratch(programs, P2, votes)
-        args = (
-            target, target.stride(0), votes, votes.stride(0), votes.stride(1),
-            log_mass, log_mass.shape[0], log_mass.stride(0), log_mass.stride(-1), label,
-            scratch, N, num_classes, P, ignore_index, P2, sorted_, dense, BLOCK,
-        )  # fmt: skip
-        inputs = (target, votes, log_mass)
-        launch(label_fwd_kernel, (programs, 1, 1), args, inputs, _warps(P2, BLOCK))
-    return label
+    """See reference.label_fwd; a row with a target or vote out of range becomes NaN.
 
-
-def logits_mass(logits: Tensor, log_mass: Tensor) -> Tensor:
-    """(N, C) log masses of the classes' ranks by the logits: sorted on the device, then searched."""
-    N, C = logits.shape
-    dense = torch.empty((N, C), dtype=log_mass.dtype, device=logits.device)
-    if N == 0:
-        return dense
-    ordered = torch.nan_to_num(logits, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    ordered = ordered.sort(1, descending=True).values.contiguous()
-    BLOCK = min(1024, triton.next_power_of_2(C))
-    # Rows lie on the grid's second axis, of at most 65535 programs.
-    with device_of(dense):
-        for first in range(0, N, 65535):
-            rows = slice(first, min(N, first + 65535))
-            z, sorted_z, out = logits[rows], ordered[rows], dense[rows]
-            args = (
-                z, z.stride(0), z.stride(1), sorted_z, log_mass, log_mass.shape[0], out,
-                C, C.bit_length(), BLOCK,
-            )  # fmt: skip
-            grid = (triton.cdiv(C, BLOCK), z.shape[0], 1)
-            launch(logits_mass_kernel, grid, args, (z, sorted_z, log_mass, out), 4)
-    return dense
+    A whole label is for inspection: the ranks are a kernel's, the rest is PyTorch's.
+    """
+    ignored = target == ignore_index
+    bad = outside(target, votes, num_classes, ignored)
+    if log_mass.dim() == 1:
+        log_mass = log_mass[(rank_fwd(votes, num_classes).long() - 1).clamp(0, len(log_mass) - 1)]
+    label = label_from_mass(log_mass.double(), target.clamp(0, num_classes - 1))[0].to(log_mass.dtype)
+    return label.masked_fill(bad[:, None], torch.nan).masked_fill(ignored[:, None], 0.0)

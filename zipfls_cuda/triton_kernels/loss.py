@@ -20,21 +20,16 @@ The means' denominators, and the sum of the losses, are in loss_reduce.py.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from ..reference import competition_rank
 from . import loss_reduce
-from .label import (
-    HASHING_PROGRAMS,
-    INTERPRET,
-    SORTED_VOTES,
-    logits_mass,
-    vote_scratch,
-    vote_tile,
-)
+from .label import HASHING_PROGRAMS, INTERPRET, SORTED_VOTES, vote_scratch, vote_tile
 from .launch_cache import Launch, device_of, plan_cache, signature, store_plan, template, with_unit_stride
 from .loss_bwd import loss_bwd, loss_bwd_
 from .loss_kernel import loss_fwd_kernel
@@ -211,17 +206,9 @@ class Plan(NamedTuple):
 
     def results(self, logits: Tensor, gradient: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """loss, ce, zipf, grad and grad_scale, not yet written; empty_like has less to parse than empty."""
-        losses = self.losses
-        grad = logits
-        if gradient != IN_PLACE:
-            grad = torch.empty_like(self.grad, memory_format=torch.contiguous_format)
-        return (
-            torch.empty_like(losses, memory_format=torch.contiguous_format),
-            torch.empty_like(losses, memory_format=torch.contiguous_format),
-            torch.empty_like(losses, memory_format=torch.contiguous_format),
-            grad,
-            torch.empty_like(self.grad_scale),
-        )
+        empty = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+        grad = logits if gradient == IN_PLACE else empty(self.grad)
+        return empty(self.losses), empty(self.losses), empty(self.losses), grad, empty(self.grad_scale)
 
 
 def is_scaled(logits: Tensor, reduction: str, gradient: int) -> bool:
@@ -285,7 +272,7 @@ def _loss(
     if votes is None:
         votes_or_target, P, votes_stride_n, votes_stride_p = target, 0, 0, 0
         if zipf_weight != 0 and log_mass.dim() == 1:
-            log_mass = logits_mass(logits, log_mass)
+            log_mass = log_mass[competition_rank(logits).long() - 1]
     else:
         votes_or_target, P = votes, votes.shape[1]
         votes_stride_n, votes_stride_p = votes.stride()

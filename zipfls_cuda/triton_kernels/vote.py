@@ -20,9 +20,7 @@ dropped. An NCHW map is transposed first: at 49 positions its rows lie 98 bytes 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +74,7 @@ LARGE_100 = (
 # least waves * tile size / rate. "large": most reuse, but nothing to do while it refills its pipeline and
 # takes its argmax; "paired": two programs a multiprocessor, one in its epilogue while the other multiplies,
 # which pays where products are short (D <= SHALLOW); "small": tiles for few positions. Chosen from compiled
-# code (make kernel-report); the rates are estimates. What main() measures goes to TUNED and comes first.
+# code (make kernel-report); the rates are estimates. What benchmarks/tune.py measures comes first (TUNED).
 TUNING: dict[tuple[int, int], dict[str, tuple[float, Config]]] = {
     (80, 2): {
         "large": (1.0, Config(128, 128, 32, 8, 4, per_sm=2)),
@@ -123,9 +121,11 @@ def pointer_config(config: Config) -> Config:
 
 
 @functools.cache
-def device_properties(index: int) -> tuple[int, int]:
-    """(architecture in the table, multiprocessors) of a CUDA device."""
-    p = torch.cuda.get_device_properties(index)
+def device_properties(device: torch.device) -> tuple[int, int]:
+    """(architecture in the table, multiprocessors) of a CUDA device; of the interpreter's any."""
+    if device.type != "cuda":
+        return 90, 2
+    p = torch.cuda.get_device_properties(device)
     arch = p.major * 10 + p.minor
     return (100 if arch >= 100 else 90 if arch >= 90 else 80), p.multi_processor_count
 
@@ -554,13 +554,11 @@ def _run(plan: Plan, x: Tensor, weight: Tensor, bias: Tensor, votes: Tensor) -> 
     if plan.combine is not None:
         best = torch.empty_like(plan.best, memory_format=torch.contiguous_format)
         winners = torch.empty_like(plan.winners, memory_format=torch.contiguous_format)
+    if plan.blocks is not None:
+        x, weight = (TensorDescriptor(y, *block) for y, block in zip((x, weight), plan.blocks, strict=True))
     if plan.scratch is not None:
         scratch = torch.empty_like(plan.scratch, memory_format=torch.contiguous_format)
         plan.launch(x, weight, bias, best, winners, scratch, *plan.constants)
-    elif plan.blocks is not None:
-        features_block, weight_block = plan.blocks
-        a, w = TensorDescriptor(x, *features_block), TensorDescriptor(weight, *weight_block)
-        plan.launch(a, w, bias, votes, best, winners, *plan.constants)
     else:
         plan.launch(x, weight, bias, votes, best, winners, *plan.constants)
     if plan.combine is not None:
@@ -577,7 +575,7 @@ def _plan(features: Tensor, weight: Tensor, has_bias: bool, upsample: int, preci
         plan = _upsampled(x, stride, N, H, W, weight, has_bias, precision)
     else:
         V, tma = _alignment(x, stride, weight, D)
-        arch, multiprocessors = _device(x)
+        arch, multiprocessors = device_properties(x.device)
         exact = precision == "ieee"
         config, programs = choose(arch, multiprocessors, x.element_size(), exact, M, D, C, tma)
         if INTERPRET:
@@ -594,10 +592,6 @@ def _alignment(x: Tensor, stride: int, weight: Tensor, D: int) -> tuple[int, boo
     bases = x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
     rows = stride % V == 0 and (weight.stride(0) % V == 0 or weight.shape[0] == 1)
     return (V if rows and D % V == 0 else 1), bases and rows
-
-
-def _device(x: Tensor) -> tuple[int, int]:
-    return device_properties(x.device.index) if x.device.type == "cuda" else (90, 2)
 
 
 def _product(
@@ -631,9 +625,7 @@ def _combined(
     if tiles > 1 or scratch is not None:
         combine = Launch(vote_combine_kernel, (triton.cdiv(M, COMBINE_BLOCK), 1, 1), 4)
     combine_constants = (M, rows, T, tiles, rows != T, COMBINE_BLOCK)
-    return Plan(
-        launch, combine, False, blocks, constants, combine_constants, winners, best, winners, scratch
-    )  # fmt: skip
+    return Plan(launch, combine, False, blocks, constants, combine_constants, winners, best, winners, scratch)
 
 
 def _upsampled(
@@ -643,7 +635,7 @@ def _upsampled(
     C, D = weight.shape
     area = H * W
     V, _ = _alignment(x, stride, weight, D)
-    _, multiprocessors = _device(x)
+    _, multiprocessors = device_properties(x.device)
     config = INTERPRETED if INTERPRET else UPSAMPLE[x.element_size()]
     scores, tl_scores = _SCORES.get(x.dtype, (torch.float32, tl.float32))
     tiles = triton.cdiv(C, config.BN)
@@ -657,54 +649,3 @@ def _upsampled(
     launch = Launch(vote_upsample_kernel, (programs, 1, 1), config.warps, config.stages)
     scratch = template((programs, images * area, config.BN), scores, x.device)
     return _combined(x, scores, launch, None, constants, N * area * 4, area * 4, area * 4, tiles, scratch)
-
-
-# Tuning on a GPU: python -m zipfls_cuda.triton_kernels.vote 12544x2048x1000 ... ------------------------
-
-
-def candidates(arch: int) -> list[Config]:
-    """Configurations worth measuring for 16-bit products."""
-    tma = arch >= 90
-    cuts = itertools.product(
-        ((64, 128), (128, 128), (128, 256), (64, 256)), (32, 64), (4, 8), (2, 3, 4), (1, 2)
-    )
-    return [
-        Config(BM, BN, BK, warps, stages, tma, special, per_sm)
-        for (BM, BN), BK, warps, stages, per_sm in cuts
-        for special in ((False, True) if tma and SPECIALIZES else (False,))
-    ]
-
-
-def tune(M: int, D: int, C: int) -> tuple[float, Config]:
-    """Milliseconds and configuration of the fastest candidate for bfloat16 rows on the current GPU."""
-    x = torch.randn(M, D, dtype=torch.bfloat16, device="cuda")
-    weight = torch.randn(C, D, dtype=torch.bfloat16, device="cuda")
-    votes = torch.empty((1, M), dtype=torch.int32, device="cuda")
-    arch, multiprocessors = device_properties(x.device.index)
-    V, _ = _alignment(x, D, weight, D)
-    found = []
-    for config in candidates(arch):
-        programs = min(triton.cdiv(M, config.BM) * triton.cdiv(C, config.BN), multiprocessors * config.per_sm)
-        plan = _product(x, D, M, M, M, weight, False, config, programs, V, "tf32")
-        call = functools.partial(_run, plan, x, weight, weight, votes)
-        try:
-            found.append((triton.testing.do_bench(call), config))
-        except Exception as error:  # does not fit this GPU: no candidate
-            print(f"  {config}: {type(error).__name__}", file=sys.stderr)
-    return min(found)
-
-
-def main(arguments: list[str]) -> None:
-    """Measures the shapes named as MxDxC and keeps the fastest configurations in TUNED."""
-    entries = {k: list(v) for k, v in tuned().items()}
-    for shape in arguments:
-        M, D, C = map(int, shape.split("x"))
-        milliseconds, config = tune(M, D, C)
-        arch, _ = device_properties(torch.cuda.current_device())
-        entries[tuned_key(arch, 2, M, D, C)] = list(config)
-        print(f"{shape}: {milliseconds * 1e3:.1f} us with {config}")
-    TUNED.write_text(json.dumps(entries, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
