@@ -146,15 +146,33 @@ def column(of: dict[int, dict], name: str, scale: float = 1) -> Sample:
     return Sample(tuple(scale * record[name] for record in of.values()))
 
 
-def difference(of: dict[int, dict], base: dict[int, dict]) -> Sample:
+def difference(of: dict[int, dict], base: dict[int, dict], name: str = "last") -> Sample:
     """Percent right of one method less another's, seed by seed."""
-    return Sample(tuple(100 * (record["last"] - base[seed]["last"]) for seed, record in of.items()))
+    return Sample(tuple(100 * (record[name] - base[seed][name]) for seed, record in of.items()))
 
 
 def interval(sample: Sample) -> str:
     """A mean difference with its 95 % interval, bold where that is on one side of zero."""
     text = f"{sample.mean:+.2f}" + (f" ± {sample.reach:.2f}" if len(sample.values) > 1 else "")
     return f"**{text}**" if sample.certain else text
+
+
+def tried(study: Study, records: Sequence[dict]) -> list[str]:
+    """What was tried on validation words, and how often it was right: a line of Markdown a method."""
+    known = {r["command"]: r for r in records}
+    right: dict[str, dict[str, list[float]]] = {}
+    for run in (run for runs in study.steps(records) for run in runs if run["data"] in ("tuning", "choice")):
+        if run["command"] in known:
+            what = run["options" if run["data"] == "tuning" else "setting"]
+            right.setdefault(run["method"], {}).setdefault(what, []).append(known[run["command"]]["last"])
+    lines = []
+    for method, of in right.items():
+        means = {what: statistics.mean(values) for what, values in of.items()}
+        cells = [f"`{what}` {100 * mean:.2f}" for what, mean in means.items()]
+        lines.append(f"- {method}: {', '.join(cells)}")
+    if lines:
+        lines[:0] = ["", f"Tried on validation words, % right, mean of {study.seeds[0]} seeds:", ""]
+    return lines
 
 
 def tables(study: Study, records: Sequence[dict]) -> list[str]:
@@ -165,10 +183,13 @@ def tables(study: Study, records: Sequence[dict]) -> list[str]:
     base = results[study.baseline]
     lines = [
         f"Judged on test words, {len(base)} seeds: mean ± standard error; differences from {study.baseline} "
-        "seed by seed, with their 95 % interval by Student's t, **bold** where it is on one side of zero.",
+        "seed by seed, with their 95 % interval by Student's t, **bold** where it is on one side of zero. "
+        "Training: on the distorted words, while they are learnt. Probe: a logistic regression on the "
+        "features, for 50 faces that the network was not trained on.",
         "",
-        f"| training loss | setting | accuracy, % | minus {study.baseline} | NLL | ECE, % | training, % |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| training loss | setting | accuracy, % | minus {study.baseline} | NLL | ECE, % | training, % "
+        f"| probe, % | minus {study.baseline} |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     reaches = []
     for method, of in results.items():
@@ -183,6 +204,8 @@ def tables(study: Study, records: Sequence[dict]) -> list[str]:
             f"{column(of, 'cross_entropy').mean:.3f}",
             f"{column(of, 'calibration_error', 100).mean:.1f}",
             f"{column(of, 'train_accuracy', 100).mean:.1f}",
+            f"{column(of, 'probe', 100).mean:.2f}",
+            "" if method == study.baseline else interval(difference(of, base, "probe")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if len(base) > 1 and reaches:
@@ -203,4 +226,4 @@ def tables(study: Study, records: Sequence[dict]) -> list[str]:
             *(f"{method}, minus that" for method in study.compared[1:]),
         ]
         lines += ["", f"| {' | '.join(head)} |", "| --- " + "| ---: " * (len(head) - 1) + "|", *rows]
-    return lines
+    return lines + tried(study, records)

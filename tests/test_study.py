@@ -43,7 +43,13 @@ def record(run: dict) -> dict:
     last = RIGHT[run["options"][:6]] + RIGHT[setting] + 0.01 * run["seed"]
     if "--data t" in run["command"] and setting == "c1":
         last -= 0.6 + 0.005 * run["seed"]
-    numbers = {"cross_entropy": 1.5, "calibration_error": 0.125, "train_accuracy": 0.99, "seconds": 30.0}
+    numbers = {
+        "cross_entropy": 1.5,
+        "calibration_error": 0.125,
+        "train_accuracy": 0.99,
+        "seconds": 30.0,
+        "probe": last / 2,
+    }
     return {"run": "1", **run, "last": last, **numbers}
 
 
@@ -99,15 +105,18 @@ def test_the_table_follows_from_the_records(tmp_path, monkeypatch):
     records = play(SMALL)
     lines = tables(SMALL, records)
     rows = {line.split(" | ")[0].strip("| "): line for line in lines}
-    assert rows["plain"] == "| plain | `--loss a` | 61.00 ± 0.58 |  | 1.500 | 12.5 | 99.0 |"
+    assert rows["plain"] == "| plain | `--loss a` | 61.00 ± 0.58 |  | 1.500 | 12.5 | 99.0 | 30.50 |  |"
     new = [10 * (0.2 - 0.6) * 10 - 0.5 * s for s in range(3)]
     less = Sample(tuple(new))
     assert less.mean == pytest.approx(-40.5)
     assert less.reach == pytest.approx(4.303 * statistics.stdev(new) / 3**0.5)
     assert f"**-40.50 ± {less.reach:.2f}**" in rows["new"]
+    assert f"**-20.25 ± {less.reach / 2:.2f}** |" in rows["new"]
     assert f"reach 0.00 to {less.reach:.2f} points" in "\n".join(lines)
     assert rows["few"] == "| few | 1 | 60.00 | +20.00 |"
     assert rows["deep"] == "| deep | 1 | 60.00 | -40.00 |"
+    assert "- plain: `--lr 1` 50.50, `--lr 2` 60.50" in lines  # of the baseline, the options
+    assert "- smooth: `--loss b1` 50.50, `--loss b2` 55.50" in lines
     # a seed that one method lacks counts for none
     seed = [r for r in records if (r["data"], r["method"], r["seed"]) == ("test", "new", 2)]
     assert "2 seeds" in tables(SMALL, [r for r in records if r not in seed])[0]
