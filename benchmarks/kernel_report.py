@@ -6,9 +6,10 @@ compiles where the real one would launch: types, alignment and constants are tho
 
 One row per kernel, configuration and architecture: registers a thread, stack bytes, instructions that touch
 local memory (spills), shared memory, 16-byte accesses of all accesses to global memory (TMA counted apart),
-and the tensor-core instruction. The exit status is 1 if anything spills, does not compile, asks for more
-shared memory than there is, is a 16-bit product on Hopper without wgmma (HGMMA), or may give the lanes of a
-sum different last bits (a multiply-add with another lane's value, or one left to ptxas to make).
+the tensor-core instruction, and what a thread executes for a logit in each loop over a streamed row. The exit
+status is 1 if anything spills, does not compile, asks for more shared memory than there is, is a 16-bit
+product on Hopper without wgmma (HGMMA), or may give the lanes of a sum different last bits (a multiply-add
+with another lane's value, or one left to ptxas to make).
 
     python benchmarks/kernel_report.py [--arch 90] [--only vote soft] [--jobs 2]
 """
@@ -96,7 +97,7 @@ def compiled_launches(call: Callable[[], object], arch: int) -> list[tuple[str, 
     triton.runtime.driver.set_active(driver(arch))  # stays: a machine without a GPU has none to go back to
     with (
         mock.patch.object(triton.JITFunction, "run", compile_only),
-        mock.patch.object(vote_file, "_device", return_value=(arch, MULTIPROCESSORS)),
+        mock.patch.object(vote_file, "device_properties", return_value=(arch, MULTIPROCESSORS)),
         mock.patch.dict(launch_cache.plan_cache, clear=True),  # it holds kernels of another architecture
     ):
         call()

@@ -1,7 +1,7 @@
 """What nvcc makes of csrc/cuda: registers, spills, shared memory, 16-byte accesses, tensor-core instructions.
 
-One row a kernel and architecture. Needs nvcc and the disassemblers of its toolkit, or of Triton's package;
-neither a GPU nor torch.
+One row a kernel and architecture; "a logit": what a thread executes for a logit in each loop over a streamed
+row. Needs nvcc and the disassemblers of its toolkit, or of Triton's package; neither a GPU nor torch.
 
     python benchmarks/nvcc_report.py [--arch 80 90a 100] [--jobs 2] [--only loss]
 """
@@ -26,7 +26,8 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
 PRODUCTS = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "DMMA")
-OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+# Address, guard, opcode, operands of an instruction.
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*)", re.MULTILINE)
 
 
 @dataclass(kw_only=True)
@@ -48,6 +49,7 @@ class Row:
     tma: int  # bulk tensor copies
     tensor: str  # tensor-core instruction
     instructions: int
+    loops: tuple[float, ...]  # see main_loops()
 
     @property
     def faults(self) -> list[str]:
@@ -84,12 +86,52 @@ def readable(name: str) -> str:
     return re.sub(r"\([^()]*\)$", "", name.replace("__half", "half"))
 
 
+def main_loops(code: str) -> tuple[float, ...]:
+    """Instructions a thread executes for 16 bytes of a row, in each loop over rows of a kernel's SASS.
+
+    A loop is what lies between a backward branch and its target; one over a row loads 16 bytes at a time and
+    takes exponentials. Of the ways around it counts the shortest among those that load most, and of loops
+    within one another the one that takes least for its bytes: slow paths, and tiles that need masks, are left
+    out.
+    """
+    found = [(int(at, 16), *rest) for at, *rest in INSTRUCTION.findall(code)]
+    jumps = {at: int(to[1], 16) for at, _, op, text in found if (to := _target(op, text))}
+    loops: list[tuple[float, int, int]] = []
+    for last, first in ((at, to) for at, to in jumps.items() if to < at):
+        ways = {first: (0, 0, False)}  # address -> 16-byte loads, minus instructions, exponentials? up to it
+        inside = [x for x in found if first <= x[0] <= last]
+        for (at, guard, op, _), after in zip(inside, [*inside[1:], (None,)], strict=True):
+            if at not in ways:
+                continue
+            loads, count, exponential = ways[at]
+            wide = op.startswith(("LDG", "LDS")) and ".128" in op
+            way = loads + wide, count - 1, exponential or op == "MUFU.EX2"
+            ends = at in jumps or op == "EXIT"
+            following = {jumps.get(at)} | ({after[0]} if guard or not ends else set())
+            for to in following - {None}:
+                if to > at:
+                    ways[to] = max(ways.get(to, way), way)
+            if at == last and way[0] and way[2]:
+                loops.append((-way[1] / way[0], first, last))
+    chosen: list[tuple[float, int, int]] = []
+    for loop in sorted(loops):
+        if all(loop[2] < first or last < loop[1] for _, first, last in chosen):
+            chosen.append(loop)
+    return tuple(round(count, 1) for count, *_ in sorted(chosen, key=lambda loop: loop[1]))
+
+
+def _target(opcode: str, operands: str) -> re.Match | None:
+    """Where a branch goes."""
+    return re.search(r"0x([0-9a-f]+)", operands) if opcode.split(".")[0] == "BRA" else None
+
+
 def rows(cubin: Path, arch: str) -> list[Row]:
     """A row for each kernel of a cubin."""
     cuobjdump, filt = tool("cuobjdump"), tool("cu++filt") or shutil.which("c++filt")
     usage = run(cuobjdump, "--dump-resource-usage", str(cubin))
     parts = re.split(r"Function : (\S+)", run(cuobjdump, "-sass", str(cubin)))
-    opcodes = {name: OPCODE.findall(code) for name, code in zip(parts[1::2], parts[2::2], strict=True)}
+    codes = dict(zip(parts[1::2], parts[2::2], strict=True))
+    opcodes = {name: [op for _, _, op, _ in INSTRUCTION.findall(code)] for name, code in codes.items()}
 
     def row(name: str, registers: str, stack: str, shared: str) -> Row:
         def count(pattern: str) -> int:
@@ -110,6 +152,7 @@ def rows(cubin: Path, arch: str) -> list[Row]:
             tma=count(r"(UTMALDG|UTMASTG)\b"),
             tensor=next((p for p in PRODUCTS if count(rf"{p}\b")), ""),
             instructions=len(opcodes[name]),
+            loops=main_loops(codes[name]),
         )
 
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
@@ -129,6 +172,12 @@ def report(architectures: list[str], jobs: int, only: str) -> tuple[list[Row], l
     return found, wrong
 
 
+def itemsize(row: Row) -> int:
+    """Bytes of a logit, by the names of kernel and case."""
+    text = f"{row.kernel} {row.case}"
+    return 8 if re.search("double|fp64", text) else 2 if re.search("half|bfloat16|[bf]+p?16", text) else 4
+
+
 COLUMNS = {  # heading -> width, what a row has there
     "sm": (5, lambda r: r.arch),
     "regs": (6, lambda r: r.registers),
@@ -139,6 +188,7 @@ COLUMNS = {  # heading -> width, what a row has there
     "TMA": (5, lambda r: r.tma),
     "tensor": (8, lambda r: r.tensor or "-"),
     "instr": (7, lambda r: r.instructions),
+    "a logit": (13, lambda r: "+".join(f"{n * itemsize(r) / 16:.1f}" for n in r.loops[:2]) or "-"),
 }
 HEAD = f"{'kernel':72}" + "".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items())
 

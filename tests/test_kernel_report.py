@@ -42,7 +42,7 @@ def report(*arguments: str, plant: str = "") -> subprocess.CompletedProcess:
 KINDS = (  # a configuration of each kind, by the names of the cases
     "loss 256x1000 fp16 P=49", "loss 8192x21841 bf16 P=49", "loss 256x1000 bf16 P=320",
     "loss 32768x1000 bf16 P=49 totals", "soft 256x1000 fp16 P=49", "soft 8192x21841 bf16 P=49",
-    "soft 256x1000 bf16 P=320", "loss_bwd_ 256x1000 bf16 scalar", "label 64x1000 P=49",
+    "soft 256x1000 bf16 P=320", "loss_bwd_ 256x1000 bf16 scalar", "ranks 64x1000 P=49",
     "vote 12544x2048x10000 bf16",
 )  # fmt: skip
 
@@ -57,10 +57,12 @@ def test_report_of_each_kind_is_clean():
     assert len(rows) == 3 * len(KINDS)
     assert {row[0] for row in rows} >= {"vote_fwd_kernel", *kernel_report.FORWARD}
     for row in rows:
-        tensor, wide = row[-2], int(row[-4].split("/")[0])
+        tensor, wide = row[-3], int(row[-5].split("/")[0])
         assert (tensor == "-") == (not row[0].startswith("vote_fwd")), row
         if row[0].startswith(("loss_fwd", "loss_bwd", "distill_fwd")):
             assert wide >= 2, row
+        streamed = re.search(r"^(loss_fwd|distill_fwd)\w* \w+ \d+x21841", " ".join(row))
+        assert bool(re.fullmatch(r"\d+\.\d\+\d+\.\d", row[-1])) == bool(streamed), row
 
 
 @compiles
@@ -81,7 +83,7 @@ def test_report_of_each_kind_is_clean():
         (
             "import triton; run = triton.JITFunction.run; triton.JITFunction.run = "
             "lambda *args, **options: run(*args, **options | {'enable_fp_fusion': True})",
-            "label 64x1000 P=49",
+            "loss 256x1000 fp16 P=49",
             "lanes may differ in the last bit",
         ),
     ],
@@ -109,6 +111,53 @@ def test_lanes_differ_by_a_product_fused_with_another_lanes_value():
     }
     for line, found in lines.items():
         assert kernel_report.fusible(f"{shuffle}\t{line};\n").split(" ")[0].strip() == found, line
+
+
+SASS = """
+        /*0000*/                   S2R R1, SR_TID.X ;
+        /*0010*/              @!P0 BRA 0x0030 ;
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/               @P1 BRA 0x0070 ;
+        /*0040*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0050*/                   MUFU.EX2 R4, R4 ;
+        /*0060*/                   BRA 0x00a0 ;
+        /*0070*/               @P2 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0080*/                   FADD R4, R4, R5 ;
+        /*0090*/                   MUFU.EX2 R4, R4 ;
+        /*00a0*/               @P3 BRA 0x0200 ;
+        /*00b0*/              @!P4 BRA 0x0030 ;
+        /*00c0*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*00d0*/               @P0 BRA 0x00c0 ;
+        /*00e0*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*00f0*/                   MUFU.EX2 R4, R4 ;
+        /*0100*/               @P0 BRA 0x00e0 ;
+        /*0110*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0120*/                   LDG.E.128 R4, desc[UR4][R2.64+0x10] ;
+        /*0130*/               @P0 BRA 0x0150 ;
+        /*0140*/                   MUFU.EX2 R4, R4 ;
+        /*0150*/                   MUFU.EX2 R4, R4 ;
+        /*0160*/              @!P0 BRA 0x0110 ;
+        /*0170*/               @P5 BRA 0x0000 ;
+        /*0180*/                   EXIT ;
+        /*0200*/                   FADD R4, R4, R5 ;
+        /*0210*/                   BRA 0x00b0 ;
+"""
+
+
+def test_loops_over_a_row_are_counted_the_short_way_around():
+    """Two: 0x30 to 0xb0 without its masked half, and 0x110 to 0x160, of two loads, past the guarded half.
+
+    The loop over both is left out.
+    """
+    assert nvcc_report.main_loops(SASS) == (6.0, 2.5)
+    assert nvcc_report.main_loops(SASS.replace("@P1 BRA 0x0070", "FADD R1, R1, R1")) == (6.0, 2.5)
+    slower = SASS.replace("/*0060*/                   BRA 0x00a0", "/*0060*/                   BRA 0x0080")
+    assert nvcc_report.main_loops(slower) == (6.0, 2.5)  # the masked half is shorter now
+    assert nvcc_report.main_loops(SASS.replace("LDG.E.128", "LDG.E.64")) == ()
+    slow = SASS.replace(
+        "/*0090*/                   MUFU", "/*0090*/               @P6 BRA 0x0080 ;\n/*0094*/ MUFU"
+    )
+    assert nvcc_report.main_loops(slow) == (6.0, 2.5)  # a loop inside, that loads nothing
 
 
 def test_report_fails_where_a_kernel_does_not_compile(monkeypatch, capsys):
@@ -145,7 +194,7 @@ def test_report_reaches_every_configuration(monkeypatch):
             case.call()
         if "vote_fwd_kernel" in case.kernels and not re.search("NCHW|upsampled", case.name):
             for arch in kernel_report.ARCHITECTURES:
-                monkeypatch.setattr(vote, "_device", lambda x, arch=arch: (arch, 132))
+                monkeypatch.setattr(vote, "device_properties", lambda device, arch=arch: (arch, 132))
                 launch_cache.plan_cache.clear()
                 case.call()
     assert products >= {config for table in vote.TUNING.values() for _, config in table.values()}
