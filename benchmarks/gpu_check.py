@@ -53,7 +53,7 @@ SUITE += ("distillation", "linear", "properties", "reliability")
 
 # Kernels of ours, as the sanitizer names them: C++ by its namespace, Triton by the function.
 OWN = re.compile(
-    r"zipfls|\b((soft_)?(loss|correct)\w*|(rank|label|vote|distill)_\w+|logits_mass|totals|transpose)_kernel\b"
+    r"zipfls|\b((soft_)?(loss|correct)\w*|(rank|label|vote|distill)_\w+|totals|transpose)_kernel\b"
 )
 FILTERS = {"cuda": "zipfls", "triton": "_kernel"}  # what their names have in common
 
