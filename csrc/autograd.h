@@ -24,8 +24,8 @@ Parts distill(const at::Tensor& logits, const at::Tensor& teacher,
               const std::optional<at::Tensor>& target,
               const std::optional<at::Tensor>& sample_weight,
               const std::optional<at::Tensor>& teacher_index, double ce_weight, double kd_weight,
-              double tckd_weight, double nckd_weight, double soft_target_weight,
-              double max_weight, double temperature, std::string_view form,
-              int64_t ignore_index, std::string_view reduction);
+              double tckd_weight, double nckd_weight, double soft_target_weight, double max_weight,
+              double temperature, std::string_view form, int64_t ignore_index,
+              std::string_view reduction);
 
 }  // namespace zipfls

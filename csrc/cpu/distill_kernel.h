@@ -157,8 +157,7 @@ ZIPFLS_INLINE void distill_row(const DistillFwd& a, const Scratch& scratch, int6
   A* const p_1 = static_cast<A*>(scratch.row[2]);  // (C + W,) A, exp(z - m), where they need an exp
 
   const bool probabilities = kMore && a.probabilities, suppresses = kMore && a.max_weight != 0;
-  const A top = max_nontarget<A>(z, C, y),
-          top_t = probabilities ? A(0) : max_nontarget<A>(t, C, y);
+  const A top = max_nontarget<A>(z, C, y), top_t = probabilities ? A(0) : max_nontarget<A>(t, C, y);
   const A m = top == kLowest ? A(0) : top, m_t = top_t == kLowest ? A(0) : top_t;
   const A per_T = static_cast<A>(1 / a.temperature), entropy = a.cross_entropy ? A(0) : A(1);
   const bool hard = a.hard(), soft_target = a.soft_target_weight != 0;
@@ -200,9 +199,8 @@ ZIPFLS_INLINE void distill_row(const DistillFwd& a, const Scratch& scratch, int6
     const double odds = x_y - ::log(sum[1]);  // NaN where the row has one, or nothing else
     beyond = times(a.max_weight * weight, odds != odds ? NAN : k == y ? 0 : -x_y);
   }
-  DistillFactors g =
-      distill_terms<kMore>(a, i, {sum[0], sum[1], sum[2], sum[3], sum[4]}, x_y,
-                           above(value(t[y]), m_t), share, weight, beyond);
+  DistillFactors g = distill_terms<kMore>(a, i, {sum[0], sum[1], sum[2], sum[3], sum[4]}, x_y,
+                                          above(value(t[y]), m_t), share, weight, beyond);
   if (grad_row == nullptr) return;
 
   T* const out = C < W ? static_cast<T*>(scratch.padded[0]) : grad_row;  // (C,) T

@@ -88,9 +88,7 @@ struct DistillFwd : LossFwd {
   bool probabilities;  // the teacher's rows are these; not divergence
 
   /// Whether the kernel with all options is wanted.
-  bool more() const {
-    return probabilities || share != nullptr || max_weight != 0;
-  }
+  bool more() const { return probabilities || share != nullptr || max_weight != 0; }
 };
 
 /// loss_totals: partial sums of the denominators, (3, blocks) float64.

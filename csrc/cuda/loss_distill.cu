@@ -38,10 +38,10 @@ cudaError_t distill_fwd_cuda(const DistillFwd& a, Dtype dtype, const LossPlan& p
     using A = Arithmetic<T>;
     const Launch how = {plan.blocks, plan.threads, plan.shared};
     if (a.more())
-      return launch(a.wide ? loss_distill_kernel<T, A, true> : loss_distill_kernel<T, T, true>,
-                    how, stream, a);
-    return launch(a.wide ? loss_distill_kernel<T, A, false> : loss_distill_kernel<T, T, false>,
-                  how, stream, a);
+      return launch(a.wide ? loss_distill_kernel<T, A, true> : loss_distill_kernel<T, T, true>, how,
+                    stream, a);
+    return launch(a.wide ? loss_distill_kernel<T, A, false> : loss_distill_kernel<T, T, false>, how,
+                  stream, a);
   });
 }
 

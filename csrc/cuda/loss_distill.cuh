@@ -19,7 +19,7 @@ namespace zipfls::cuda {
 /// Which sums a call needs. kMore: with the options of DistillFwd::more.
 template <class A, bool kMore>
 struct DistillTerms {
-  bool at_T, at_1, soft;  // those at T; those at 1 beside them; of these, the teacher's
+  bool at_T, at_1, soft;   // those at T; those at 1 beside them; of these, the teacher's
   bool divergence, given;  // given: the teacher's row is probabilities
   A per_T;                 // 1 / T
 
