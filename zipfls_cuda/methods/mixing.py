@@ -75,7 +75,7 @@ class RecursiveMix(nn.Module):
 
         ``target`` is (N,) class indices in [0, C), or (N, C) probabilities.
         """
-        labels = self._labels(images, target)
+        labels = _labels(images, target, self.num_classes)
         N, _, H, W = images.shape
         box = (0, 0, W, H)
         if not self.training:
@@ -147,20 +147,6 @@ class RecursiveMix(nn.Module):
             backend=self.backend,
         )  # fmt: skip
 
-    def _labels(self, images: Tensor, target: Tensor) -> Tensor:
-        """The target as probabilities (N, C)."""
-        checks.images(images)
-        if checks.is_soft(target):
-            checks.soft_target(target, (len(images), target.shape[1]))
-            return target
-        target = checks.target(target, len(images))
-        if self.num_classes is None:
-            raise ValueError(
-                "num_classes must be given to RecursiveMix for a target of class indices (N,), whose label "
-                "is (N, num_classes); or give probabilities (N, C)"
-            )
-        return F.one_hot(target, self.num_classes).float()
-
     def get_extra_state(self) -> dict[str, object]:
         """What state_dict holds."""
         names = ("images", "labels", "logits", "past_logits", "share")
@@ -177,6 +163,21 @@ class RecursiveMix(nn.Module):
     def extra_repr(self) -> str:
         """The settings shown by repr."""
         return f"alpha={self.alpha}, omega={self.omega}, num_classes={self.num_classes}"
+
+
+def _labels(images: Tensor, target: Tensor, num_classes: int | None) -> Tensor:
+    """The target as probabilities (N, C)."""
+    checks.images(images)
+    if checks.is_soft(target):
+        checks.soft_target(target, (len(images), target.shape[1]))
+        return target
+    target = checks.target(target, len(images))
+    if num_classes is None:
+        raise ValueError(
+            "num_classes must be given to RecursiveMix for a target of class indices (N,), whose label "
+            "is (N, num_classes); or give probabilities (N, C)"
+        )
+    return F.one_hot(target, num_classes).float()
 
 
 def _rows(x: Tensor, N: int) -> Tensor:
