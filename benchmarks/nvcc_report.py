@@ -92,7 +92,7 @@ def main_loops(code: str) -> tuple[float, ...]:
     A loop is what lies between a backward branch and its target; one over a row loads 16 bytes at a time and
     takes exponentials. Of the ways around it counts the shortest among those that load most, and of loops
     within one another the one that takes least for its bytes: slow paths, and tiles that need masks, are left
-    out. On sm_100 one of the two loops of Triton's streamed rows is not found.
+    out.
     """
     found = [(int(at, 16), *rest) for at, *rest in INSTRUCTION.findall(code)]
     jumps = {at: int(to[1], 16) for at, _, op, text in found if (to := _target(op, text))}
@@ -100,14 +100,15 @@ def main_loops(code: str) -> tuple[float, ...]:
     for last, first in ((at, to) for at, to in jumps.items() if to < at):
         ways = {first: (0, 0, False)}  # address -> 16-byte loads, minus instructions, exponentials? up to it
         inside = [x for x in found if first <= x[0] <= last]
-        for (at, guard, op, _), after in zip(inside, [*inside[1:], (None,)], strict=True):
+        for (at, guard, op, operands), after in zip(inside, [*inside[1:], (None,)], strict=True):
             if at not in ways:
                 continue
             loads, count, exponential = ways[at]
             wide = op.startswith(("LDG", "LDS")) and ".128" in op
             way = loads + wide, count - 1, exponential or op == "MUFU.EX2"
             ends = at in jumps or op == "EXIT"
-            following = {jumps.get(at)} | ({after[0]} if guard or not ends else set())
+            conditional = guard or re.match(r"\s*!?U?P\d", operands)  # BRA.U has its condition as an operand
+            following = {jumps.get(at)} | ({after[0]} if conditional or not ends else set())
             for to in following - {None}:
                 if to > at:
                     ways[to] = max(ways.get(to, way), way)

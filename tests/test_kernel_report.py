@@ -62,7 +62,7 @@ def test_report_of_each_kind_is_clean():
         if row[0].startswith(("loss_fwd", "loss_bwd", "distill_fwd")):
             assert wide >= 2, row
         streamed = re.search(r"^(loss_fwd|distill_fwd)\w* \w+ \d+x21841", " ".join(row))
-        assert bool(re.fullmatch(r"\d+\.\d(\+\d+\.\d)?", row[-1])) == bool(streamed), row
+        assert bool(re.fullmatch(r"\d+\.\d\+\d+\.\d", row[-1])) == bool(streamed), row
 
 
 @compiles
@@ -153,6 +153,8 @@ def test_loops_over_a_row_are_counted_the_short_way_around():
     assert nvcc_report.main_loops(SASS.replace("@P1 BRA 0x0070", "FADD R1, R1, R1")) == (6.0, 2.5)
     slower = SASS.replace("/*0060*/                   BRA 0x00a0", "/*0060*/                   BRA 0x0080")
     assert nvcc_report.main_loops(slower) == (6.0, 2.5)  # the masked half is shorter now
+    uniform = SASS.replace("@P1 BRA 0x0070", "BRA.U !UP1, 0x0070").replace("@P3 BRA", "BRA.U UP3,")
+    assert nvcc_report.main_loops(uniform) == (6.0, 2.5)
     assert nvcc_report.main_loops(SASS.replace("LDG.E.128", "LDG.E.64")) == ()
     slow = SASS.replace(
         "/*0090*/                   MUFU", "/*0090*/               @P6 BRA 0x0080 ;\n/*0094*/ MUFU"
