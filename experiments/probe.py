@@ -3,6 +3,9 @@
 from collections.abc import Callable
 
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from .data import Split
@@ -19,10 +22,6 @@ def linear_probe(net: nn.Module, predict: Predict, learnt: Split, judged: Split)
         learnt: images of the other classes, on which the regression is fitted.
         judged: other images of these classes.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     regression.fit(features(net, predict, learnt.images), learnt.labels.numpy())
     return float(regression.score(features(net, predict, judged.images), judged.labels.numpy()))
@@ -32,6 +31,8 @@ def features(net: nn.Module, predict: Predict, images: torch.Tensor):
     """What the classifier is given of images (N, channels, H, W) uint8: an array (N, D) float32."""
     found = []
     classifier = net.get_classifier() if hasattr(net, "get_classifier") else net.fc
+    if isinstance(classifier, tuple):  # a distilled model's two
+        classifier = classifier[0]
     hook = classifier.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].flatten(1).float()))
     try:
         predict(images)

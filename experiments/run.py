@@ -108,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--stages", type=number(int, 2, 5), default=3, metavar="S",
         help="of resnet; each but the first halves the map (default: 3)")
     add("--stem-stride", type=int, choices=(1, 2), default=1,
-        help="of resnet's first convolution; 2 halves every map, at a quarter of the time (default: 1)")
+        help="of resnet's first convolution; 2 halves height and width of every map (default: 1)")
     add("--width", type=number(int, MIN_WIDTH), default=16, metavar="N",
         help=f"channels of resnet's first stage, at least {MIN_WIDTH} (default: 16)")
     add("--size", type=number(int, 16), default=32, metavar="PIXELS",

@@ -22,7 +22,6 @@ from .common import Place, UsageError, atomic_file
 from .data import Data, DataError, Split
 from .methods import Method, teacher_of, wants
 from .model import attach_votes, make_loss, make_network
-from .probe import linear_probe
 
 
 class Loader:
@@ -301,6 +300,8 @@ def prepare(loss: str, seed: int, data: Data, args: argparse.Namespace, place: P
 
 def train(loss: str, seed: int, data: Data, args: argparse.Namespace, place: Place) -> Run:
     """Train one network, or finish what a checkpoint began."""
+    if data.held_out:
+        from .probe import linear_probe  # its scikit-learn is missed before the training, not after
     trainer, history = prepare(loss, seed, data, args, place)
     checkpoint, settings = file_of(loss, seed, args), describe(args, data, place)
     name, log = checkpoint.stem, checkpoint.with_suffix(".jsonl")

@@ -269,8 +269,8 @@ MUTANTS = [
     Mutant(
         "label summed in float32",
         REFERENCE,
-        "label_from_mass(dense.double(),",
-        "label_from_mass(dense,",
+        "label_from_mass(log_mass.double(),",
+        "label_from_mass(log_mass,",
         LABEL,
     ),
     Mutant(

@@ -591,3 +591,14 @@ def test_ols_with_rows_of_zeros():
     assert x.grad.isfinite().all()
     with pytest.raises(ValueError, match=r"logits must have num_classes=9 classes, got shape \(5, 8\)"):
         criterion(z[:, :8], y.clamp(max=7))
+
+
+def test_maxsup_names_what_is_wrong():
+    criterion = methods.MaxSupLoss(start=0.1, end=0.1)
+    for logits, target, said in (
+        ([1.0], torch.zeros(1, dtype=torch.int64), "logits"),
+        (torch.zeros(2, 3), None, "target must be a torch.Tensor"),
+        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), "target must have shape"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=said):
+            criterion(logits, target)

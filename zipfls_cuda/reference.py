@@ -156,15 +156,17 @@ def label_fwd(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int,
     """
     ignored = target == ignore_index
     bad = _bad_rows(target, votes, num_classes, ignored)
-    dense = _dense_log_mass(log_mass, votes, None, num_classes)
+    return whole_label(dense_log_mass(log_mass, votes, None, num_classes), target, bad, ignored)
+
+
+def whole_label(log_mass: Tensor, target: Tensor, bad: Tensor, ignored: Tensor) -> Tensor:
+    """``label_fwd`` from masses (N, C); bad, ignored: (N,) bool, rows of NaN, and of 0."""
     # In float64: a float32 sum of 32000 equal masses is 4e-5 off.
-    label = label_from_mass(dense.double(), target.clamp(0, num_classes - 1))[0].to(log_mass.dtype)
+    label = label_from_mass(log_mass.double(), target.clamp(0, log_mass.shape[1] - 1))[0].to(log_mass.dtype)
     return label.masked_fill(bad[:, None], torch.nan).masked_fill(ignored[:, None], 0.0)
 
 
-def _dense_log_mass(
-    log_mass: Tensor, votes: Tensor | None, logits: Tensor | None, num_classes: int
-) -> Tensor:
+def dense_log_mass(log_mass: Tensor, votes: Tensor | None, logits: Tensor | None, num_classes: int) -> Tensor:
     """(N, C) log masses from a table by rank, of votes if there are any and else of the logits."""
     if log_mass.dim() == 2:
         return log_mass
@@ -303,7 +305,7 @@ def loss_fwd(
             a, b = (1 - e) * a + (e / C) * w.sum(), (1 - e) * b + (e / C) * w
         dz = dz + (ce_weight * ce_scale) * (log_p.exp() * a - b)
     if zipf_weight != 0:
-        label, log_label = label_from_mass(_dense_log_mass(log_mass, votes, logits, C), y)
+        label, log_label = label_from_mass(dense_log_mass(log_mass, votes, logits, C), y)
         zipf = zipf_term(z, y, label, log_label)
         p_nontarget = z.masked_fill(onehot.bool(), -torch.inf).softmax(1)
         step = (zipf_weight * zipf_scale) * (p_nontarget - label)
@@ -406,7 +408,7 @@ def _soft_loss_fwd(
     if zipf_weight != 0:
         at_target = target_classes(t, C)
         zipf_rows = counted & ((~at_target).sum(1) >= 2)
-        label, log_label = label_from_mass(_dense_log_mass(log_mass, votes, logits, C), t)
+        label, log_label = label_from_mass(dense_log_mass(log_mass, votes, logits, C), t)
         zipf = zipf_term(z, t, label, log_label).masked_fill(~zipf_rows, 0)
         step = z.masked_fill(at_target, -torch.inf).softmax(1) - label
         step = (zipf_weight * zipf_scale) * step

@@ -168,6 +168,7 @@ class MaxSupLoss(ScheduledModule):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (N, C) and target (N,)."""
+        target = checks.target_of_methods(logits, target, self.ignore_index)[0]
         dtype = accumulation_dtype(logits.dtype)
         rest, share, weights = 1 - self.end, self.end, None
         if self.training and self.start != self.end:

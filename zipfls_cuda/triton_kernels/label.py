@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import label_from_mass, outside
+from ..reference import outside, whole_label
 from .launch_cache import device_of, launch
 
 INTERPRET: bool = triton.knobs.runtime.interpret  # whether kernels run in Triton's interpreter
@@ -318,5 +318,4 @@ def label_fwd(target: Tensor, votes: Tensor, log_mass: Tensor, num_classes: int,
     bad = outside(target, votes, num_classes, ignored)
     if log_mass.dim() == 1:
         log_mass = log_mass[(rank_fwd(votes, num_classes).long() - 1).clamp(0, len(log_mass) - 1)]
-    label = label_from_mass(log_mass.double(), target.clamp(0, num_classes - 1))[0].to(log_mass.dtype)
-    return label.masked_fill(bad[:, None], torch.nan).masked_fill(ignored[:, None], 0.0)
+    return whole_label(log_mass, target, bad, ignored)

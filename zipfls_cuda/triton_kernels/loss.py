@@ -27,7 +27,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference import competition_rank
+from ..reference import dense_log_mass
 from . import loss_reduce
 from .label import HASHING_PROGRAMS, INTERPRET, SORTED_VOTES, vote_scratch, vote_tile
 from .launch_cache import Launch, device_of, plan_cache, signature, store_plan, template, with_unit_stride
@@ -272,7 +272,7 @@ def _loss(
     if votes is None:
         votes_or_target, P, votes_stride_n, votes_stride_p = target, 0, 0, 0
         if zipf_weight != 0 and log_mass.dim() == 1:
-            log_mass = log_mass[competition_rank(logits).long() - 1]
+            log_mass = dense_log_mass(log_mass, None, logits, logits.shape[1])
     else:
         votes_or_target, P = votes, votes.shape[1]
         votes_stride_n, votes_stride_p = votes.stride()
