@@ -52,7 +52,7 @@ class Study:
     methods: dict[str, tuple[str, ...]]  # method -> the settings tried; the first method is the baseline
     conditions: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> its data, its options
     compared: tuple[str, ...] = ()  # the methods that meet the other conditions
-    seeds: tuple[int, int, int] = (2, 5, 3)  # to choose, to judge, in each other condition
+    seeds: tuple[int, int, int] = (2, 5, 3)  # to choose, to judge, in each other condition at first
 
     @property
     def baseline(self) -> str:
@@ -102,12 +102,17 @@ class Study:
             for seed in range(judge)
             for method, setting in chosen.items()
         ]
-        yield [
+        others = [
             self.run(name, data, f"{options} {more}".strip(), method, chosen[method], seed)
-            for seed in range(elsewhere)
+            for seed in range(max(elsewhere, judge))
             for name, (data, more) in self.conditions.items()
             for method in self.compared
         ]
+        first = [run for run in others if run["seed"] < elsewhere]
+        yield first
+        # Among so many comparisons chance shows something: where one does, the other seeds are asked too.
+        shown = [name for name in self.conditions if shows(first, known, name, self.compared)]
+        yield [run for run in others if run["seed"] >= elsewhere and run["data"] in shown]
 
     def missing(self, records: Sequence[dict], least: int = 0) -> list[dict]:
         """The next runs without a record; `least` seeds at least are judged."""
@@ -139,6 +144,16 @@ def best(runs: Sequence[dict], known: dict[str, dict], name: str) -> str:
             return ""
         right.setdefault(run[name], []).append(known[run["command"]]["last"])
     return max(right, key=lambda value: statistics.mean(right[value]))
+
+
+def shows(runs: Sequence[dict], known: dict[str, dict], condition: str, methods: Sequence[str]) -> bool:
+    """Do the runs under a condition tell some method from the first? False while a record is missing."""
+    of: dict[str, dict[int, dict]] = {method: {} for method in methods}
+    for run in (run for run in runs if run["data"] == condition):
+        if run["command"] not in known:
+            return False
+        of[run["method"]][run["seed"]] = known[run["command"]]
+    return any(difference(of[method], of[methods[0]]).certain for method in methods[1:])
 
 
 def column(of: dict[int, dict], name: str, scale: float = 1) -> Sample:
