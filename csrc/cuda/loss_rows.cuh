@@ -43,7 +43,8 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
   using Group = RowGroup<LANES>;
   using Leaders = RowGroup<Group::kLeaders>;  // of a block: its first warp
   constexpr int V = kVector<T>, K_MAX = kHeldVectors<sizeof(T), LANES>;
-  constexpr uint32_t kStep = Group::kLeaders;  // vectors from one of a lane to its next
+  constexpr uint32_t kStep = Group::kLeaders;    // vectors from one of a lane to its next
+  constexpr int kPair = sizeof(T) == 4 ? 2 : 1;  // vectors added up together: 8 elements
   const bool with_grad = a.grad != nullptr;
   const int32_t P = counted_votes(a);
 
@@ -85,7 +86,9 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
     const int32_t first_column = row.column(first_vector), slice_column = row.column(slice_first);
     const uint32_t behind = row.count > first_vector ? row.count - first_vector : 0;
     const uint32_t vectors = ptx::keep(behind < warp_room ? behind : warp_room);
-    const uint32_t mine = ptx::keep(sample.live ? vectors : 0);  // whose logits are read
+    // A lane has vectors lane + step for steps below these: all of its part, and those it reads.
+    const uint32_t steps = ptx::keep(vectors > lane ? vectors - lane : 0);
+    const uint32_t mine = ptx::keep(sample.live ? steps : 0);
     const auto inside = [&](int32_t c) {
       return !CLUSTER || static_cast<uint32_t>(c - slice_column) < slice * V;
     };
@@ -96,7 +99,12 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
     const uint32_t row_end = row.whole_end() - first_vector;
     const uint32_t whole_end = row_end < vectors ? row_end : vectors;
     const uint32_t whole = ptx::keep(whole_end > whole_begin ? whole_end - whole_begin : 0);
-    const uint32_t from = ptx::keep(lane - whole_begin);
+    const bool first_whole = lane >= whole_begin;
+    const uint32_t whole_steps =
+        ptx::keep(lane < whole_begin + whole ? whole_begin + whole - lane : 0);
+    const auto is_whole = [&](uint32_t step) {
+      return step < whole_steps && (step > 0 || first_whole);
+    };
     const bool edges = ptx::keep(whole < vectors) != 0;
     // visit(element of own_elements, column) for those of the vectors that are not whole, at most
     // two: an element for each of V lanes.
@@ -114,7 +122,7 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
       const uint32_t to = ptx::keep(ptx::shared_address(area.row) + (warp_first + lane) * 16);
 #pragma unroll
       for (uint32_t step = 0; step < K_MAX * kStep; step += kStep)
-        if (from + step < whole) ptx::cp_async_16(to + step * 16, source + step, 16);
+        if (is_whole(step)) ptx::cp_async_16(to + step * 16, source + step, 16);
       for_edges([&](uint32_t e, int32_t c) {
         if (row.has(c)) {
           own_elements[e] = row.logits[c];
@@ -148,7 +156,7 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
     ptx::cp_async_wait_group<0>();
     __syncwarp(kAllLanes);  // vectors that are not whole
     const uint32_t target_element = static_cast<uint32_t>(sample.y - first_column);
-    if (target_element / V < mine && target_element / V % kStep == lane) {
+    if (target_element / V % kStep == lane && target_element / V - lane < mine) {
       area.target[0] = to_float(own_elements[target_element]);
       area.target[1] = to_float(own_elements[target_element ^ 1]);
       own_elements[target_element] = own_elements[target_element ^ 1];
@@ -157,7 +165,7 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
 #pragma unroll
     for (int k = 0; k < K_MAX; k++) {
       raw[k] = absent_vector<T>();
-      if (lane + k * kStep < mine) raw[k] = own[lane + k * kStep];
+      if (k * kStep < mine) raw[k] = own[lane + k * kStep];
     }
     RowStats<A> stats;
     stats.max = warp_reduce_max<Group::kLeaders>(largest_of<T>(raw));
@@ -165,9 +173,14 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
     const ExpShift<T> warp_shift(shift_of(warp_max));
     A x[K_MAX * V];
 #pragma unroll
-    for (int k = 0; k < K_MAX; k++) {
-      unpack<T>(raw[k], x + k * V);
-      if (lane + k * kStep < mine) add_vector<T>(x + k * V, warp_shift, stats);
+    for (int k = 0; k < K_MAX; k += kPair) {
+#pragma unroll
+      for (int j = k; j < k + kPair; j++) unpack<T>(raw[j], x + j * V);
+      if (kPair == 2 && (k + 1) * kStep < mine) {
+        add_vector<T, kPair * V>(x + k * V, warp_shift, stats);
+      } else if (k * kStep < mine) {
+        add_vector<T>(x + k * V, warp_shift, stats);
+      }
     }
     if (rare_sums) {
       Group::sync();  // other threads read the row, and the target's logit
@@ -176,7 +189,7 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
                                       : area.target[0];
       const RareSums<A> rare{smooth_weight, look_for_misclassified, sample.y, z_target};
 #pragma unroll 1
-      for (uint32_t e = lane; e < mine * V; e += kStep) {
+      for (uint32_t e = lane; e < (sample.live ? vectors * V : 0); e += kStep) {
         const int32_t c = first_column + static_cast<int32_t>(e);
         if (row.has(c)) rare.add(c, to_float(own_elements[e]), warp_shift.shift, stats);
       }
@@ -250,8 +263,8 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
       const A minus = -f.constant;
 #pragma unroll
       for (int k = 0; k < K_MAX; k++) {
+        if (k * kStep >= steps) continue;
         const uint32_t j = lane + k * kStep;
-        if (j >= vectors) continue;
 #pragma unroll
         for (int e = k * V; e < (k + 1) * V; e++) x[e] = fused(x[e], per_exp, minus);
         if (rare) rare_gradient<V>(x + k * V, row.column(first_vector + j), a.C, f, smooth_weight);
@@ -270,7 +283,7 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
       uint4* const destination = ptx::keep(row.grad_vector(first_vector + lane));
 #pragma unroll
       for (uint32_t step = 0; step < K_MAX * kStep; step += kStep)
-        if (from + step < whole) ptx::st_global_cg_16(destination + step, own[lane + step]);
+        if (is_whole(step)) ptx::st_global_cg_16(destination + step, own[lane + step]);
       for_edges([&](uint32_t e, int32_t c) {
         if (row.has(c)) row.grad[c] = own_elements[e];
       });
