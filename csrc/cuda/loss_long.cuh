@@ -10,9 +10,8 @@ namespace zipfls::cuda {
 ///
 /// - Bytes: 2 C itemsize a row of device memory and C itemsize of L2; votes and target as
 ///   loss_fwd_kernel.
-/// - Threads: 512 a row, rows by grid stride; four whole vectors (float64: two) at once but at the
-/// row's ends and at
-///   the target.
+/// - Threads: 512 a row, rows by grid stride; 32 elements (float64: 4) of whole vectors at once but
+///   at the row's ends and at the target.
 /// - The row: in L2.
 /// - Accumulators: a running maximum a thread, sums in float (float64: double) relative to it; sums
 ///   over rows: double.
@@ -24,7 +23,7 @@ loss_fwd_long_kernel(LossFwd a) {
   using A = Arithmetic<T>;
   using Group = RowGroup<0>;
   using Leaders = RowGroup<kWarp>;
-  constexpr int V = kVector<T>, U = sizeof(T) == 8 ? 2 : 4;  // vectors in flight a thread
+  constexpr int V = kVector<T>, U = sizeof(T) == 8 ? 2 : 32 / V;  // vectors in flight a thread
   constexpr uint32_t kStep = U * kLongBlock;
   const bool with_grad = a.grad != nullptr;
   const int32_t P = counted_votes(a);

@@ -41,9 +41,9 @@ constexpr int kWideBlock = 256;
 template <int SIZE>
 constexpr int kWideResident = SIZE == 8 ? 1 : 2;
 
-/// Threads of a row that is read twice: 16 warps with 4 vectors in flight each. Its registers leave
-/// one block a multiprocessor, so an H200 has 132 rows in flight: 35 of its 50 MB of L2 at C =
-/// 131072 in bfloat16, which is what the second reading is to find there.
+/// Threads of a row that is read twice: 16 warps with 32 elements a lane in flight. Its registers
+/// leave one block a multiprocessor, so an H200 has 132 rows in flight: 35 of its 50 MB of L2 at C
+/// = 131072 in bfloat16, which is what the second reading is to find there.
 constexpr int kLongBlock = 512;
 
 /// Fewest 16-byte vectors a thread should have when there are rows enough to fill the device, and
