@@ -87,12 +87,12 @@ def readable(name: str) -> str:
 
 
 def main_loops(code: str) -> tuple[float, ...]:
-    """Instructions a thread executes for 16 bytes of a row, in each loop over rows of a kernel's SASS.
+    """Instructions a thread executes for 16 bytes of a row, in the two main loops over it of a kernel's SASS.
 
     A loop is what lies between a backward branch and its target; one over a row loads 16 bytes at a time and
     takes exponentials. Of the ways around it counts the shortest among those that load most, and of loops
-    within one another the one that takes least for its bytes: slow paths, and tiles that need masks, are left
-    out.
+    the two that take least for their bytes, none within another: slow paths, and tiles that need masks, are
+    left out.
     """
     found = [(int(at, 16), *rest) for at, *rest in INSTRUCTION.findall(code)]
     jumps = {at: int(to[1], 16) for at, _, op, text in found if (to := _target(op, text))}
@@ -118,7 +118,7 @@ def main_loops(code: str) -> tuple[float, ...]:
     for loop in sorted(loops):
         if all(loop[2] < first or last < loop[1] for _, first, last in chosen):
             chosen.append(loop)
-    return tuple(round(count, 1) for count, *_ in sorted(chosen, key=lambda loop: loop[1]))
+    return tuple(round(count, 1) for count, *_ in sorted(chosen[:2], key=lambda loop: loop[1]))
 
 
 def _target(opcode: str, operands: str) -> re.Match | None:
@@ -189,7 +189,7 @@ COLUMNS = {  # heading -> width, what a row has there
     "TMA": (5, lambda r: r.tma),
     "tensor": (8, lambda r: r.tensor or "-"),
     "instr": (7, lambda r: r.instructions),
-    "a logit": (13, lambda r: "+".join(f"{n * itemsize(r) / 16:.1f}" for n in r.loops[:2]) or "-"),
+    "a logit": (13, lambda r: "+".join(f"{n * itemsize(r) / 16:.1f}" for n in r.loops) or "-"),
 }
 HEAD = f"{'kernel':72}" + "".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items())
 

@@ -160,6 +160,11 @@ def test_loops_over_a_row_are_counted_the_short_way_around():
         "/*0090*/                   MUFU", "/*0090*/               @P6 BRA 0x0080 ;\n/*0094*/ MUFU"
     )
     assert nvcc_report.main_loops(slow) == (6.0, 2.5)  # a loop inside, that loads nothing
+    adds = "".join(f"/*{at:04x}*/ FADD R4, R4, R5 ;\n" for at in range(0x240, 0x290, 0x10))
+    third = (
+        "/*0220*/ LDG.E.128 R4, [R2] ;\n/*0230*/ MUFU.EX2 R4, R4 ;\n" + adds + "/*0290*/ @P0 BRA 0x0220 ;\n"
+    )
+    assert nvcc_report.main_loops(SASS + third) == (6.0, 2.5)  # another over the row, which takes 8
 
 
 def test_report_fails_where_a_kernel_does_not_compile(monkeypatch, capsys):
