@@ -124,6 +124,15 @@ STUDIES = {
             "a map of 1 x 2 (5 stages)": ("--data typefaces:100:15", "--stages 5 --depth 12"),
         },
         COMPARED,
+        {
+            "faces": {"50": "50 faces", "100": "", "200": "200 faces"},
+            "training words a face": {"8": "8 words a face", "15": "", "30": "30 words a face"},
+            "positions that vote": {
+                "1 x 2": "a map of 1 x 2 (5 stages)",
+                "2 x 4": "a map of 2 x 4 (4 stages)",
+                "4 x 8": "",
+            },
+        },
     ),
     "gpu": Study(
         "--size 64 --width 64 --stages 4 --depth 18 --epochs 20 --batch-size 128 --amp bf16 --device cuda",

@@ -93,14 +93,13 @@ def draw_spectra(runs: Sequence[Run], path: Path) -> None:
 
 
 def draw_study(study: Study, records: Sequence[dict], path: Path) -> None:
-    """Where a method helps, if anywhere: by epoch, and under the other conditions.
+    """Where a method helps, if anywhere: by epoch, and along each scale of conditions.
 
-    Both panels show percent right less the baseline's, seed by seed: the mean and its 95 % interval, by
+    All panels show percent right less the baseline's, seed by seed: the mean and its 95 % interval, by
     Student's t.
     """
     judged = study.results(records)
-    conditions = {name: study.results(records, name) for name in study.conditions}
-    figure, axes = new_figure(2, 10)
+    figure, axes = new_figure(1 + len(study.scales), 10)
     hues = dict(zip(list(study.methods)[1:], OKABE_ITO, strict=False))
     base = judged[study.baseline]
     for method, colour in hues.items():
@@ -115,17 +114,18 @@ def draw_study(study: Study, records: Sequence[dict], path: Path) -> None:
             axes[0].fill_between(epochs, mean - reach, mean + reach, color=colour, alpha=0.2, lw=0)
     axes[0].set_xlabel("epoch")
     axes[0].set_title(f"percent right, minus {study.baseline}", loc="left")
-    shown = {"as tuned": judged} | {name: results for name, results in conditions.items() if results}
-    for shift, method in zip((-0.1, 0.1), study.compared[1:], strict=False):
-        samples = [difference(results[method], results[study.baseline]) for results in shown.values()]
-        place = np.arange(len(samples)) + shift
-        reach = [sample.reach if np.isfinite(sample.reach) else 0 for sample in samples]
-        mean = [sample.mean for sample in samples]
-        axes[1].errorbar(mean, place, xerr=reach, fmt="o", color=hues[method], capsize=3)
-    axes[1].set_yticks(range(len(shown)), list(shown))
-    axes[1].invert_yaxis()
-    axes[1].axvline(0, color="0.6", lw=0.8)
-    axes[0].axhline(0, color="0.6", lw=0.8)
-    axes[1].set_title("after the last epoch, by condition", loc="left")
+    for axis, (scale, values) in zip(axes[1:], study.scales.items(), strict=True):
+        found = [study.results(records, name) if name else judged for name in values.values()]
+        for shift, method in zip((-0.1, 0.1), study.compared[1:], strict=False):
+            less = [difference(of[method], of[study.baseline]) if of else Sample(()) for of in found]
+            place, known = np.arange(len(values)) + shift, [k for k, of in enumerate(found) if of]
+            mean = [less[k].mean for k in known]
+            reach = [less[k].reach if np.isfinite(less[k].reach) else 0 for k in known]
+            axis.errorbar(place[known], mean, yerr=reach, fmt="o", color=hues[method], capsize=3)
+        axis.set_xticks(range(len(values)), list(values))
+        axis.set_xlabel(scale)
+        axis.sharey(axes[1])
+    for axis in axes:
+        axis.axhline(0, color="0.6", lw=0.8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(figure, path)

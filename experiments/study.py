@@ -52,6 +52,8 @@ class Study:
     methods: dict[str, tuple[str, ...]]  # method -> the settings tried; the first method is the baseline
     conditions: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> its data, its options
     compared: tuple[str, ...] = ()  # the methods that meet the other conditions
+    # What varies between conditions -> its values in order, with the conditions; "": the test's own.
+    scales: dict[str, dict[str, str]] = field(default_factory=dict)
     seeds: tuple[int, int, int] = (2, 5, 3)  # to choose, to judge, in each other condition at first
 
     @property
