@@ -256,6 +256,18 @@ def test_loss_in_every_kernel(drivers, tmp_path, shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_logits_of_any_size_in_every_kernel(drivers, tmp_path, shape):
+    """What rounding m log2 e loses is thousands at m = 1e10: no power of 2 of a float32."""
+    calls = []
+    for size in (1e8, 1e9, 1e10, 1e12, 1e30):
+        case = make(5, 41, 9, seed=4)
+        calls.append(
+            (case._replace(logits=case.logits * size), {"shape": SHAPES[shape], "reduction": "none"})
+        )
+    check_loss(drivers["plain"], tmp_path, calls)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_loss_options_in_every_kernel(drivers, tmp_path, shape):
     case = make(9, 41, 6, seed=3)
     case.logits[torch.arange(4), case.target[:4]] += 8  # half of them classified correctly

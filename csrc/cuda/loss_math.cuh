@@ -96,7 +96,8 @@ struct ExpShift {
     scaled = shift * kLog2E;
     if constexpr (kFolded) {
       error = ::fmaf(shift, kLog2E, -scaled);
-      if (!(::fabsf(scaled) < infinity<A>())) {  // shift log2 e overflows: x - shift need not
+      // shift log2 e overflows, or so does what it lost as a power of 2: x - shift need not.
+      if (!(::fabsf(error) < 64)) {
         scaled = not_a_number<A>();
         error = 0;
       }
