@@ -351,8 +351,17 @@ loss_distill_kernel(DistillFwd a) {
       x.beside = static_cast<const S*>(a.teacher) + row * a.teacher_stride;  // read where live
     }
     x.row = RowVectors<T>::of(a, sample);
-    const uint32_t vectors = x.row.count;
-    if (!sample.live) x.row.count = 0;  // no logit is read
+    if (!sample.live) {  // the same value everywhere; no logit is read
+      if (threadIdx.x == 0) report_row(a, block, 0, sample, Finished<A>{});
+#pragma unroll 1
+      for (uint32_t j = threadIdx.x; a.grad != nullptr && j < x.row.count; j += blockDim.x) {
+        A g[V];
+#pragma unroll
+        for (int v = 0; v < V; v++) g[v] = sample.invalid ? not_a_number<A>() : A(0);
+        x.row.store(j, g);
+      }
+      continue;
+    }
     if (x.parts() == 1) x.load(0);
     if (a.target == nullptr) sample.y = largest_class<A>(x, block.partial);
     int32_t largest = 0;
@@ -364,7 +373,7 @@ loss_distill_kernel(DistillFwd a) {
 
     if (threadIdx.x < kWarp) {
       const int k = static_cast<int>(threadIdx.x);
-      if (k < 4 && sample.live) {
+      if (k < 4) {
         const bool student = k % 2 == 0, at_T = k < 2;
         double z = student ? static_cast<double>(to_float(x.row.logits[sample.y]))
                            : static_cast<double>(to_float(x.beside[sample.y]));
@@ -379,38 +388,26 @@ loss_distill_kernel(DistillFwd a) {
       }
       __syncwarp(kAllLanes);
       if (k == 0) {
-        Finished<A> f{};
-        if (sample.live) {
-          const double d = static_cast<double>(sums.sum[Sums::kCross]);
-          DistillMore more = {};
-          if constexpr (kMore) {
-            more.x_y = static_cast<double>(to_float(x.row.logits[sample.y])) - shift;
-            more.total = static_cast<double>(to_float(x.beside[sample.y])) + f_T;
-            more.largest = largest;
-          }
-          const auto factors = finish_distillation<A, kMore>(
-              a, sample, area.odds, d, static_cast<double>(block.scales->zipf_step), more,
-              area.at_top);
-          f.ce = factors.ce;
-          f.zipf = factors.distillation;
-          *area.factors = factors;
+        const double d = static_cast<double>(sums.sum[Sums::kCross]);
+        DistillMore more = {};
+        if constexpr (kMore) {
+          more.x_y = static_cast<double>(to_float(x.row.logits[sample.y])) - shift;
+          more.total = static_cast<double>(to_float(x.beside[sample.y])) + f_T;
+          more.largest = largest;
         }
+        const auto factors = finish_distillation<A, kMore>(
+            a, sample, area.odds, d, static_cast<double>(block.scales->zipf_step), more,
+            area.at_top);
+        Finished<A> f{};
+        f.ce = factors.ce;
+        f.zipf = factors.distillation;
+        *area.factors = factors;
         report_row(a, block, 0, sample, f);
       }
     }
     __syncthreads();  // the factors are complete, and no logit is read by another thread
 
     if (a.grad == nullptr) continue;
-    if (!sample.live) {  // the same value everywhere
-#pragma unroll 1
-      for (uint32_t j = threadIdx.x; j < vectors; j += blockDim.x) {
-        A g[V];
-#pragma unroll
-        for (int v = 0; v < V; v++) g[v] = sample.invalid ? not_a_number<A>() : A(0);
-        x.row.store(j, g);
-      }
-      continue;
-    }
     const DistillFactors<A> f = *area.factors;
     const A at_top = kMore ? *area.at_top : A(0);
     x.for_vectors([&](uint32_t j, const A* z, const A* t) {
