@@ -429,6 +429,27 @@ MUTANTS = [
                 "triton.py::test_streamed_threads_of_several_vectors",
             ),
             (
+                "the target left among its tile",
+                "loss_kernel",
+                "chosen = first + vector != first_of_y",
+                "chosen = first + vector >= 0",
+                "triton.py::test_streamed_threads_of_several_vectors",
+            ),
+            (
+                "logits far above the base not looked for",
+                "loss_kernel",
+                "(stats.s < 2.0**64)",
+                "(stats.s >= 0)",
+                "triton.py::test_streamed_rows_of_all_sizes",
+            ),
+            (
+                "what a folded base lost forgotten",
+                "loss_math",
+                "s=a.s * power_of_2(-lost)",
+                "s=a.s",
+                "triton.py::test_streamed_rows_of_all_sizes",
+            ),
+            (
                 "binary of another alignment",
                 "launch_cache",
                 "(x.dtype, x.data_ptr() & 15)",
@@ -468,7 +489,7 @@ MUTANTS = [
                 "loss_math",
                 "t = tl.fma(finite, shift, t)",
                 "t = t + 0",
-                "triton.py::test_loss_kernels",
+                "triton.py::test_streamed_threads_of_several_vectors",
             ),
             (
                 "classes past the end vote",

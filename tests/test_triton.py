@@ -170,9 +170,10 @@ def test_loss_several_rows_per_program(monkeypatch, N, R):
 
 
 def test_streamed_threads_of_several_vectors(monkeypatch):
-    """Four vectors a thread; -inf in a tile that needs no masks, all over one, and beside the target."""
+    """Several vectors a thread; -inf in a tile that needs no masks, all over one, and beside the target."""
     monkeypatch.setattr(loss_file, "LONGEST_ROW", 32)
     monkeypatch.setattr(loss_file, "LONG_TILES", ((INF, (256, 1)),))
+    monkeypatch.setattr(loss_file, "LONG_TILE_DENSE", (256, 1))
     z = torch.randn(4, 700, dtype=torch.float64)
     z[0, 300] = -INF
     z[2, 256:512] = -INF
@@ -184,6 +185,41 @@ def test_streamed_threads_of_several_vectors(monkeypatch):
     assert_same((*args[:3], placed(table(8, torch.float64, 400.0)), *args[4:]))  # unvoted: no mass, no loss
     args[0][:] = 0.25 * torch.arange(700)  # all finite, and the maximum grows from tile to tile
     assert_same(tuple(args))
+    args[0][1:] += torch.randn(3, 700, dtype=torch.float64).to(DEVICE)
+    args[2], args[3] = None, torch.randn(4, 700, dtype=torch.float64).to(DEVICE)
+    args[3][:2] = -INF
+    assert_same(tuple(args))
+
+
+@pytest.mark.parametrize("C", [320, 333])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_streamed_rows_of_all_sizes(monkeypatch, dtype, C):
+    """Sums are relative to some of a row's logits, but where none of these is finite, or like the others."""
+    monkeypatch.setattr(loss_file, "LONGEST_ROW", 32)
+    monkeypatch.setattr(loss_file, "LONG_TILES", ((INF, (64, 1)),))
+    z, y = torch.randn(16, C, dtype=torch.float64), torch.full((16,), 100)
+    z[0, 150:] += 30
+    z[1, 150:] += 200
+    z[2, 150:] -= 200
+    z[3:6, :70] = -INF
+    z[4, 70:] += 200
+    z[5, 70:] -= 200
+    z[6] = -INF
+    z[6, C - 1] = 1
+    z[7] += 1e5
+    z[8] *= 1e5
+    z[9] *= 1e10
+    z[10] = -1e10
+    z[11] = -3e38
+    z[12] = 3e38
+    z[13, 200:] = -1e36
+    z[14, 250] = INF
+    z[15, 250] = NAN
+    y[::3], y[1::3] = C - 1, 0
+    for options in ({"zipf": 0.3}, {"zipf": 0.0, "smoothing": 0.1, "weight": True}):
+        args = list(loss_args(16, C, dtype=dtype, logits=z.to(dtype), reduction="none", **options))
+        args[1] = y.to(DEVICE)
+        assert_same(args)
 
 
 @pytest.mark.parametrize("weight", [False, True])

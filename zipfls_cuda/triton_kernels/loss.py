@@ -68,7 +68,7 @@ ROW_TILES = {
 }
 # (held, elements of a tile) -> registers of a thread, where ptxas by itself takes more than it needs, or so
 # few that it spills. Masses, weights, label smoothing and the edges of a held row need more.
-REGISTERS = {(True, 4096): 104, (False, 2048): 56}
+REGISTERS = {(True, 4096): 104, (False, 1024): 48, (False, 2048): 56}
 WEIGHTED_REGISTERS = {(False, 1024): 64}  # beside weights or label smoothing
 EDGED_REGISTERS = {(False, 1024): 56, (False, 2048): 56, (False, 4096): 104}  # where rows have edges
 DENSE_REGISTERS = {(True, 4096): 136}  # beside a mass for every class

@@ -12,6 +12,7 @@ from .loss_math import (
     NO_LABEL,
     NONE,
     VOTES_LABEL,
+    Base,
     Factors,
     Options,
     Rows,
@@ -20,19 +21,24 @@ from .loss_math import (
     count_finite,
     cross_entropy_of,
     exponentials_again,
+    folded,
     from_float,
+    infinity_to_zero,
     join,
     join_lanes,
     merge,
     no_base,
     no_stats,
     of_rows,
+    power_of_2,
     rebase,
     row_vectors,
     sum_lanes,
     tile_base,
     tile_gradient,
     tile_stats,
+    to_float,
+    unfold,
     voted_gradient,
     zipf_of_masses,
     zipf_of_votes,
@@ -50,11 +56,11 @@ def load_tile(
     target_at = target + of_rows(target_start, o) + j
     if WHOLE:
         inside = tl.full(j.shape, 1, tl.int1)
-        x = tl.load(at).to(DTYPE)
+        x = to_float(tl.load(at), DTYPE)
         t = tl.load(target_at) if o.SOFT else x
     else:
         inside = (j < of_rows(body, o)) & of_rows(row_ok, o)
-        x = tl.load(at, mask=inside, other=-float("inf")).to(DTYPE)
+        x = to_float(tl.load(at, mask=inside, other=-float("inf")), DTYPE)
         t = tl.load(target_at, mask=inside, other=float("nan")) if o.SOFT else x
     return Tile(x=x, t=t, column=of_rows(head, o) + j, inside=inside)
 
@@ -139,8 +145,69 @@ def add_tile(vectors, r, j, WHOLE: tl.constexpr, o: tl.constexpr):
     """The statistics (G,) of a streamed row with those of one more tile."""
     tile = tile_of(r, j, WHOLE, o)
     base = tile_base(tile, vectors.base, r, WHOLE, o)
-    stats, _, _ = tile_stats(tile, base, r, WHOLE, o)
+    stats, _, _ = tile_stats(tile, base, r, WHOLE, False, o)
     return merge(vectors, stats, o)
+
+
+@triton.jit
+def running_stats(r, offset, end, at_y, V: tl.constexpr, EDGES: tl.constexpr, B: tl.constexpr,
+                  G: tl.constexpr, o: tl.constexpr):  # fmt: skip
+    """The statistics of a streamed row, whose base grows from tile to tile."""
+    D: tl.constexpr = r.zy.dtype
+    vectors = no_stats(no_base(G, D), G, D)
+    for first in range(0, r.C // V * V, B):
+        if o.FIXED:
+            vectors = add_tile(vectors, r, first + offset, False, o)
+        elif (first + B <= end) & ((at_y < first) | (at_y >= first + B)):
+            vectors = add_tile(vectors, r, first + offset, True, o)
+        else:
+            vectors = add_tile(vectors, r, first + offset, False, o)
+    base = join_lanes(vectors.base, o)
+    if EDGES:
+        edges = edges_of(r, V, o)
+        base = join(base, tile_base(edges, no_base(1, D), r, False, o), o)
+    stats = sum_lanes(rebase(vectors, base, o))
+    if EDGES:
+        stats = add(stats, tile_stats(edges, base, r, False, False, o)[0])
+    return stats
+
+
+@triton.jit
+def fixed_stats(r, offset, end, at_y, V: tl.constexpr, EDGES: tl.constexpr, B: tl.constexpr,
+                G: tl.constexpr, o: tl.constexpr):  # fmt: skip
+    """The statistics of a streamed row, relative to the largest of G logits from all over it.
+
+    They are of no use where the other logits are too far from it: where s is beyond 2^64 or below 2^-64. The
+    target's vector is left out of its tile, which so is as whole as the others, and is then a tile itself.
+    """
+    D: tl.constexpr = r.zy.dtype
+    column = tl.arange(0, G) * (r.C // G)
+    x = tl.load(r.logits + r.row * r.stride + column, mask=r.ok & (column != r.y), other=-float("inf"))
+    none = no_base(1, D)
+    m = infinity_to_zero(tl.max(x.to(D), 0, keep_dims=True))
+    base = Base(m=m, mass_top=none.mass_top, top=none.top, least=none.least)
+    vectors = no_stats(base, G, D)
+    first_of_y = tl.maximum(at_y, 0).to(tl.int32) // V * V
+    K: tl.constexpr = B // (G * V)
+    vector = tl.arange(0, K)[:, None] * (G * V) + tl.arange(0, G)[None, :] * V
+    whole = end // B * B
+    for first in range(0, whole, B):
+        tile = tile_of(r, first + offset, True, o)
+        chosen = first + vector != first_of_y
+        vectors = add(vectors, tile_stats(tile, base, r, True, o.FOLDED, o, chosen)[0])
+    if whole < end:
+        tile = tile_of(r, whole + offset, False, o)
+        chosen = (whole + vector != first_of_y) & (whole + vector < end)
+        vectors = add(vectors, tile_stats(tile, base, r, True, o.FOLDED, o, chosen)[0])
+    beside_y = tl.arange(0, (V + G - 1) // G)[:, None] * G + tl.arange(0, G)[None, :]
+    tile = tile_of(r, first_of_y + beside_y[:, :, None], False, o)
+    vectors = add(vectors, tile_stats(tile, base, r, False, o.FOLDED, o, beside_y < V)[0])
+    stats = sum_lanes(vectors)
+    if EDGES:
+        stats = add(stats, tile_stats(edges_of(r, V, o), base, r, False, o.FOLDED, o)[0])
+    if o.FOLDED:
+        stats = unfold(stats, r)
+    return stats
 
 
 @triton.jit
@@ -164,8 +231,8 @@ def finite_of_rows(r, offset, base, V: tl.constexpr, EDGES: tl.constexpr, B: tl.
 def store_gradient(grad, start, j, r, f, base, WHOLE: tl.constexpr, o: tl.constexpr):
     """The gradient of one tile of a streamed row, but for the target and the voted classes."""
     tile = tile_of(r, j, WHOLE, o)
-    e, p = exponentials_again(tile, base, r, o)
-    g = from_float(tile_gradient(tile, e, p, f, base.least, r, o), grad.dtype.element_ty)
+    e, p = exponentials_again(tile, base, r, WHOLE, o)
+    g = from_float(tile_gradient(tile, e, p, f, base.least, r, WHOLE, o), grad.dtype.element_ty)
     if WHOLE:
         tl.store(grad + of_rows(start, o) + j, g)
     else:
@@ -232,7 +299,8 @@ def loss_fwd_kernel(
     from L1. A program takes R rows at a time, `steps` times; a thread holds R B / (32 warps) elements as
     float32 (float64 for float64). Accumulators: Stats, one for each row of a held tile, one for each thread
     of a streamed row. Elements outside whole vectors, fewer than 2V a row, are a tile of their own. Logits
-    that are -inf show in the sum t, which is then taken again without them.
+    that are -inf show in the sum t, which is then taken again without them. A streamed row whose label needs
+    no mass for each class is read once more too if logits far from most others show in the sum s.
 
     Hazards: the gradient at the target and the voted classes is stored over that of the others, by other
     threads: a barrier stands between. Equal votes store equal values. The gradient may lie over the logits
@@ -242,9 +310,11 @@ def loss_fwd_kernel(
     """
     D: tl.constexpr = log_mass.dtype.element_ty
     HAS_ZIPF: tl.constexpr = LABEL != NO_LABEL
+    FIXED: tl.constexpr = not HELD and not SOFT and LABEL != DENSE_LABEL
     o: tl.constexpr = Options(
-        HELD=HELD, SOFT=SOFT, CE=HAS_CE, ZIPF=HAS_ZIPF, DENSE=LABEL == DENSE_LABEL, SMOOTH=SMOOTH,
-        HAS_WEIGHT=HAS_WEIGHT, SUMS_LOGITS=HAS_ZIPF or (SMOOTH and not HAS_WEIGHT),
+        HELD=HELD, FIXED=FIXED, FOLDED=FIXED and tl.float64 != D, SOFT=SOFT, CE=HAS_CE, ZIPF=HAS_ZIPF,
+        DENSE=LABEL == DENSE_LABEL, SMOOTH=SMOOTH, HAS_WEIGHT=HAS_WEIGHT,
+        SUMS_LOGITS=HAS_ZIPF or (SMOOTH and not HAS_WEIGHT),
         FIND_CORRECT=ONLY_CORRECT and REDUCTION != MEAN and not SOFT,
     )  # fmt: skip
     LABEL_FIRST: tl.constexpr = HELD and not SOFT
@@ -300,30 +370,27 @@ def loss_fwd_kernel(
                 R, P2, SORTED, o,
             )  # fmt: skip
 
-        # Statistics. A held row's base is known before its sums; a streamed row's grows from tile to tile.
+        # Statistics.
+        end = tl.max(tl.where(row_ok, body, 0), 0)
         if HELD:
             tile = tile_of(r, offset, False, o)
-            base = tile_base(tile, no_base(G, D), r, False, o)
+            base = tile_base(tile, no_base(R, D), r, False, o)
+            if EDGES:
+                edges = edges_of(r, V, o)
+                base = join(base, tile_base(edges, no_base(R, D), r, False, o), o)
+            stats, e, p = tile_stats(tile, base, r, False, False, o)
+            if EDGES:
+                stats = add(stats, tile_stats(edges, base, r, False, False, o)[0])
         else:
-            vectors = no_stats(G, D)
-            end = tl.max(tl.where(row_ok, body, 0), 0)
             at_y = end if SOFT else tl.max(y - head, 0)
-            for first in range(0, C // V * V, B):
-                if (first + B <= end) & ((at_y < first) | (at_y >= first + B)):
-                    vectors = add_tile(vectors, r, first + offset, True, o)
-                else:
-                    vectors = add_tile(vectors, r, first + offset, False, o)
-            base = join_lanes(vectors.base, o)
-        if EDGES:
-            edges = edges_of(r, V, o)
-            base = join(base, tile_base(edges, no_base(R, D), r, False, o), o)
-        if HELD:
-            stats, e, p = tile_stats(tile, base, r, False, o)
-        else:
-            stats = sum_lanes(rebase(vectors, base, o))
-        if EDGES:
-            edge_stats, _, _ = tile_stats(edges, base, r, False, o)
-            stats = add(stats, edge_stats)
+            if FIXED:
+                stats = fixed_stats(r, offset, end, at_y, V, EDGES, B, G, o)
+                near = (stats.s > 2.0**-64) & (stats.s < 2.0**64)
+                if tl.min(near.to(tl.int32), 0) == 0:
+                    stats = running_stats(r, offset, end, at_y, V, EDGES, B, G, o)
+            else:
+                stats = running_stats(r, offset, end, at_y, V, EDGES, B, G, o)
+            base = stats.base
         t, finite = stats.t, stats.finite
         if not SOFT:
             finite = tl.zeros([R], D) + (C - 1)
@@ -407,33 +474,39 @@ def loss_fwd_kernel(
                 massless = base.mass_top == -float("inf")
                 mass = tl.where(massless, 0.0, label_scale / stats.total)
                 constant = tl.where(massless, label_scale / members.to(D), 0.0)
+            some_invalid = tl.max((zero_grad | invalid).to(tl.int32), 0) > 0
+            whole, k_folded = tl.where(some_invalid, 0, end // B), k_s
+            if o.FOLDED:
+                lost = folded(infinity_to_zero(base.m))[1]
+                whole = tl.where(tl.max(tl.abs(lost), 0) < 64, whole, 0)
+                k_folded *= power_of_2(-lost)
             f = Factors(
-                in_s=k_s, elsewhere=k, label=label_scale, mass=mass, constant=constant,
+                in_s=k_s, folded=k_folded, elsewhere=k, label=label_scale, mass=mass, constant=constant,
                 target=gc + zero if SOFT else gc * smoothing / C + zero,
                 infinite=infinite, invalid=zero_grad | invalid, value=tl.where(zero_grad, 0.0, float("nan")),
-                some_invalid=tl.max((zero_grad | invalid).to(tl.int32), 0) > 0,
+                some_invalid=some_invalid,
             )  # fmt: skip
             grad_start = row_vectors(row, C, C, V, EDGES)[1]
             T: tl.constexpr = grad.dtype.element_ty
             if EDGES:
                 edge = edges_of(r, V, o)
-                edge_e, edge_p = exponentials_again(edge, base, r, o)
-                edge_g = tile_gradient(edge, edge_e, edge_p, f, base.least, r, o)
+                edge_e, edge_p = exponentials_again(edge, base, r, False, o)
+                edge_g = tile_gradient(edge, edge_e, edge_p, f, base.least, r, False, o)
                 at = of_rows(row * C, o) + edge.column
                 tl.store(grad + at, from_float(edge_g, T), mask=edge.inside)
             if LABEL == VOTES_LABEL:
                 gv = voted_gradient(zv, v, voted, p_v, base, f, r, o)
             if HELD:
-                g = tile_gradient(tile, e, p, f, base.least, r, o)
+                g = tile_gradient(tile, e, p, f, base.least, r, False, o)
                 tl.store(grad + of_rows(grad_start, o) + offset, from_float(g, T), mask=tile.inside)
             else:
                 blocks = (C // V * V + B - 1) // B
-                for i in range(0, blocks):
+                for i in range(0, blocks - whole):
                     first = (blocks - 1 - i) * B
-                    if first + B <= end:
-                        store_gradient(grad, grad_start, first + offset, r, f, base, True, o)
-                    else:
-                        store_gradient(grad, grad_start, first + offset, r, f, base, False, o)
+                    store_gradient(grad, grad_start, first + offset, r, f, base, False, o)
+                for i in range(0, whole):
+                    first = (whole - 1 - i) * B
+                    store_gradient(grad, grad_start, first + offset, r, f, base, True, o)
             if LABEL == VOTES_LABEL or not SOFT:
                 tl.debug_barrier()
             if not SOFT:

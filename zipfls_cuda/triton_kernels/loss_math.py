@@ -3,7 +3,7 @@
 A row's label is over S: for a class index y all classes but y, for probabilities t the classes whose t is the
 row's least. Statistics of any part of a row (``Stats``) form a monoid: ``tile_stats`` of a tile, and
 ``merge``, which is ``rebase`` to a common base and ``add``. A held row is one tile; a streamed row merges its
-tiles.
+tiles, or adds them up, where their base is FIXED.
 
 A tile of held rows is (R, B), its statistics (R,). A tile of a streamed row is (K, G, V): 16-byte vectors of
 V elements, K for each of G threads; it has statistics (G,), which ``sum_lanes`` adds up at the end. A tile is
@@ -21,12 +21,16 @@ from .label import INTERPRETED
 
 NONE, SUM, MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # reduction
 NO_LABEL, VOTES_LABEL, DENSE_LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LOG2_E = tl.constexpr(1.44269502162933349609375)  # to float32
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Options(NamedTuple):
     """Compile-time options, as the device functions use them."""
 
     HELD: bool  # a row is one tile
+    FIXED: bool  # a streamed row's base is known before its sums, from some of its logits
+    FOLDED: bool  # and they are of powers of 2, until `unfold`; not float64
     SOFT: bool  # the target is a row of probabilities
     CE: bool  # there is a cross-entropy
     ZIPF: bool  # there is a Zipf term
@@ -62,7 +66,7 @@ class Rows(NamedTuple):
 class Base(NamedTuple):
     """What statistics are relative to: their own exponentials are at most 1."""
 
-    m: tl.tensor  # largest logit of S
+    m: tl.tensor  # largest logit of S; FIXED: one near it
     mass_top: tl.tensor  # largest log mass of S; DENSE
     top: tl.tensor  # largest logit; SOFT and CE
     least: tl.tensor  # smallest probability, by which S is chosen; SOFT and ZIPF
@@ -98,6 +102,7 @@ class Factors(NamedTuple):
     """What the gradient of R rows is made of, (R,) each, with the weights of both parts in it."""
 
     in_s: tl.tensor  # of exp(x - m), in S
+    folded: tl.tensor  # of the power of 2 that stands for it; FOLDED
     elsewhere: tl.tensor  # of exp(x - top), outside S; SOFT
     label: tl.tensor  # of the label
     mass: tl.tensor  # of e^a, in S; DENSE
@@ -113,6 +118,18 @@ class Factors(NamedTuple):
 def infinity_to_zero(x):
     """-inf becomes 0: a maximum to subtract where there may be nothing to take it over."""
     return tl.where(x == -float("inf"), tl.zeros_like(x), x)
+
+
+@triton.jit
+def to_float(x, dtype: tl.constexpr):
+    """x in the type of the arithmetic; bfloat16 by a shift or a mask, where a conversion takes two steps."""
+    if not INTERPRETED and x.dtype == tl.bfloat16 and dtype == tl.float32:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
@@ -161,10 +178,13 @@ def of_groups(x, VECTORS: tl.constexpr, o: tl.constexpr):
 
 
 @triton.jit
-def tile_sum(x):
-    """Sums of a tile, (R,) or (G,)."""
+def tile_sum(x, chosen=None):
+    """Sums of a tile, (R,) or (G,); ``chosen`` (K, G): of those vectors alone."""
     if len(x.shape) == 3:
-        return tl.sum(tl.sum(x, 2), 0)
+        x = tl.sum(x, 2)
+        if chosen is not None:
+            x = tl.where(chosen, x, tl.zeros_like(x))
+        return tl.sum(x, 0)
     else:
         return tl.sum(x, 1)
 
@@ -229,12 +249,12 @@ def no_base(G: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def no_stats(G: tl.constexpr, DTYPE: tl.constexpr):
-    """The statistics (G,) of nothing: the monoid's neutral element."""
+def no_stats(base, G: tl.constexpr, DTYPE: tl.constexpr):
+    """The statistics (G,) of nothing: with no_base the monoid's neutral element."""
     zero = tl.zeros([G], DTYPE)
     none = tl.zeros([G], tl.int32)
     return Stats(
-        base=no_base(G, DTYPE), s=zero, t=zero, finite=zero, members=none, total=zero, entropy=zero,
+        base=base, s=zero, t=zero, finite=zero, members=none, total=zero, entropy=zero,
         cross=zero, u=zero, ux=zero, z=zero, flag=none,
     )  # fmt: skip
 
@@ -253,7 +273,7 @@ def elements_of_s(tile, y, least, WHOLE: tl.constexpr, o: tl.constexpr):
     if o.SOFT:
         return (tile.t == least) & o.ZIPF
     elif WHOLE:
-        return tile.inside
+        return tl.full(tile.x.shape, 1, tl.int1)
     else:
         return tile.inside & (tile.column != of_rows(y.to(tl.int32), o))
 
@@ -289,10 +309,39 @@ def tile_base(tile, floor, r, WHOLE: tl.constexpr, o: tl.constexpr):
 
 
 @triton.jit
-def tile_stats(tile, base, r, WHOLE: tl.constexpr, o: tl.constexpr):
-    """The statistics of a tile, (G,) or (R,) as its ``base``, which is not below its own.
+def folded(m):
+    """b = m log2 e, rounded, and what it lost: exp(x - m) = 2^(x log2 e - b) 2^-lost, one multiply-add."""
+    b = m * LOG2_E
+    return b, fused(m, LOG2_E, -b)
 
-    Returns also e = exp(x - m), or exp(x - top) outside S, and e^a, for the gradient of a held row.
+
+@triton.jit
+def fused(x, y, z):
+    """x y + z, rounded once in float32; the interpreter's tl.fma rounds twice."""
+    if INTERPRETED and x.dtype == tl.float32:
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
+def power_of_2(x):
+    """2^x of float32, and 0 below 2^-126: one instruction, where tl.exp2 takes four."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def tile_stats(tile, base, r, WHOLE: tl.constexpr, FOLD: tl.constexpr, o: tl.constexpr, chosen=None):
+    """The statistics of a tile, or of its ``chosen`` vectors, (G,) or (R,).
+
+    Unless it is FIXED, ``base`` is not below the tile's own. FOLD: d = x log2 e - b and 2^d stand for x - m
+    and its exponential, see `folded`. Returns also e = exp(x - m), or exp(x - top) outside S, and e^a, for
+    the gradient of a held row.
     """
     VECTORS: tl.constexpr = len(tile.x.shape) == 3
     zero = tl.zeros_like(tile.x)
@@ -316,12 +365,14 @@ def tile_stats(tile, base, r, WHOLE: tl.constexpr, o: tl.constexpr):
         d = tile.x - tl.where(in_s, infinity_to_zero(m), infinity_to_zero(top))
     else:
         d = logits_of_s(tile, in_s) - infinity_to_zero(m)
-    e = tl.exp(d)
+    if FOLD:
+        d = fused(logits_of_s(tile, in_s), LOG2_E, -folded(m)[0])
+    e = power_of_2(d) if FOLD else tl.exp(d)
     p = e
     if o.ZIPF or not o.SOFT:
-        s = tile_sum(tl.where(in_s, e, zero) if o.HELD and o.SOFT and o.CE else e)
+        s = tile_sum(tl.where(in_s, e, zero) if o.HELD and o.SOFT and o.CE else e, chosen)
         present = logits_of_s(tile, in_s) > -float("inf") if o.SOFT else in_s
-        t = tile_sum(tl.where(present, d, zero))
+        t = tile_sum(tl.where(present, d, zero), chosen)
         if WHOLE and not o.SOFT:
             finite = none + tile.x.shape[0] * tile.x.shape[2]
         else:  # e >= 0 ties the sum to the threads that hold the tile
@@ -342,13 +393,26 @@ def tile_stats(tile, base, r, WHOLE: tl.constexpr, o: tl.constexpr):
             flag = tile_max(((x > zy) | (earlier & (x == zy))).to(tl.int32))
         if o.CE and o.SMOOTH and o.HAS_WEIGHT:
             w = tl.load(r.weight + tile.column, mask=tile.inside, other=0)
-            u_sum = tile_sum(tl.where(in_s, w, zero))  # a load summed at once breaks Triton 3.6's optimiser
-            ux = tile_sum(tl.where(in_s, w * d, zero))
+            w = tl.where(in_s, w, zero)  # a load summed at once breaks Triton 3.6's optimiser
+            u_sum = tile_sum(w, chosen)
+            ux = tile_sum(tl.where(in_s, w * d, zero), chosen)
     stats = Stats(
         base=base, s=s, t=t, finite=finite, members=members, total=total, entropy=entropy, cross=cross,
         u=u_sum, ux=ux, z=z, flag=flag,
     )  # fmt: skip
     return stats, e, p
+
+
+@triton.jit
+def unfold(a, r):
+    """The statistics (R,) of rows from those that FOLD makes of all classes of S."""
+    lost = folded(a.base.m)[1]
+    t = tl.fma(a.t, LN_2, lost * (-LN_2 * (r.C - 1)))
+    ux = tl.fma(a.ux, LN_2, lost * (-LN_2 * a.u))
+    return Stats(
+        base=a.base, s=a.s * power_of_2(-lost), t=t, finite=a.finite, members=a.members, total=a.total,
+        entropy=a.entropy, cross=a.cross, u=a.u, ux=ux, z=a.z, flag=a.flag,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -562,13 +626,19 @@ def zipf_of_masses(s, t, finite, top, total, entropy, cross, others):
 
 
 @triton.jit
-def exponentials_again(tile, base, r, o: tl.constexpr):
-    """e and e^a of tile_stats, relative to the base (R,) of the rows; of no use where S has none."""
+def exponentials_again(tile, base, r, WHOLE: tl.constexpr, o: tl.constexpr):
+    """e and e^a of tile_stats, relative to the base (R,) of the rows; of no use where S has none.
+
+    A WHOLE tile's e is `folded`, if FOLDED.
+    """
     origin = infinity_to_zero(of_rows(base.m, o))
     if o.SOFT and o.CE:
         in_s = elements_of_s(tile, r.y, of_rows(base.least, o), False, o)
         origin = tl.where(in_s, origin, infinity_to_zero(of_rows(base.top, o)))
-    e = tl.exp(tile.x - origin)
+    if WHOLE and o.FOLDED:
+        e = power_of_2(fused(tile.x, LOG2_E, -folded(origin)[0]))
+    else:
+        e = tl.exp(tile.x - origin)
     p = e
     if o.DENSE:
         p = tl.exp(load_masses(tile, r) - infinity_to_zero(of_rows(base.mass_top, o)))
@@ -586,13 +656,16 @@ def without_target(g, t, column, inside, factor, r, o: tl.constexpr):
 
 
 @triton.jit
-def tile_gradient(tile, e, p, f, least, r, o: tl.constexpr):
-    """Gradient of a tile, before the target's and the voted classes, from e and e^a of tile_stats."""
+def tile_gradient(tile, e, p, f, least, r, WHOLE: tl.constexpr, o: tl.constexpr):
+    """Gradient of a tile, before the target's and the voted classes, from e and e^a of tile_stats.
+
+    WHOLE: from those of exponentials_again, and the gradient of no row is set.
+    """
     g = e
     if o.CE and o.SOFT:
         e = not_zero(e, tile.x, of_rows(f.infinite, o))
     if o.ZIPF or not o.SOFT:
-        g = tl.fma(e, of_rows(f.in_s, o), -of_rows(f.constant, o))
+        g = tl.fma(e, of_rows(f.folded if WHOLE and o.FOLDED else f.in_s, o), -of_rows(f.constant, o))
     if o.DENSE:
         g = tl.fma(-of_rows(f.mass, o), p, g)
     if o.SOFT:
@@ -601,7 +674,7 @@ def tile_gradient(tile, e, p, f, least, r, o: tl.constexpr):
             rest = e * of_rows(f.elsewhere, o)
         g = tl.where(elements_of_s(tile, r.y, of_rows(least, o), False, o), g, rest)
     g = without_target(g, tile.t, tile.column, tile.inside, of_rows(f.target, o), r, o)
-    if f.some_invalid:
+    if not WHOLE and f.some_invalid:
         g = tl.where(of_rows(f.invalid, o), of_rows(f.value, o), g)
     return g
 
