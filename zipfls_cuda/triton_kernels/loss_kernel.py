@@ -194,20 +194,18 @@ def fixed_stats(r, offset, end, at_y, V: tl.constexpr, EDGES: tl.constexpr, B: t
     for first in range(0, whole, B):
         tile = tile_of(r, first + offset, True, o)
         chosen = first + vector != first_of_y
-        vectors = add(vectors, tile_stats(tile, base, r, True, o.FOLDED, o, chosen)[0])
+        vectors = add(vectors, tile_stats(tile, base, r, True, True, o, chosen)[0])
     if whole < end:
         tile = tile_of(r, whole + offset, False, o)
         chosen = (whole + vector != first_of_y) & (whole + vector < end)
-        vectors = add(vectors, tile_stats(tile, base, r, True, o.FOLDED, o, chosen)[0])
+        vectors = add(vectors, tile_stats(tile, base, r, True, True, o, chosen)[0])
     beside_y = tl.arange(0, (V + G - 1) // G)[:, None] * G + tl.arange(0, G)[None, :]
     tile = tile_of(r, first_of_y + beside_y[:, :, None], False, o)
-    vectors = add(vectors, tile_stats(tile, base, r, False, o.FOLDED, o, beside_y < V)[0])
+    vectors = add(vectors, tile_stats(tile, base, r, False, True, o, beside_y < V)[0])
     stats = sum_lanes(vectors)
     if EDGES:
-        stats = add(stats, tile_stats(edges_of(r, V, o), base, r, False, o.FOLDED, o)[0])
-    if o.FOLDED:
-        stats = unfold(stats, r)
-    return stats
+        stats = add(stats, tile_stats(edges_of(r, V, o), base, r, False, True, o)[0])
+    return unfold(stats, r)
 
 
 @triton.jit
@@ -299,8 +297,8 @@ def loss_fwd_kernel(
     from L1. A program takes R rows at a time, `steps` times; a thread holds R B / (32 warps) elements as
     float32 (float64 for float64). Accumulators: Stats, one for each row of a held tile, one for each thread
     of a streamed row. Elements outside whole vectors, fewer than 2V a row, are a tile of their own. Logits
-    that are -inf show in the sum t, which is then taken again without them. A streamed row whose label needs
-    no mass for each class is read once more too if logits far from most others show in the sum s.
+    that are -inf show in the sum t, which is then taken again without them; FIXED: logits far from most
+    others show in the sum s, and all sums are then taken again.
 
     Hazards: the gradient at the target and the voted classes is stored over that of the others, by other
     threads: a barrier stands between. Equal votes store equal values. The gradient may lie over the logits
@@ -310,11 +308,10 @@ def loss_fwd_kernel(
     """
     D: tl.constexpr = log_mass.dtype.element_ty
     HAS_ZIPF: tl.constexpr = LABEL != NO_LABEL
-    FIXED: tl.constexpr = not HELD and not SOFT and LABEL != DENSE_LABEL
+    FIXED: tl.constexpr = not HELD and not SOFT and LABEL != DENSE_LABEL and tl.float64 != D
     o: tl.constexpr = Options(
-        HELD=HELD, FIXED=FIXED, FOLDED=FIXED and tl.float64 != D, SOFT=SOFT, CE=HAS_CE, ZIPF=HAS_ZIPF,
-        DENSE=LABEL == DENSE_LABEL, SMOOTH=SMOOTH, HAS_WEIGHT=HAS_WEIGHT,
-        SUMS_LOGITS=HAS_ZIPF or (SMOOTH and not HAS_WEIGHT),
+        HELD=HELD, FIXED=FIXED, SOFT=SOFT, CE=HAS_CE, ZIPF=HAS_ZIPF, DENSE=LABEL == DENSE_LABEL,
+        SMOOTH=SMOOTH, HAS_WEIGHT=HAS_WEIGHT, SUMS_LOGITS=HAS_ZIPF or (SMOOTH and not HAS_WEIGHT),
         FIND_CORRECT=ONLY_CORRECT and REDUCTION != MEAN and not SOFT,
     )  # fmt: skip
     LABEL_FIRST: tl.constexpr = HELD and not SOFT
@@ -476,7 +473,7 @@ def loss_fwd_kernel(
                 constant = tl.where(massless, label_scale / members.to(D), 0.0)
             some_invalid = tl.max((zero_grad | invalid).to(tl.int32), 0) > 0
             whole, k_folded = tl.where(some_invalid, 0, end // B), k_s
-            if o.FOLDED:
+            if FIXED:
                 lost = folded(infinity_to_zero(base.m))[1]
                 whole = tl.where(tl.max(tl.abs(lost), 0) < 64, whole, 0)
                 k_folded *= power_of_2(-lost)
@@ -501,12 +498,16 @@ def loss_fwd_kernel(
                 tl.store(grad + of_rows(grad_start, o) + offset, from_float(g, T), mask=tile.inside)
             else:
                 blocks = (C // V * V + B - 1) // B
-                for i in range(0, blocks - whole):
+                for i in range(0, blocks - whole if FIXED else blocks):
                     first = (blocks - 1 - i) * B
-                    store_gradient(grad, grad_start, first + offset, r, f, base, False, o)
-                for i in range(0, whole):
-                    first = (whole - 1 - i) * B
-                    store_gradient(grad, grad_start, first + offset, r, f, base, True, o)
+                    if not FIXED and first + B <= end:
+                        store_gradient(grad, grad_start, first + offset, r, f, base, True, o)
+                    else:
+                        store_gradient(grad, grad_start, first + offset, r, f, base, False, o)
+                if FIXED:
+                    for i in range(0, whole):
+                        first = (whole - 1 - i) * B
+                        store_gradient(grad, grad_start, first + offset, r, f, base, True, o)
             if LABEL == VOTES_LABEL or not SOFT:
                 tl.debug_barrier()
             if not SOFT:

@@ -29,8 +29,7 @@ class Options(NamedTuple):
     """Compile-time options, as the device functions use them."""
 
     HELD: bool  # a row is one tile
-    FIXED: bool  # a streamed row's base is known before its sums, from some of its logits
-    FOLDED: bool  # and they are of powers of 2, until `unfold`; not float64
+    FIXED: bool  # a streamed row's base comes from some of its logits; sums are `folded`, until `unfold`
     SOFT: bool  # the target is a row of probabilities
     CE: bool  # there is a cross-entropy
     ZIPF: bool  # there is a Zipf term
@@ -102,7 +101,7 @@ class Factors(NamedTuple):
     """What the gradient of R rows is made of, (R,) each, with the weights of both parts in it."""
 
     in_s: tl.tensor  # of exp(x - m), in S
-    folded: tl.tensor  # of the power of 2 that stands for it; FOLDED
+    folded: tl.tensor  # of the power of 2 that stands for it; FIXED
     elsewhere: tl.tensor  # of exp(x - top), outside S; SOFT
     label: tl.tensor  # of the label
     mass: tl.tensor  # of e^a, in S; DENSE
@@ -629,13 +628,13 @@ def zipf_of_masses(s, t, finite, top, total, entropy, cross, others):
 def exponentials_again(tile, base, r, WHOLE: tl.constexpr, o: tl.constexpr):
     """e and e^a of tile_stats, relative to the base (R,) of the rows; of no use where S has none.
 
-    A WHOLE tile's e is `folded`, if FOLDED.
+    A WHOLE tile's e is `folded`, if FIXED.
     """
     origin = infinity_to_zero(of_rows(base.m, o))
     if o.SOFT and o.CE:
         in_s = elements_of_s(tile, r.y, of_rows(base.least, o), False, o)
         origin = tl.where(in_s, origin, infinity_to_zero(of_rows(base.top, o)))
-    if WHOLE and o.FOLDED:
+    if WHOLE and o.FIXED:
         e = power_of_2(fused(tile.x, LOG2_E, -folded(origin)[0]))
     else:
         e = tl.exp(tile.x - origin)
@@ -659,13 +658,13 @@ def without_target(g, t, column, inside, factor, r, o: tl.constexpr):
 def tile_gradient(tile, e, p, f, least, r, WHOLE: tl.constexpr, o: tl.constexpr):
     """Gradient of a tile, before the target's and the voted classes, from e and e^a of tile_stats.
 
-    WHOLE: from those of exponentials_again, and the gradient of no row is set.
+    WHOLE: from those of exponentials_again; if FIXED, the gradient of no row is set.
     """
     g = e
     if o.CE and o.SOFT:
         e = not_zero(e, tile.x, of_rows(f.infinite, o))
     if o.ZIPF or not o.SOFT:
-        g = tl.fma(e, of_rows(f.folded if WHOLE and o.FOLDED else f.in_s, o), -of_rows(f.constant, o))
+        g = tl.fma(e, of_rows(f.folded if WHOLE and o.FIXED else f.in_s, o), -of_rows(f.constant, o))
     if o.DENSE:
         g = tl.fma(-of_rows(f.mass, o), p, g)
     if o.SOFT:
@@ -674,7 +673,7 @@ def tile_gradient(tile, e, p, f, least, r, WHOLE: tl.constexpr, o: tl.constexpr)
             rest = e * of_rows(f.elsewhere, o)
         g = tl.where(elements_of_s(tile, r.y, of_rows(least, o), False, o), g, rest)
     g = without_target(g, tile.t, tile.column, tile.inside, of_rows(f.target, o), r, o)
-    if not WHOLE and f.some_invalid:
+    if not (WHOLE and o.FIXED) and f.some_invalid:
         g = tl.where(of_rows(f.invalid, o), of_rows(f.value, o), g)
     return g
 
