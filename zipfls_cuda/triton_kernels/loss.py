@@ -68,7 +68,8 @@ ROW_TILES = {
 }
 # (held, elements of a tile) -> registers of a thread, where ptxas by itself takes more than it needs, or so
 # few that it spills. Masses, weights, label smoothing and the edges of a held row need more.
-REGISTERS = {(True, 4096): 104, (False, 1024): 48, (False, 2048): 56}
+REGISTERS = {(True, 4096): 104, (False, 2048): 56}
+LABEL_REGISTERS = {(False, 1024): 48}  # and beside a Zipf term
 WEIGHTED_REGISTERS = {(False, 1024): 64}  # beside weights or label smoothing
 EDGED_REGISTERS = {(False, 1024): 56, (False, 2048): 56, (False, 4096): 104}  # where rows have edges
 DENSE_REGISTERS = {(True, 4096): 136}  # beside a mass for every class
@@ -153,7 +154,9 @@ def cut_rows(logits: Tensor, P: int, label: int, soft: bool, weighted: bool) -> 
     elif wide or P2 > 64 or (held and edges):
         limit = None
     else:
-        registers = WEIGHTED_REGISTERS if weighted else EDGED_REGISTERS if edges else REGISTERS
+        registers = REGISTERS | LABEL_REGISTERS if label else REGISTERS
+        if weighted or edges:
+            registers = WEIGHTED_REGISTERS if weighted else EDGED_REGISTERS
         limit = registers.get((held, B))
     return Rows(held, B, R, warps, steps, programs, V, edges, stride, P2, sorted_, hashed, limit)
 
