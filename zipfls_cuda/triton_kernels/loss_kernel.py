@@ -56,11 +56,11 @@ def load_tile(
     target_at = target + of_rows(target_start, o) + j
     if WHOLE:
         inside = tl.full(j.shape, 1, tl.int1)
-        x = to_float(tl.load(at), DTYPE)
+        x = to_float(tl.load(at), DTYPE, o)
         t = tl.load(target_at) if o.SOFT else x
     else:
         inside = (j < of_rows(body, o)) & of_rows(row_ok, o)
-        x = to_float(tl.load(at, mask=inside, other=-float("inf")), DTYPE)
+        x = to_float(tl.load(at, mask=inside, other=-float("inf")), DTYPE, o)
         t = tl.load(target_at, mask=inside, other=float("nan")) if o.SOFT else x
     return Tile(x=x, t=t, column=of_rows(head, o) + j, inside=inside)
 
