@@ -217,7 +217,7 @@ def loss_cases(soft: bool) -> Iterator[Case]:
             yield case(8192, C, dtype)
     for P in (16, 196, 320, 1024, 4096):
         yield case(256, 1000, BF16, P)
-    for P in (1024, 4096):
+    for P in (196, 320, 1024, 4096):
         yield case(256, 10000, BF16, P)
     for C in (1000, longest, 10000, 131073):
         everything = {"weight": True, "label_smoothing": 0.1, "only_correct": True}
@@ -234,7 +234,7 @@ def loss_cases(soft: bool) -> Iterator[Case]:
     yield loss_case(128, 100, FP32, 320)
     for N, C in ((1024, 1000), (32768, 1000), (4096, 10007), (4096, 10000), (4096, 21841), (4096, 128256)):
         yield loss_case(N, C)
-    for C, dtype in ((131072, FP64), (21841, FP32), (131072, FP32)):
+    for C, dtype in ((131072, FP64), (10000, FP32), (10007, FP32), (21841, FP32), (131072, FP32)):
         yield loss_case(256, C, dtype)
     for C in (1000, loss_file.LONGEST_ROW, 10000, 131073):
         yield loss_case(256, C, label="weights, sum", weight=True, reduction="sum")

@@ -211,7 +211,7 @@ def test_report_reaches_every_configuration(monkeypatch):
     soft = [B for B in loss.ROW_TILES if B <= loss.LONGEST_SOFT_ROW]
     assert held >= {(True, B, *loss.WIDE_ROW_TILES.get(B, (1, 4))) for B in soft}
     for soft, (B, warps) in (
-        *((False, tile) for _, tile in loss.LONG_TILES),
+        *((False, tile) for *_, tile in loss.LONG_TILES),
         (False, loss.LONG_TILE_DENSE),
         (True, loss.LONG_SOFT_TILE),
         (True, loss.LONG_SOFT_TILE_DENSE),

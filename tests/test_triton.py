@@ -120,7 +120,7 @@ def _forgotten_plans():
 
 SHORT = {
     "LONGEST_ROW": 32,
-    "LONG_TILES": ((32, (32, 4)), (INF, (32, 4))),
+    "LONG_TILES": ((64, 64, (32, 4)), (INF, INF, (32, 4))),
     "LONG_TILE_DENSE": (32, 4),
 }  # from 33 classes streamed, 32 at a time
 
@@ -172,7 +172,7 @@ def test_loss_several_rows_per_program(monkeypatch, N, R):
 def test_streamed_threads_of_several_vectors(monkeypatch):
     """Several vectors a thread; -inf in a tile that needs no masks, all over one, and beside the target."""
     monkeypatch.setattr(loss_file, "LONGEST_ROW", 32)
-    monkeypatch.setattr(loss_file, "LONG_TILES", ((INF, (256, 1)),))
+    monkeypatch.setattr(loss_file, "LONG_TILES", ((INF, INF, (256, 1)),))
     monkeypatch.setattr(loss_file, "LONG_TILE_DENSE", (256, 1))
     z = torch.randn(4, 700, dtype=torch.float64)
     z[0, 300] = -INF
@@ -196,7 +196,7 @@ def test_streamed_threads_of_several_vectors(monkeypatch):
 def test_streamed_rows_of_all_sizes(monkeypatch, dtype, C):
     """Sums are relative to some of a row's logits, but where none of these is finite, or like the others."""
     monkeypatch.setattr(loss_file, "LONGEST_ROW", 32)
-    monkeypatch.setattr(loss_file, "LONG_TILES", ((INF, (64, 1)),))
+    monkeypatch.setattr(loss_file, "LONG_TILES", ((INF, INF, (64, 1)),))
     z, y = torch.randn(16, C, dtype=torch.float64), torch.full((16,), 100)
     z[0, 150:] += 30
     z[1, 150:] += 200

@@ -45,11 +45,16 @@ __all__ = ["loss_bwd", "loss_bwd_", "loss_fwd", "loss_grad_"]
 # of probabilities registers hold both.
 LONGEST_ROW, LONGEST_SOFT_ROW = 4096, 2048
 PROGRAMS = loss_reduce.MOST_PROGRAMS  # more rows than that are walked through
-# Up to so many classes -> (elements of a tile, warps) of a streamed row. What a multiprocessor holds, ten
-# programs of 4 warps, five or three of 8, bounds the rows in flight: up to 20 KB L1 keeps most of a row for
-# the second read, up to 64 KB (three: 128 KB) L2. Larger tiles spilled, beside a mass for every class and
-# beside a target of probabilities.
-LONG_TILES = ((16384, (1024, 4)), (32768, (2048, 8)), (float("inf"), (4096, 8)))
+# Streamed rows: (most bytes of a row, most of one of fewer than FEW_LONG_ROWS, (elements of a tile, warps)).
+# Two warps do half of what four do with the votes, with as many loads in flight. A multiprocessor holds 14
+# programs of two, five or three of 8 warps: so many rows are in flight, and L2 keeps them for the second
+# read. Larger tiles spilled, beside a mass for every class and beside a target of probabilities.
+LONG_TILES = (
+    (24 << 10, 40 << 10, (1024, 2)),
+    (64 << 10, 64 << 10, (2048, 8)),
+    (float("inf"), float("inf"), (4096, 8)),
+)
+FEW_LONG_ROWS = 1024
 LONG_TILE_DENSE = (2048, 8)
 LONG_SOFT_TILE, LONG_SOFT_TILE_DENSE = (1024, 4), (512, 4)
 
@@ -69,9 +74,7 @@ ROW_TILES = {
 # (held, elements of a tile) -> registers of a thread, where ptxas by itself takes more than it needs, or so
 # few that it spills. Masses, weights, label smoothing and the edges of a held row need more.
 REGISTERS = {(True, 4096): 104, (False, 2048): 56}
-LABEL_REGISTERS = {(False, 1024): 48}  # and beside a Zipf term
-WEIGHTED_REGISTERS = {(False, 1024): 64}  # beside weights or label smoothing
-EDGED_REGISTERS = {(False, 1024): 56, (False, 2048): 56, (False, 4096): 104}  # where rows have edges
+EDGED_REGISTERS = {(False, 2048): 56, (False, 4096): 104}  # where rows have edges
 DENSE_REGISTERS = {(True, 4096): 136}  # beside a mass for every class
 SOFT_REGISTERS = 128  # beside a target of probabilities, held with 1024 votes
 # Where registers hold more than a float32 logit for a class: probabilities, masses, or float64; else (1, 4).
@@ -86,13 +89,15 @@ def longest_row(itemsize: int, soft: bool) -> int:
     return (LONGEST_SOFT_ROW if soft else LONGEST_ROW) // (2 if itemsize == 8 else 1)
 
 
-def long_tile(C: int, itemsize: int, label: int, soft: bool) -> tuple[int, int]:
-    """(elements of a tile, warps) for a streamed row; ``label``: 2 beside a mass for every class."""
+def long_tile(N: int, C: int, itemsize: int, label: int, soft: bool) -> tuple[int, int]:
+    """(elements of a tile, warps) for streamed rows; ``label``: 2 beside a mass for every class."""
     if soft:
         return LONG_SOFT_TILE_DENSE if label == 2 else LONG_SOFT_TILE
     if label == 2:
         return LONG_TILE_DENSE
-    return next(tile for most, tile in LONG_TILES if most >= C or itemsize == 8)
+    few = N < FEW_LONG_ROWS
+    row = 0 if itemsize == 8 else C * itemsize
+    return next(tile for many_rows, few_rows, tile in LONG_TILES if row <= (few_rows if few else many_rows))
 
 
 def row_tile(N: int, C: int, P2: int, wide: bool) -> tuple[int, int, int]:
@@ -142,22 +147,20 @@ def cut_rows(logits: Tensor, P: int, label: int, soft: bool, weighted: bool) -> 
         if B > 2048 or (soft and ((label == 2 and B == 2048) or P2 in (256, 1024))):  # 4 spilled
             warps = max(warps, 8)
     else:
-        (B, warps), R = long_tile(C, itemsize, label, soft), 1
-        if P2 > 512:  # votes live in registers too
-            warps = max(warps, 16 if P2 > 2048 else 8)
+        (B, warps), R = long_tile(N, C, itemsize, label, soft), 1
+        if P2 > 128:  # votes live in registers too
+            warps = max(warps, 16 if P2 > 2048 else 8 if P2 > 512 else 4)
+            B = max(B, 32 * warps * 16 // itemsize)  # a vector for every thread
     steps, programs = share_rows(N, R, HASHING_PROGRAMS if hashed else PROGRAMS)
     V, edges, stride = row_layout(logits)
     if soft:
         limit = SOFT_REGISTERS if held and P2 == 1024 else None
     elif label == 2:
         limit = DENSE_REGISTERS.get((held, B))
-    elif wide or P2 > 64 or (held and edges):
+    elif wide or weighted or P2 > 64 or (held and edges):
         limit = None
     else:
-        registers = REGISTERS | LABEL_REGISTERS if label else REGISTERS
-        if weighted or edges:
-            registers = WEIGHTED_REGISTERS if weighted else EDGED_REGISTERS
-        limit = registers.get((held, B))
+        limit = (EDGED_REGISTERS if edges else REGISTERS).get((held, B))
     return Rows(held, B, R, warps, steps, programs, V, edges, stride, P2, sorted_, hashed, limit)
 
 
