@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import mutants
 import pytest
 import torch
 
@@ -140,6 +141,14 @@ def test_ci_runs_the_readme_command():
     assert ci.index("make test") < ci.index("make test-rest")
     assert "make test" in (ROOT / "README.md").read_text()
     assert "make demo" in (ROOT / "README.md").read_text()
+
+
+def test_every_planted_fault_has_its_place():
+    for mutant in mutants.MUTANTS:
+        assert (ROOT / mutant.path).read_text().count(mutant.old) == 1, mutant.name
+        for test in mutant.tests:
+            file, _, name = test.partition("::")
+            assert name.partition("[")[0] in (ROOT / file).read_text(), mutant.name
 
 
 def hops(call, ends) -> int:
