@@ -97,7 +97,7 @@ def distill_fwd_kernel(
     """
     D: tl.constexpr = loss.dtype.element_ty
     o: tl.constexpr = Options(
-        HELD=HELD, SOFT=KD or CE_BY_TEACHER or not HAS_TARGET or (PROBABILITIES and SHARES),
+        HELD=HELD, FIXED=False, SOFT=KD or CE_BY_TEACHER or not HAS_TARGET or (PROBABILITIES and SHARES),
         CE=HAS_CE or CE_BY_TEACHER or MAX, CE_BY_TEACHER=CE_BY_TEACHER, KD=KD, AT_ONE=AT_ONE,
         ENTROPY=ENTROPY, PROBABILITIES=PROBABILITIES, SHARES=SHARES, MAX=MAX,
     )  # fmt: skip

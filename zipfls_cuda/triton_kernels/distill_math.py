@@ -29,6 +29,7 @@ class Options(NamedTuple):
     """Compile-time options, as the device functions use them."""
 
     HELD: bool  # a row is one tile
+    FIXED: bool  # never; loss_kernel's loads ask
     SOFT: bool  # the teacher's row is read; loss_kernel's loads read a target of probabilities by this name
     CE: bool  # there is a cross-entropy, be its weight the teacher's probability; or MAX
     CE_BY_TEACHER: bool  # it has such a weight
