@@ -398,7 +398,7 @@ MUTANTS = [
                 "label",
                 "stands & ~at_target, count",
                 "stands, count",
-                "triton.py::test_ranks_and_label",
+                "triton.py::test_loss_several_rows_per_program",
             ),
             (
                 "all votes for one class",

@@ -872,7 +872,7 @@ def test_ranks_and_label(C, P):
     votes *= (C - 1) // votes.max()  # beyond the hash table, too
     votes[2] = 3  # all for one class
     target = torch.randint(0, C, (3,), device=DEVICE)
-    target[1] = -100
+    target[0], target[1] = votes[0].max(), -100  # voted; ignored
     assert torch.equal(triton_kernels.rank_fwd(votes, C).cpu(), reference.rank_fwd(votes.cpu(), C))
     for mass in (table(min(P, C) + 1, torch.float64, 2.0), torch.randn(3, C, dtype=torch.float64)):
         ours = triton_kernels.label_fwd(target, votes, mass.to(DEVICE), C, -100)
