@@ -66,7 +66,7 @@ def constants(name: str, old: str, *values: str) -> list[Variant]:
 
 
 AS_IT_IS = Variant("as it is")
-HELD = "kHeldVectors = (SIZE == 4 ? 8 : 4) * (LANES == 16 || LANES == 0 ? 2 : 1)"
+HELD = "LANES == 0    ? (SIZE == 4 ? 20 : 10)"
 RESIDENT = "LANES == 16 || SIZE == 8 ? 4 : "
 STREAMED, STORED = "__ldcs(static_cast<const uint4*>(at))", "__stcg(static_cast<uint4*>(at), raw)"
 BEST = "argmax_of_fragment<Config::kTileN / 8>(sum, bias, fragment_column(lane), first_class,"
@@ -76,17 +76,17 @@ PACKED = "    cudaError_t error = pack(args, size, stream);"
 VARIANTS = {
     "loss": (
         AS_IT_IS,
-        Variant("kHeldVectors alike", "tuning.h", HELD, "kHeldVectors = SIZE == 4 ? 8 : 4"),
+        Variant("kHeldVectors 8 a block", "tuning.h", HELD, "LANES == 0 ? (SIZE == 4 ? 16 : 8)"),
         Variant("kSmallResident 4", "tuning.h", RESIDENT + "5 - kSpillsSooner", RESIDENT + "4"),
         *constants("kSharedWarps", "7", "4", "16"),
         *constants("kSmallBlock", "128", "256"),
-        *constants("kWideBlock", "256", "192"),
+        *constants("kWideBlock", "192", "256"),
         *constants("kLongBlock", "512", "256", "1024"),
         *constants("kLargestCluster", "8", "4"),
         *constants("kClusterSlice", "1536", "768"),
-        *constants("kFullDeviceVectors", "8", "4"),
+        *constants("kFullDeviceVectors", "10", "5"),
         *constants("kIdleDeviceVectors", "1", "2", "4"),
-        *constants("kIdleBlock", "160", "256"),
+        *constants("kIdleBlock", "128", "192"),
         *constants("kVotesPerThread", "4", "1"),
         Variant("plain loads", "ptx.cuh", STREAMED, "*static_cast<const uint4*>(at)"),
         Variant("stores first to leave L2", "ptx.cuh", STORED, STORED.replace("__stcg", "__stcs")),

@@ -411,7 +411,7 @@ def test_launches_as_planned(drivers, tmp_path):
     shapes = [(300, 10, 5, 1), (40, 500, 9, 2), (70, 1000, 49, 1), (6, 1000, 49, 132), (5, 100, 320, 132)]
     shapes += [(3, 3000, 20, 1), (2, 20000, 16, 132), (1, 70000, 5, 1)]
     for N, C, P, multiprocessors in shapes:
-        for clusters in (1, 0) if C > 16384 else (1,):
+        for clusters in (1, 0) if C > 15360 else (1,):
             for dtype in (torch.float32, torch.bfloat16) if C < 20000 else (torch.bfloat16,):
                 options = {"multiprocessors": multiprocessors, "clusters": clusters, "ignore_index": 3}
                 case = make(N, C, P, dtype=dtype)

@@ -44,19 +44,22 @@ LossPlan plan_rows(const LossFwd& a, const Device& device) {
 template <class T>
 cudaError_t launch_rows(const LossFwd& a, const LossPlan& plan, cudaStream_t stream) {
   const Launch how = {plan.blocks, plan.threads, plan.shared, plan.cluster};
+  const bool block = plan.kernel == LossPlan::kBlock || plan.kernel == LossPlan::kCluster;
+  const uint32_t threads = static_cast<uint32_t>(plan.threads);
+  const uint32_t part = block ? (plan.vectors + threads - 1) / threads * kWarp : plan.vectors;
   if constexpr (sizeof(T) < 8 ||
                 ZIPFLS_EVERY_ROWS_KERNEL) {  // choose_rows chooses among the others for float64
     if (plan.kernel == LossPlan::kLanes8)
-      return launch(loss_fwd_kernel<T, 8>, how, stream, a, plan.row_bytes, plan.vectors);
+      return launch(loss_fwd_kernel<T, 8>, how, stream, a, plan.row_bytes, plan.vectors, part);
     if (plan.kernel == LossPlan::kLanes16)
-      return launch(loss_fwd_kernel<T, 16>, how, stream, a, plan.row_bytes, plan.vectors);
+      return launch(loss_fwd_kernel<T, 16>, how, stream, a, plan.row_bytes, plan.vectors, part);
     if (plan.kernel == LossPlan::kLanes32)
-      return launch(loss_fwd_kernel<T, 32>, how, stream, a, plan.row_bytes, plan.vectors);
+      return launch(loss_fwd_kernel<T, 32>, how, stream, a, plan.row_bytes, plan.vectors, part);
     if (plan.kernel == LossPlan::kCluster)
-      return launch(loss_fwd_cluster_kernel<T>, how, stream, a, plan.row_bytes, plan.vectors);
+      return launch(loss_fwd_cluster_kernel<T>, how, stream, a, plan.row_bytes, plan.vectors, part);
   }
   if (plan.kernel == LossPlan::kBlock)
-    return launch(loss_fwd_kernel<T, 0>, how, stream, a, plan.row_bytes, plan.vectors);
+    return launch(loss_fwd_kernel<T, 0>, how, stream, a, plan.row_bytes, plan.vectors, part);
   return launch(loss_fwd_long_kernel<T>, how, stream, a);
 }
 

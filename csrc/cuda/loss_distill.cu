@@ -15,7 +15,7 @@ LossPlan plan_distill(const DistillFwd& a, Dtype dtype, const Device& device) {
       DistillArea<T, false>::allocate(smem);
     const uint32_t vectors = vectors_of(a.C, kVector<T>);
     const int64_t warps = int64_t{device.multiprocessors} * (kThreadsPerMultiprocessor / kWarp);
-    const int wanted = a.N * 2 >= warps ? kFullDeviceVectors : kIdleDeviceVectors;
+    const int wanted = a.N * 2 >= warps ? kDistillFullVectors : kIdleDeviceVectors;
     LossPlan plan = {};
     plan.kernel = LossPlan::kDistill;
     plan.threads = std::min(kDistillBlock<T>, round_up((vectors + wanted - 1) / wanted, kWarp));

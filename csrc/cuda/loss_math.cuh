@@ -104,6 +104,8 @@ struct ExpShift {
       correction = ptx::ex2_approx_ftz(-error);
     }
   }
+  /// Whether above() is a number where x is.
+  ZIPFLS_DEVICE bool usable() const { return scaled == scaled; }
   /// (x - shift) log2 e + error; float64: x - shift.
   ZIPFLS_DEVICE A above(A x) const {
     if constexpr (kFolded) {
@@ -160,6 +162,48 @@ ZIPFLS_DEVICE void add_vector(A* x, const ExpShift<T>& e, RowStats<A>& stats) {
     stats.sum += e.template natural<COUNT>(vector_sum);
   }
   stats.sum_exp += vector_exp * e.correction;
+}
+
+/// add_vector of COUNT vectors, adjacent in x, where e is usable. False: their logits are still to
+/// be summed up, by add_present.
+template <class T, int COUNT, class A>
+ZIPFLS_DEVICE bool add_vectors(A* x, const ExpShift<T>& e, RowStats<A>& stats) {
+  constexpr int kElements = COUNT * kVector<T>, kGroup = 8;  // elements added up together
+  A sum = 0, sum_exp = 0;
+#pragma unroll
+  for (int first = 0; first < kElements; first += kGroup) {
+    A group_sum = 0, group_exp = 0;
+#pragma unroll
+    for (int v = first; v < first + kGroup && v < kElements; v++) {
+      const A above = e.above(x[v]);
+      x[v] = e.exp_above(above);
+      group_exp += x[v];
+      group_sum += above;
+    }
+    sum += group_sum;
+    sum_exp += group_exp;
+    // Else ptxas begins with all sums at once, for which registers do not suffice.
+    if (first + kGroup == kElements / 2) ptx::warp_sync();
+  }
+  stats.sum_exp += sum_exp * e.correction;
+  if (!(sum > -infinity<A>())) return false;
+  stats.finite += kElements;
+  stats.sum += e.template natural<kElements>(sum);
+  return true;
+}
+
+/// Adds those of a vector's logits that are not -inf to the sum of logits alone.
+template <class T, class A>
+ZIPFLS_DEVICE void add_present(const uint4& raw, const ExpShift<T>& e, RowStats<A>& stats) {
+  A z[kVector<T>];
+  unpack<T>(raw, z);
+#pragma unroll
+  for (int v = 0; v < kVector<T>; v++) {
+    const A above = z[v] - e.shift;
+    const bool present = above != -infinity<A>();
+    stats.sum += present ? above : A(0);
+    stats.finite += present ? 1 : 0;
+  }
 }
 
 /// Sums that only some options need, class by class in a separate loop.
@@ -266,9 +310,10 @@ ZIPFLS_DEVICE Finished<A> finish_cross_entropy(const LossFwd& a, const Sample& s
   const A* const weight = static_cast<const A*>(a.weight);
   if (a.ce && sample.live) {
     const A w = weight == nullptr ? A(1) : weight[sample.y];
-    const A smoothing = static_cast<A>(a.label_smoothing);
-    const A share = smoothing == 0 ? A(0) : smoothing / static_cast<A>(a.C);
-    const A others = weight == nullptr ? static_cast<A>(a.C - 1) : stats.smooth_weight;
+    const A smoothing = static_cast<A>(ptx::here(a.label_smoothing));
+    const int32_t C = ptx::here(a.C);
+    const A share = smoothing == 0 ? A(0) : smoothing / static_cast<A>(C);
+    const A others = weight == nullptr ? static_cast<A>(C - 1) : stats.smooth_weight;
     const A others_sum = weight != nullptr        ? stats.smooth
                          : stats.finite < a.C - 1 ? -infinity<A>()
                                                   : stats.sum;

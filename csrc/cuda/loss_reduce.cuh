@@ -40,7 +40,8 @@ struct Totals {
   double kept = 0;     // samples not ignored
   double counted = 0;  // samples that count in the Zipf part
 
-  template <class A>
+  /// With WARP, `kept` and `counted` are then the warp's, in each of its lanes.
+  template <class A, bool WARP = false>
   ZIPFLS_DEVICE void add_targets(const Denominators& d, int64_t first, int64_t step) {
     int32_t kept_here = 0, counted_here = 0;
 #pragma unroll 1
@@ -56,17 +57,23 @@ struct Totals {
       }
       if (d.correct != nullptr) counted_here += d.correct[i];
     }
+    if constexpr (WARP) {
+      kept_here = warp_reduce_sum<kWarp>(kept_here);
+      if (d.correct != nullptr) counted_here = warp_reduce_sum<kWarp>(counted_here);
+    }
     kept = kept_here;
     counted = counted_here;
   }
 
   /// The block's sums, for thread 0, in a fixed order. Without weights, and where all samples
   /// count, `kept` is the other sums too. partial: (3, 32) float64 in shared memory. any: whether
-  /// one of the warp's threads has a sample.
-  ZIPFLS_DEVICE void reduce(double* partial, bool weighted, bool some_count, bool any) {
-    if (any) {
+  /// one of the warp's threads has a sample. counts: whether `kept` and `counted` are yet to be
+  /// summed up over the warp.
+  ZIPFLS_DEVICE void reduce(double* partial, bool weighted, bool some_count, bool any,
+                            bool counts = true) {
+    if (any && weighted) ce = warp_reduce_sum<kWarp>(ce);
+    if (any && counts) {
       kept = warp_reduce_sum<kWarp>(kept);
-      if (weighted) ce = warp_reduce_sum<kWarp>(ce);
       if (some_count) counted = warp_reduce_sum<kWarp>(counted);
     }
     if (threadIdx.x % kWarp == 0) {
@@ -116,12 +123,13 @@ loss_totals_kernel(LossTotals a) {
 /// stored without the denominator, which backward applies.
 template <class A>
 ZIPFLS_DEVICE void publish_scales(const LossFwd& a, const BlockArea<A>& block, Totals totals,
-                                  bool any = true) {
+                                  bool any = true, bool counts = true) {
   Scales<A> scales = {1, 1, 0, 0};
   A later = 1;
   if (threadIdx.x < 2 * kMostRows) block.sums[threadIdx.x] = 0;
   if (a.reduction == kMean) {
-    totals.reduce(block.partial, a.denominators.weight != nullptr, a.correct != nullptr, any);
+    totals.reduce(block.partial, a.denominators.weight != nullptr, a.correct != nullptr, any,
+                  counts);
     if (threadIdx.x == 0) {
       scales.ce = totals.ce == 0 ? static_cast<A>(NAN) : A(1) / static_cast<A>(totals.ce);
       // No sample is correct: the Zipf part is 0. No sample at all: NaN, by 0 times infinity.
@@ -161,10 +169,10 @@ ZIPFLS_DEVICE void mean_scales(const LossFwd& a, const BlockArea<A>& block) {
         if (d.correct != nullptr) totals.counted += d.partials[2 * d.num_partials + k];
       }
     } else {
-      totals.template add_targets<A>(d, threadIdx.x, blockDim.x);
+      if (any) totals.template add_targets<A, true>(d, threadIdx.x, blockDim.x);
     }
   }
-  publish_scales(a, block, totals, any);
+  publish_scales(a, block, totals, any, a.denominators.partials != nullptr);
 }
 
 /// Sums of the rows' losses: over the block, then over all blocks by the block that arrives last,

@@ -36,9 +36,11 @@ ZIPFLS_HOST_DEVICE int32_t counted_votes(const LossFwd& a) { return a.zipf ? a.v
 /// The body of loss_fwd_kernel and loss_fwd_cluster_kernel; see there.
 ///
 /// row_bytes: shared memory of one row. slice: vectors of the row that a block of a cluster holds,
-/// otherwise as many as a row can have.
+/// otherwise as many as a row can have. part: vectors of it that a warp of a block has at most;
+/// where a row has a warp or less, slice.
 template <class T, int LANES, bool CLUSTER>
-ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t slice) {
+ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t slice,
+                                 uint32_t part) {
   using A = Arithmetic<T>;
   using Group = RowGroup<LANES>;
   using Leaders = RowGroup<Group::kLeaders>;  // of a block: its first warp
@@ -63,11 +65,9 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
   // Of the block's slice of the row each warp has a part, which only its own lanes read and write
   // but for the votes: from vector warp_first on.
   const uint32_t slice_first = CLUSTER ? ptx::cluster_rank() * slice : 0;
-  const uint32_t most = Group::kWholeBlock ? (slice + blockDim.x - 1) / blockDim.x * kWarp : slice;
-  const uint32_t warp_first = Group::kWholeBlock ? threadIdx.x / kWarp * most : 0;
-  const uint32_t warp_room = warp_first + most <= slice ? most
-                             : warp_first < slice       ? slice - warp_first
-                                                        : 0;
+  const uint32_t warp_first = Group::kWholeBlock ? threadIdx.x / kWarp * part : 0;
+  const uint32_t rest = warp_first < slice ? slice - warp_first : 0;
+  const uint32_t warp_room = CLUSTER && rest < part ? rest : part;  // a row ends within its slice
   const uint32_t first_vector = slice_first + warp_first, lane = Leaders::lane();
   uint4* const own = area.row + warp_first;
   T* const own_elements = held + warp_first * V;
@@ -106,6 +106,18 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
       return step < whole_steps && (step > 0 || first_whole);
     };
     const bool edges = ptx::keep(whole < vectors) != 0;
+    // A warp of a block whose lanes all have K_MAX whole vectors does not ask for each.
+    const bool full = Group::kWholeBlock && ptx::keep(whole == K_MAX * kStep) != 0;
+    const auto for_whole = [&](auto visit) {
+      if (full) {
+#pragma unroll
+        for (uint32_t step = 0; step < K_MAX * kStep; step += kStep) visit(step);
+      } else {
+#pragma unroll
+        for (uint32_t step = 0; step < K_MAX * kStep; step += kStep)
+          if (is_whole(step)) visit(step);
+      }
+    };
     // visit(element of own_elements, column) for those of the vectors that are not whole, at most
     // two: an element for each of V lanes.
     const auto for_edges = [&](auto visit) {
@@ -115,14 +127,12 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
       };
       if (!edges) return;
       if (whole_begin > 0 && vectors > 0) edge(0);
-      if (whole_end < vectors) edge(vectors - 1);
+      if (whole_end < vectors) edge(ptx::here(vectors - 1));
     };
     if (sample.live) {
       const uint4* const source = ptx::keep(row.vector(first_vector + lane));
       const uint32_t to = ptx::keep(ptx::shared_address(area.row) + (warp_first + lane) * 16);
-#pragma unroll
-      for (uint32_t step = 0; step < K_MAX * kStep; step += kStep)
-        if (is_whole(step)) ptx::cp_async_16(to + step * 16, source + step, 16);
+      for_whole([&](uint32_t step) { ptx::cp_async_16(to + step * 16, source + step, 16); });
       for_edges([&](uint32_t e, int32_t c) {
         if (row.has(c)) {
           own_elements[e] = row.logits[c];
@@ -162,24 +172,38 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
       own_elements[target_element] = own_elements[target_element ^ 1];
     }
     uint4 raw[K_MAX];
+    if (full && sample.live) {
 #pragma unroll
-    for (int k = 0; k < K_MAX; k++) {
-      raw[k] = absent_vector<T>();
-      if (k * kStep < mine) raw[k] = own[lane + k * kStep];
+      for (int k = 0; k < K_MAX; k++) raw[k] = own[lane + k * kStep];
+    } else {
+#pragma unroll
+      for (int k = 0; k < K_MAX; k++) {
+        raw[k] = absent_vector<T>();
+        if (k * kStep < mine) raw[k] = own[lane + k * kStep];
+      }
     }
     RowStats<A> stats;
     stats.max = warp_reduce_max<Group::kLeaders>(largest_of<T>(raw));
     const A warp_max = stats.max;
     const ExpShift<T> warp_shift(shift_of(warp_max));
     A x[K_MAX * V];
+    if (full && sample.live && warp_shift.usable()) {
 #pragma unroll
-    for (int k = 0; k < K_MAX; k += kPair) {
+      for (int k = 0; k < K_MAX; k++) unpack<T>(raw[k], x + k * V);
+      if (!add_vectors<T, K_MAX>(x, warp_shift, stats)) {
+#pragma unroll 1
+        for (uint32_t j = lane; j < vectors; j += kStep) add_present(own[j], warp_shift, stats);
+      }
+    } else {
 #pragma unroll
-      for (int j = k; j < k + kPair; j++) unpack<T>(raw[j], x + j * V);
-      if (kPair == 2 && (k + 1) * kStep < mine) {
-        add_vector<T, kPair * V>(x + k * V, warp_shift, stats);
-      } else if (k * kStep < mine) {
-        add_vector<T>(x + k * V, warp_shift, stats);
+      for (int k = 0; k < K_MAX; k += kPair) {
+#pragma unroll
+        for (int j = k; j < k + kPair; j++) unpack<T>(raw[j], x + j * V);
+        if (kPair == 2 && (k + 1) * kStep < mine) {
+          add_vector<T, kPair * V>(x + k * V, warp_shift, stats);
+        } else if (k * kStep < mine) {
+          add_vector<T>(x + k * V, warp_shift, stats);
+        }
       }
     }
     if (rare_sums) {
@@ -261,14 +285,21 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
         per_exp *= warp_max == -infinity<A>() ? A(0) : exp_of(warp_shift.shift - f.shift);
       const bool rare = ptx::keep(f.fill || f.smooth_step != 0) != 0;
       const A minus = -f.constant;
-#pragma unroll
-      for (int k = 0; k < K_MAX; k++) {
-        if (k * kStep >= steps) continue;
+      const auto store = [&](int k, bool correct) {
         const uint32_t j = lane + k * kStep;
 #pragma unroll
         for (int e = k * V; e < (k + 1) * V; e++) x[e] = fused(x[e], per_exp, minus);
-        if (rare) rare_gradient<V>(x + k * V, row.column(first_vector + j), a.C, f, smooth_weight);
+        if (correct)
+          rare_gradient<V>(x + k * V, row.column(first_vector + j), a.C, f, smooth_weight);
         own[j] = pack<T>(x + k * V);
+      };
+      if (full && !rare) {
+#pragma unroll
+        for (int k = 0; k < K_MAX; k++) store(k, false);
+      } else {
+#pragma unroll
+        for (int k = 0; k < K_MAX; k++)
+          if (k * kStep < steps) store(k, rare);
       }
       Group::sync();  // other threads patch the gradient
     }
@@ -281,9 +312,7 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
     Group::sync();  // the gradient is patched, and the tables are empty for the next row
     if (row.grad != nullptr) {
       uint4* const destination = ptx::keep(row.grad_vector(first_vector + lane));
-#pragma unroll
-      for (uint32_t step = 0; step < K_MAX * kStep; step += kStep)
-        if (is_whole(step)) ptx::st_global_cg_16(destination + step, own[lane + step]);
+      for_whole([&](uint32_t step) { ptx::st_global_cg_16(destination + step, own[lane + step]); });
       for_edges([&](uint32_t e, int32_t c) {
         if (row.has(c)) row.grad[c] = own_elements[e];
       });
@@ -310,8 +339,8 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
 template <class T, int LANES>
 ZIPFLS_KERNEL(LANES == 0 ? kWideBlock : kSmallBlock,
               LANES == 0 ? kWideResident<sizeof(T)> : kSmallResident<sizeof(T), LANES>)
-loss_fwd_kernel(LossFwd a, uint32_t row_bytes, uint32_t slice) {
-  loss_fwd_rows<T, LANES, false>(a, row_bytes, slice);
+loss_fwd_kernel(LossFwd a, uint32_t row_bytes, uint32_t slice, uint32_t part) {
+  loss_fwd_rows<T, LANES, false>(a, row_bytes, slice, part);
 }
 
 /// Loss and gradient of rows that the blocks of a cluster hold, a slice each: sm_90 and later (an
@@ -329,9 +358,9 @@ loss_fwd_kernel(LossFwd a, uint32_t row_bytes, uint32_t slice) {
 ///   logit; all blocks of a cluster exit together.
 template <class T>
 ZIPFLS_KERNEL(kWideBlock, kWideResident<sizeof(T)>)
-loss_fwd_cluster_kernel(LossFwd a, uint32_t row_bytes, uint32_t slice) {
+loss_fwd_cluster_kernel(LossFwd a, uint32_t row_bytes, uint32_t slice, uint32_t part) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  loss_fwd_rows<T, 0, true>(a, row_bytes, slice);
+  loss_fwd_rows<T, 0, true>(a, row_bytes, slice, part);
 #endif
 }
 

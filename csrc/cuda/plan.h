@@ -56,9 +56,13 @@ inline LossPlan choose_rows(int64_t N, int32_t C, int32_t P, int vector, uint32_
                             const Device& device) {
   const uint32_t vectors = vectors_of(C, vector);
   const auto held = [&](int lanes) -> uint32_t {  // float64 as 16 bits
-    const bool more = lanes == 16 || lanes == 0;
-    if (vector == 4) return more ? kHeldVectors<4, 0> : kHeldVectors<4, 32>;
-    return more ? kHeldVectors<2, 0> : kHeldVectors<2, 32>;
+    if (vector == 4)
+      return lanes == 0    ? kHeldVectors<4, 0>
+             : lanes == 16 ? kHeldVectors<4, 16>
+                           : kHeldVectors<4, 32>;
+    return lanes == 0    ? kHeldVectors<2, 0>
+           : lanes == 16 ? kHeldVectors<2, 16>
+                         : kHeldVectors<2, 32>;
   };
   const int64_t resident = int64_t{device.multiprocessors} * (kThreadsPerMultiprocessor / kWarp);
   const bool full = N * 2 >= resident;  // a warp a row fills at least half of the device

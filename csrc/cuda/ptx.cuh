@@ -45,6 +45,20 @@ ZIPFLS_DEVICE uint32_t keep(uint32_t x) {
   asm("" : "+r"(x));
   return x;
 }
+/// x, from which nothing is computed before the loop that this stands in: each such value would
+/// hold a register all through it.
+ZIPFLS_DEVICE int32_t here(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+ZIPFLS_DEVICE uint32_t here(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+ZIPFLS_DEVICE double here(double x) {
+  asm volatile("" : "+d"(x));
+  return x;
+}
 template <class T>
 ZIPFLS_DEVICE T* keep(T* x) {
   asm("" : "+l"(x));

@@ -14,11 +14,13 @@ namespace zipfls::cuda {
 
 /// 16-byte vectors of its row that a thread of loss_fwd keeps in registers between the statistics
 /// and the gradient, all copied before the first is used: 32 elements (float64: 8), so that a warp
-/// has 1024 classes, and 64 where 16 lanes or a block have a row: what is done once a warp (half of
-/// the instructions at 32 elements) then serves twice as many elements. 512 threads a
-/// multiprocessor have 64 KB in flight with that, twice what hides the memory's latency.
+/// has 1024 classes; where 16 lanes have a row 64, where a block has one 80 (float64: 20): what is
+/// done once a warp (half of the instructions at 32 elements) then serves as many more. 384 threads
+/// a multiprocessor have 60 KB in flight with that, twice what hides the memory's latency.
 template <int SIZE, int LANES>  // bytes of an element; of a row, 0 for blocks
-constexpr int kHeldVectors = (SIZE == 4 ? 8 : 4) * (LANES == 16 || LANES == 0 ? 2 : 1);
+constexpr int kHeldVectors = LANES == 0    ? (SIZE == 4 ? 20 : 10)
+                             : LANES == 16 ? (SIZE == 4 ? 16 : 8)
+                                           : (SIZE == 4 ? 8 : 4);
 
 /// Threads of a block whose rows take a warp or less: four warps, so that the tail of a launch is
 /// fine-grained and few warps wait at its end. The blocks resident bound the registers (96 at 5,
@@ -34,10 +36,10 @@ constexpr int kSmallResident = LANES == 16 || SIZE == 8 ? 4 : 5 - kSpillsSooner;
 /// Warps for each multiprocessor from which several rows share a warp: with fewer, latency counts.
 constexpr int64_t kSharedWarps = 7;
 
-/// Most threads of a block that holds one row: 256 reach C = 16384 at 128 registers a thread, with
+/// Most threads of a block that holds one row: 192 reach C = 15360 at 168 registers a thread, with
 /// a second block on the multiprocessor, since one alone cannot load while it stores. Longer rows
 /// go to a cluster. The blocks resident bound the registers as above.
-constexpr int kWideBlock = 256;
+constexpr int kWideBlock = 192;
 template <int SIZE>
 constexpr int kWideResident = SIZE == 8 ? 1 : 2;
 
@@ -48,11 +50,11 @@ constexpr int kLongBlock = 512;
 
 /// Fewest 16-byte vectors a thread should have when there are rows enough to fill the device, and
 /// when there are not: then latency counts, and more threads a row shorten each phase, up to
-/// kIdleBlock of them (a warp for each scheduler and one more), since each warp more has its own
-/// part in everything that is done once a warp.
-constexpr int kFullDeviceVectors = 8;
+/// kIdleBlock of them (a warp for each scheduler), since each warp more has its own part in
+/// everything that is done once a warp.
+constexpr int kFullDeviceVectors = 10;
 constexpr int kIdleDeviceVectors = 1;
-constexpr int kIdleBlock = 160;
+constexpr int kIdleBlock = 128;
 
 /// Votes a thread should count at most, when there are too few rows to fill the device.
 constexpr int kVotesPerThread = 4;
@@ -62,7 +64,7 @@ constexpr int kLeadersVotes = 64;
 
 /// Blocks of a cluster, largest: 8 is the portable limit.
 constexpr int kLargestCluster = 8;
-/// Vectors of a row a block of a cluster aims at, at most: 192 threads' worth, so that two blocks
+/// Vectors of a row a block of a cluster aims at, at most: 160 threads' worth, so that two blocks
 /// share a multiprocessor and one cluster's barrier is hidden behind the other's loads. More blocks
 /// would count the same votes more often.
 constexpr uint32_t kClusterSlice = 1536;
@@ -97,7 +99,7 @@ constexpr int kReservedShared = 1024;
 /// Registers of a thread of loss_fwd, as compiled (make kernel-report).
 template <int SIZE>
 constexpr int rows_registers(int lanes) {
-  return SIZE == 8 ? 168 : lanes == 16 || lanes == 0 ? 128 : 96;
+  return SIZE == 8 || lanes == 0 ? 168 : lanes == 16 ? 128 : 96;
 }
 
 // A target or a label that is given class by class ------------------------------------------------
@@ -116,6 +118,8 @@ constexpr int kGeneralLeast = 64;
 /// 16-byte vectors of logits that a thread of loss_distill holds, with the teacher's row: 32
 /// registers where both rows have one type.
 constexpr int kDistillVectors = 4;
+/// kFullDeviceVectors of its rows.
+constexpr int kDistillFullVectors = 8;
 /// Most threads of its blocks: 640 reach C = 10240 in float32, 512 reach 16384 in 16-bit types;
 /// longer rows are read twice. They bound the registers, at 96 and 128, as low as the compiled code
 /// goes without spilling.

@@ -139,6 +139,11 @@ T keep(T x) {
   return x;
 }
 
+template <class T>
+T here(T x) {
+  return x;
+}
+
 inline float ex2_approx_ftz(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;
