@@ -267,6 +267,23 @@ def test_logits_of_any_size_in_every_kernel(drivers, tmp_path, shape):
     check_loss(drivers["plain"], tmp_path, calls)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_full_warps(drivers, tmp_path, dtype):
+    """Blocks whose warps hold all the vectors that they can but the last: -inf, infinity, large logits."""
+    case = make(8, 2500 if dtype == torch.float64 else 10000, 9, dtype=dtype)
+    z, planned = case.logits, {"multiprocessors": 132, "reduction": "none"}
+    z[1, 5:2000:7] = -torch.inf
+    z[2, :1000] = -torch.inf
+    z[3, 700] = torch.inf
+    z[4, 700] = torch.nan
+    z[5, 1:] = -torch.inf
+    case.target[:6] = torch.tensor([0, 4, 1100, 701, 702, 0])
+    calls = [(case, planned), (case, planned | {"only_correct": True})]
+    if dtype.itemsize == 4 or dtype == torch.bfloat16:
+        calls += [(case._replace(logits=z.clip(-4, 4).nan_to_num() * size), planned) for size in (1e10, 1e30)]
+    check_loss(drivers["plain"], tmp_path, calls)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_options_in_every_kernel(drivers, tmp_path, shape):
     case = make(9, 41, 6, seed=3)
