@@ -277,7 +277,9 @@ def test_full_warps(drivers, tmp_path, dtype):
     z[3, 700] = torch.inf
     z[4, 700] = torch.nan
     z[5, 1:] = -torch.inf
-    case.target[:6] = torch.tensor([0, 4, 1100, 701, 702, 0])
+    z[6] = -torch.inf
+    z[6, [1, 3, -1]] = torch.tensor([1.0, 0.0, -0.5], dtype=z.dtype)  # the last in another warp
+    case.target[:7] = torch.tensor([0, 4, 1100, 701, 702, 0, 1])
     calls = [(case, planned), (case, planned | {"only_correct": True})]
     if dtype.itemsize == 4 or dtype == torch.bfloat16:
         calls += [(case._replace(logits=z.clip(-4, 4).nan_to_num() * size), planned) for size in (1e10, 1e30)]
