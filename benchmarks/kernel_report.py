@@ -120,23 +120,30 @@ class Case:
 
 def loss_case(
     N: int, C: int, dtype: torch.dtype = BF16, P: int | None = 49, label: str = "", *, soft: bool = False,
-    dense: bool = False, weight: bool = False, kernels: tuple[str, ...] = FORWARD, **options,
+    dense: bool = False, weight: bool = False, kept: bool = False, kernels: tuple[str, ...] = FORWARD,
+    **options,
 ) -> Case:  # fmt: skip
-    """A call of loss_fwd, ``soft`` with probabilities; ``label`` says what is special about it."""
+    """A call of loss_fwd, ``soft`` with probabilities, or of loss_factors_fwd (``kept``).
+
+    ``label`` says what is special about it.
+    """
     D = FP64 if dtype == FP64 else FP32
     settings = {
         "ce_weight": 1.0, "zipf_weight": 0.1, "label_smoothing": 0.0, "only_correct": False,
         "ignore_index": -100, "reduction": "mean", "with_grad": True,
     }  # fmt: skip
 
+    if kept:
+        del settings["with_grad"]
+
     def call() -> object:
-        return triton_kernels.loss_fwd(
+        return (triton_kernels.loss_factors_fwd if kept else triton_kernels.loss_fwd)(
             torch.empty(N, C, dtype=dtype),
             torch.empty(N, C, dtype=D) if soft else torch.empty(N, dtype=torch.int64),
             None if P is None else torch.empty(N, P, dtype=torch.int32),
             torch.empty(N, C, dtype=D) if dense else torch.empty(min(P or C, C) + 1, dtype=D),
             torch.empty(C, dtype=D) if weight else None,
-            **settings | options,
+            *(settings | options).values(),
         )
 
     name = f"{'soft' if soft else 'loss'} {N}x{C} {NAMES[dtype]} P={P} {label}".rstrip()
@@ -236,6 +243,13 @@ def loss_cases(soft: bool) -> Iterator[Case]:
         yield loss_case(N, C)
     for C, dtype in ((131072, FP64), (10000, FP32), (10007, FP32), (21841, FP32), (131072, FP32)):
         yield loss_case(256, C, dtype)
+    for C in (100, 1000, 997, 2048, loss_file.LONGEST_ROW, 10000, 21841, 131072):
+        for dtype in (BF16, FP32):
+            yield loss_case(256, C, dtype, label="kept", kept=True)
+    for P in (196, 320, 1024):
+        yield loss_case(256, 10000, BF16, P, "kept", kept=True)
+    yield loss_case(4096, 100, label="kept", kept=True)
+    yield loss_case(256, 1000, FP64, label="kept", kept=True)
     for C in (1000, loss_file.LONGEST_ROW, 10000, 131073):
         yield loss_case(256, C, label="weights, sum", weight=True, reduction="sum")
     yield loss_case(256, 1000, label="none", reduction="none")
@@ -285,6 +299,12 @@ def backward_and_label_cases() -> Iterator[Case]:
                 name = f"{function.__name__} 256x1000 {NAMES[dtype]} {'rows' if upstream.dim() else 'scalar'}"
                 call = functools.partial(function, grad, upstream, torch.empty(0))
                 yield Case(name, call, ("loss_bwd_kernel", "loss_bwd_rows_kernel"))
+        for C, P in ((100, 49), (1000, 49), (997, 49), (1000, 320), (10000, 49), (21841, 1024)):
+            logits, patches = torch.empty(256, C, dtype=dtype), torch.empty(256, P, dtype=dtype)
+            target, votes = torch.empty(256, dtype=torch.int64), torch.empty(256, P, dtype=torch.int32)
+            kept = (torch.empty(256, 4), patches, torch.empty(()), torch.empty(0))
+            call = functools.partial(triton_kernels.loss_factors_bwd_, logits, target, votes, *kept)
+            yield Case(f"loss_factors_bwd_ 256x{C} {NAMES[dtype]} P={P}", call, ("loss_factors_bwd_kernel",))
     for P in (49, 196, 320, 4096):
         votes = torch.empty(64, P, dtype=torch.int32)
         call = functools.partial(triton_kernels.rank_fwd, votes, 1000)

@@ -74,6 +74,7 @@ FAULTS = {
     **{f"loss_fwd {name}": off(i) for i, name in enumerate(("loss", "ce", "zipf", "gradient"))},
     **{f"{stage} gradient": lambda x: x * 1.01 for stage in ("loss_grad_", "loss_bwd")},
     "loss_bwd_ gradient": lambda x: x * 1.01,
+    "loss_factors_bwd_ gradient": lambda x: x * 1.01,
     **{f"distill_fwd {name}": off(i) for i, name in enumerate(("loss", "ce", "distillation", "gradient"))},
     "distill_grad_ gradient": lambda x: x * 1.01,
     "label_fwd label": lambda x: x * 1.01,

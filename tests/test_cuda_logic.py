@@ -73,6 +73,7 @@ HEADER = [
     *("order", "fill", "seed", "late", "R", "grad_loss_stride", "in_place", "repeats"),
 ]
 LOSS, BACKWARD, RANK, LABEL, FAULT, SOFT_LOSS, DISTILL = range(7)
+KEPT = 2  # in_place: by loss_factors_bwd
 DEFAULTS = {"kernel": -1, "multiprocessors": 132, "clusters": 1, "repeats": 1, "ignore_index": -100}
 
 
@@ -153,6 +154,7 @@ def loss_case(
     arrays = [spaced(logits, gap), spaced(target.to(A), gap) if soft else target]
     arrays += ([] if votes is None else [votes.to(votes_dtype)]) + [mass.to(A)]
     arrays += [] if weight is None else [weight.to(A)]
+    arrays += [upstream_of(N).to(A)] if header.get("in_place") == KEPT else []
     if shape is not None:
         header |= dict(zip(("kernel", "threads", "cluster"), held(shape, C, dtype)))
     data = pack(
@@ -180,6 +182,20 @@ def loss_case(
     return Case(data, outputs_of(logits, reduction, with_grad))
 
 
+def upstream_of(N: int) -> torch.Tensor:
+    """The gradient of each loss, (N,), that a KEPT gradient is multiplied by."""
+    return torch.linspace(0.5, 1.5, N)
+
+
+def keeps(case, options) -> bool:
+    """Whether a call's gradient can be made from factors."""
+    _, target, votes = case
+    weighted = options.get("weight") is not None and options.get("label_smoothing", 0) != 0
+    votes = votes is not None or options.get("zipf_weight", 1) == 0
+    others = options.get("dense") is not None or options.get("row_gap") or options.get("in_place")
+    return votes and not weighted and not others and options.get("with_grad", True) and target.dim() == 1
+
+
 def outputs_of(logits, reduction: str, with_grad: bool) -> list[tuple[torch.dtype, tuple[int, ...]]]:
     """loss, ce, zipf, grad, grad_scale, and what the driver chose."""
     A, results = reference.accumulation_dtype(logits.dtype), logits.shape[:1] if reduction == "none" else ()
@@ -190,6 +206,7 @@ def outputs_of(logits, reduction: str, with_grad: bool) -> list[tuple[torch.dtyp
 def by_reference(case, dtype, **options):
     """What reference.py makes of it: (loss, ce, zipf, grad times grad_scale)."""
     logits, target, votes = case
+    kept = options.get("in_place") == KEPT
     options = {k: v for k, v in options.items() if k not in ("shape", "votes_dtype") and k not in HEADER[16:]}
     law, dense = options.pop("law", None) or zls.Zipf(1.0), options.pop("dense", None)
     A = reference.accumulation_dtype(dtype)
@@ -203,13 +220,19 @@ def by_reference(case, dtype, **options):
     loss, ce, zipf, grad, scale = reference.loss_fwd(
         logits.to(dtype), target, votes, mass.to(A), None if weight is None else weight.to(A), *args.values()
     )
+    if kept:
+        grad = (grad.to(A) * upstream_of(N).to(A)[:, None]).to(grad.dtype)
     grad = grad.to(A) * scale if scale.numel() else grad
     return loss, ce, zipf, grad
 
 
 def check_loss(program, tmp_path, calls: list[tuple]) -> None:
-    """Each (case, options) against float64, within twice plain PyTorch's error, and without a fault."""
-    check(program, tmp_path, calls, loss_case, by_reference)
+    """Each (case, options) against float64, within twice plain PyTorch's error, and without a fault.
+
+    Calls whose gradient can be made from factors are made that way too.
+    """
+    kept = [(case, options | {"in_place": KEPT}) for case, options in calls if keeps(case, options)]
+    check(program, tmp_path, calls + kept, loss_case, by_reference)
 
 
 def check(program, tmp_path, calls: list[tuple], make_case, by_reference) -> None:
@@ -1105,9 +1128,21 @@ def hard_cases(dtypes=(torch.float32, torch.bfloat16), **header) -> list[Case]:
     return cases + hard_distillations(dtypes, **header)
 
 
+def kept_cases(dtypes=(torch.float32, torch.bfloat16)) -> list[Case]:
+    """A gradient from factors, of every kernel and of rows in one piece of 8 or 32 lanes and in several."""
+    cases = []
+    for dtype, shape, (C, P) in itertools.product(dtypes, SHAPES.values(), ((41, 20), (2200, 40))):
+        for options in ({}, {"only_correct": True, "reduction": "none"}, {"zipf_weight": 0.0}):
+            case = make(5, C, P, dtype=dtype, kind=KINDS[len(cases) % len(KINDS)])
+            case.target[2] = -100
+            options |= SCHEDULES[len(cases) % 4] | {"phase": dtype.itemsize, "in_place": KEPT}
+            cases.append(loss_case(case, shape=shape, blocks=2, **options))
+    return cases
+
+
 @pytest.mark.parametrize("build", ["sanitized", "races"])
 def test_every_access_is_in_bounds_and_ordered(drivers, tmp_path, build):
-    for faults, _ in execute(drivers[build], hard_cases(), tmp_path):
+    for faults, _ in execute(drivers[build], hard_cases() + kept_cases(), tmp_path):
         assert not faults, faults
 
 
@@ -1124,11 +1159,12 @@ def test_gradient_over_the_logits(drivers, tmp_path, build):
                 assert torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
+@pytest.mark.parametrize("in_place", [0, KEPT], ids=["written", "kept"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_results_repeat_bitwise(drivers, tmp_path, shape):
+def test_results_repeat_bitwise(drivers, tmp_path, shape, in_place):
     """Whatever the order of threads and blocks, what fresh memory holds, and how often it is launched."""
     case = make(11, 60, 80, dtype=torch.bfloat16)
-    options = {"shape": SHAPES[shape], "label_smoothing": 0.1, "blocks": 3}
+    options = {"shape": SHAPES[shape], "label_smoothing": 0.1, "blocks": 3, "in_place": in_place}
     orders = [
         {"order": o, "fill": f, "seed": s, "late": s % 2}
         for o, f, s in [(0, 0, 1), (1, 1, 2), (2, 2, 3), (3, 0, 4), (2, 1, 5)]
@@ -1194,6 +1230,7 @@ BARRIERS = {  # file -> barriers of which each is needed, how many they are, a c
         1,
         {"shape": SHAPES["cluster"], "in_place": True},
     ),
+    "patches": ("loss_factors.cuh", r"^ +__syncwarp\(.*\);.*$", 1, {"in_place": KEPT}),
     "soft targets": ("loss_general.cuh", r"^ +__syncthreads\(\);.*$", 3, {"threads": 64}),
     "distillation": ("loss_distill.cuh", r"^ +__sync(?:threads|warp)\(.*\);.*$", 2, {"threads": 64}),
 }

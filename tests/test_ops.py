@@ -81,9 +81,23 @@ def samples(stage, device):
         shares = torch.rand(2, device=device).expand(5, 2)
         made = (case.logits, t[:3].softmax(1), case.target, shares, index, 1.0, 0.5, 0.0, 0.0, 0.0, 0.3)
         return [*out, (*made, 1.0, "probabilities", 3, "mean", True)]
+    if stage == "loss_factors_fwd":  # a vote a class, none for the target: no patch is NaN
+        out, votes = [], (case.target[:, None] + torch.arange(1, 10, device=device)).int() % 12
+        for dtype, reduction in ((torch.float32, "mean"), (torch.float16, "mean"), (torch.float64, "none")):
+            t = table.double() if dtype == torch.float64 else table
+            x = case.logits.to(dtype)
+            out.append((x, case.target, votes, t, None, 1.0, 0.5, 0.1, True, -100, reduction))
+        return [*out, (case.logits, case.target, None, table, weight, 1.0, 0.0, 0.0, False, -100, "sum")]
+    scale = torch.full((), 2.0, device=device)
+    if stage == "loss_factors_bwd_":
+        out = []
+        for dtype, upstream in ((torch.float32, scale), (torch.float16, torch.rand(5, device=device))):
+            factors, patches = torch.rand(5, 4, device=device), torch.rand(5, 9, device=device).to(dtype)
+            x = case.logits.to(dtype)
+            out.append((x, case.target, case.votes, factors, patches, upstream, scale))
+        return [*out, (case.logits, case.target, None, factors, case.logits[:, :0], scale, empty)]
     if "_grad_" in stage:
         return [args[:-1] for args in samples(stage.replace("grad_", "fwd"), device)]
-    scale = torch.full((), 2.0, device=device)
     return [
         (case.logits, scale, empty),
         (case.logits.half(), scale, scale),
@@ -92,7 +106,7 @@ def samples(stage, device):
     ]
 
 
-CALLS = (*ops.STAGES, "loss_fwd of probabilities", "loss_grad_ of probabilities")
+CALLS = (*ops.STAGES, *ops.FACTOR_SCHEMAS, "loss_fwd of probabilities", "loss_grad_ of probabilities")
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -72,6 +72,12 @@ def calls(device):
     shares = torch.rand(len(z), 2, device=device)
     made = (soft, y, shares, y.clamp(min=0) % len(z), 1.0, 0.5, 0.2, 0.3, 0.1, 0.4, 1.0, "probabilities")
     yield "distill_fwd", (z, *made, -100, "mean", True)
+    for votes, w in ((v, None), (None, weight)):
+        options = (1.0, 0.5 if w is None else 0.0, 0.0, True, -100, "mean")
+        yield "loss_factors_fwd", (z, y, votes, table, w, *options)
+    factors, patches = torch.rand(N, 4, device=device), torch.randn(N, P, device=device)
+    for upstream in (scalar, rows):
+        yield "loss_factors_bwd_", (z, y, v, factors, patches, upstream, scalar)
     for upstream in (scalar, rows):
         yield "loss_bwd", (z, upstream, scalar)
         yield "loss_bwd_", (z, upstream, scalar)
@@ -80,6 +86,13 @@ def calls(device):
 def result(name, backend, args):
     """What the operator gives, or writes over its first argument, as a list."""
     out = ops.OPERATORS[name, backend](*args)
+    if name == "loss_factors_fwd":  # of what it keeps, some may be anything: its gradient may not
+        logits, target, votes = args[0].clone(memory_format=torch.contiguous_format), *args[1:3]
+        *losses, factors, patches, grad_scale = out
+        upstream = logits.new_ones(())
+        bwd_ = ops.OPERATORS["loss_factors_bwd_", backend]
+        bwd_(logits, target, votes if patches.numel() else None, factors, patches, upstream, grad_scale)
+        return [*losses, factors, logits]
     out = [out] if isinstance(out, torch.Tensor) else list(out or ())
     return out + [args[0]] * name.endswith("_")
 

@@ -1025,11 +1025,14 @@ def test_launchers_never_wait_for_the_device(monkeypatch):
         for upstream in (empty(()), empty(3)):
             triton_kernels.loss_bwd(grad, upstream, empty(0))
             triton_kernels.loss_bwd_(grad, upstream, empty(()))
+        for upstream in (empty(()), empty(3)):
+            *_, factors, patches, scale = triton_kernels.loss_factors_fwd(*loss_args(3, 40)[:-1])
+            triton_kernels.loss_factors_bwd_(grad, target, votes[:, :9], factors, patches, upstream, scale)
         triton_kernels.rank_fwd(votes, 40)
         triton_kernels.label_fwd(target, votes, mass, 40, -100)
         for upsample in (1, 2):
             triton_kernels.vote_fwd(features, weight, None, upsample)
-    kernels = "correct loss_bwd loss_bwd_rows loss_fwd rank_fwd totals transpose "
+    kernels = "correct loss_bwd loss_bwd_rows loss_factors_bwd loss_fwd rank_fwd totals transpose "
     kernels += "vote_combine vote_fwd vote_upsample"
     assert set(launched) == {f"{kernel}_kernel" for kernel in kernels.split()}
 

@@ -46,9 +46,13 @@ def loss(
     compiling = torch.compiler.is_compiling()
     if inplace and wanted and not compiling:
         checks.inplace(logits, sharded)
-        backward_ = ops.select(grad_, backend, logits)
-        scale_ = ops.select("loss_bwd_", backend, logits)
-        return LossInPlace.apply(logits, options, forward, backward_, scale_, *tensors)
+        keeping = ops.KEEPING.get((forward, logits.device.type))
+        if keeping is not None and has_factors(logits, *tensors, *options[:3]):
+            way = from_factors(*keeping, options)
+        else:
+            stages = (ops.select(stage, backend, logits) for stage in (grad_, "loss_bwd_"))
+            way = by_computing_again(forward, *stages, options)
+        return LossInPlace.apply(logits, *way, *tensors)
     if not compiling and (native := ops.NATIVE.get(forward)) is not None:
         return native(logits, *tensors, *options)
     if wanted:
@@ -143,8 +147,67 @@ class Loss(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
+MOST_PATCHES, MOST_PATCHED_CLASSES = 1024, 2**21  # far beyond what is in use, and what kernels serve
+
+
+def has_factors(
+    logits: Tensor,
+    target: Tensor,
+    votes: Tensor | None,
+    log_mass: Tensor,
+    weight: Tensor | None,
+    ce_weight: float,
+    zipf_weight: float,
+    label_smoothing: float,
+) -> bool:
+    """Whether a gradient over the logits comes from what forward keeps (ops.FACTOR_SCHEMAS).
+
+    It is not to be more than half of what a gradient would be.
+    """
+    C = logits.shape[1]
+    if target.dim() != 1 or (weight is not None and label_smoothing != 0):
+        return False
+    if zipf_weight == 0:
+        return True
+    if votes is None or log_mass.dim() != 1:
+        return False
+    return votes.shape[1] <= min(C // 2, MOST_PATCHES) and C <= MOST_PATCHED_CLASSES
+
+
+InPlace = tuple[Callable, Callable]  # compute and overwrite of LossInPlace
+
+
+def from_factors(factors_fwd: Callable, factors_bwd_: Callable, options: tuple) -> InPlace:
+    """Forward keeps what a pass over the logits makes the gradient of."""
+
+    def compute(logits, target, votes, log_mass, weight):
+        *parts, factors, patches, grad_scale = factors_fwd(logits, target, votes, log_mass, weight, *options)
+        return parts, (target, votes if patches.numel() else None, factors, patches, grad_scale)
+
+    def overwrite(logits, grad_loss, target, votes, factors, patches, grad_scale):
+        factors_bwd_(logits, target, votes, factors, patches, grad_loss, grad_scale)
+
+    return compute, overwrite
+
+
+def by_computing_again(forward: Callable, grad_: Callable, scale_: Callable, options: tuple) -> InPlace:
+    """Forward keeps its arguments."""
+
+    def compute(logits, *tensors):
+        return forward(logits, *tensors, *options, False)[:3], tensors
+
+    def overwrite(logits, grad_loss, *tensors):
+        *_, grad_scale = grad_(logits, *tensors, *options)
+        scale_(logits, grad_loss, grad_scale)
+
+    return compute, overwrite
+
+
 class LossInPlace(torch.autograd.Function):
     """Forward computes the loss alone; backward writes the gradient over the saved logits.
+
+    compute(logits, *tensors) gives the losses and what to save; overwrite(logits, upstream gradient, *saved)
+    writes the gradient.
 
     A gradient written in forward would silently change every later use of the logits. Written in backward,
     it increments the logits' version counter, so that another node that saved them, and a second backward,
@@ -152,10 +215,10 @@ class LossInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, options, forward, backward_, scale_, *tensors):
-        loss, *parts = forward(logits, *tensors, *options, False)[:3]
-        ctx.save_for_backward(logits, *tensors)
-        ctx.options, ctx.backward_, ctx.scale_ = options, backward_, scale_
+    def forward(ctx, logits, compute, overwrite, *tensors):
+        (loss, *parts), kept = compute(logits, *tensors)
+        ctx.save_for_backward(logits, *kept)
+        ctx.overwrite = overwrite
         ctx.mark_non_differentiable(*parts)
         ctx.set_materialize_grads(False)
         return loss, *parts
@@ -171,10 +234,9 @@ class LossInPlace(torch.autograd.Function):
                 "zipfls_cuda: inplace=True writes one gradient over the logits, so it has no batched "
                 "gradients (is_grads_batched, jacobian(vectorize=True)); use inplace=False"
             )
-        logits, *tensors = ctx.saved_tensors
+        logits, *kept = ctx.saved_tensors
         grad = logits.detach()  # the same memory and version counter
-        *_, grad_scale = ctx.backward_(grad, *tensors, *ctx.options)
-        ctx.scale_(grad, grad_loss, grad_scale)
+        ctx.overwrite(grad, grad_loss, *kept)
         torch.autograd.graph.increment_version(logits)  # operators written in C++ do not
         return grad, *(None,) * (len(ctx.needs_input_grad) - 1)
 

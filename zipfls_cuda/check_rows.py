@@ -82,6 +82,11 @@ def invoke(operator: str, backend: str, case: LossCase, p: Problem) -> Results:
     if not operator.endswith("_"):
         return op(p.logits, *arguments, True)
     grad = p.logits.clone()
+    if operator == "loss_factors_bwd_":
+        keep = ops.OPERATORS["loss_factors_fwd", backend]
+        *parts, factors, patches, scale = keep(p.logits, *arguments)
+        op(grad, p.target, p.votes, factors, patches, torch.ones_like(factors[:, 0]), scale)
+        return *parts, grad, scale.new_empty(0)
     *parts, scale = op(grad, *arguments)
     return *parts, grad, scale
 
@@ -302,6 +307,8 @@ def plans(many: int, quick: bool, tiny: bool) -> Iterator[Plan]:
     bad = LossCase(5, 12, 9, "none")
     plain = [c._replace(options=False, reduction="mean") for c in (losses[0], soft[0])]
     yield ("loss_fwd", "loss_grad_"), [*losses, *soft], dtypes, operator_row
+    kept = [c._replace(options=False) for c in losses if c.ranking == "votes" and c.P <= 1024]
+    yield ("loss_factors_bwd_",), kept, dtypes, operator_row
     yield ("distill_fwd", "distill_grad_"), distill_cases(quick, tiny), dtypes, distill_row
     yield ("distillation_loss",), distill_cases(quick=True, tiny=True), dtypes[:1], distill_row
     yield ("loss_bwd", "loss_bwd_"), scaled, dtypes, backward_row
@@ -313,7 +320,7 @@ def plans(many: int, quick: bool, tiny: bool) -> Iterator[Plan]:
         yield ("zipf_cross_entropy" + kind,), plain, dtypes, public_row
     yield ("zipf_label", "rank_votes"), labels[:1], dtypes[:1], public_row
     yield ("dense_vote",), votes[:1], dtypes[:1], vote_row
-    yield ("loss_fwd", "loss_grad_", "label_fwd", "rank_fwd"), [bad], dtypes[:1], bad_row
+    yield ("loss_fwd", "loss_grad_", "loss_factors_bwd_", "label_fwd", "rank_fwd"), [bad], dtypes[:1], bad_row
     yield ("loss_fwd", "loss_grad_"), [bad._replace(soft=True)], dtypes[:1], bad_row
 
 

@@ -310,8 +310,11 @@ def zipf_cross_entropy(
         inplace: keep no gradient beside the logits: backward computes it over them. A reader of the
             logits afterwards finds the gradient there; a graph that still needs them raises, and so does a
             second backward (but where saved_tensors_hooks keep autograd from noticing). They must be
-            contiguous, no leaf nor a view of one, and of all classes (no process_group). For a third pass
-            over the logits it saves memory of their size; under torch.compile and torch.func nothing changes.
+            contiguous, no leaf nor a view of one, and of all classes (no process_group). It saves memory of
+            the logits' size for one more pass over them: on GPUs four numbers a sample and one a vote are
+            kept for it. On the CPU, and where a target is probabilities, the logits rank, label smoothing
+            stands beside class weights, or votes outnumber half the classes, backward computes the whole loss
+            again. Under torch.compile and torch.func nothing changes.
         backend: name of a backend, or None for the best one.
         process_group: logits (N, C/W) and weight (C/W,) are this rank's class shards, in rank order; target
             and votes (required) are of all classes and the same on every rank, and so is the loss. The

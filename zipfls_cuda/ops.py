@@ -62,6 +62,25 @@ SCHEMAS = {
 }
 
 
+# A gradient over the logits without computing the loss again: of class targets, and where votes make the
+# label (log_mass by rank) or there is none, but for weighted label smoothing. GPU backends alone.
+#
+# factors (N, 4), accumulation dtype: shift, a, b and the target's gradient. The gradient at a class without a
+# vote is exp(z_c - shift) a - b; a row of which the shift is -inf has gradient 0, and where it is NaN, NaN.
+# patches (N, P), dtype of the logits, P = 0 without a Zipf term: the gradient at the class of each vote, NaN
+# where another vote has it. Of votes for the target or for no class, and of rows with gradient 0 or NaN: any.
+FACTOR_SCHEMAS = {
+    "loss_factors_fwd": (
+        "(Tensor logits, Tensor target, Tensor? votes, Tensor log_mass, Tensor? weight, float ce_weight, "
+        "float zipf_weight, float label_smoothing, bool only_correct, int ignore_index, str reduction) "
+        "-> (Tensor loss, Tensor ce, Tensor zipf, Tensor factors, Tensor patches, Tensor grad_scale)"
+    ),
+    "loss_factors_bwd_": (
+        "(Tensor(a!) logits, Tensor target, Tensor? votes, Tensor factors, Tensor patches, "
+        "Tensor grad_loss, Tensor grad_scale) -> ()"
+    ),
+}
+
 _LINEAR = "Tensor input, Tensor linear_weight, Tensor? linear_bias"
 _CHUNKS = (
     "ScalarType dtype, SymInt? chunk_rows, str backend, bool of_input, bool of_weight, bool of_bias, "
@@ -119,6 +138,15 @@ def _loss_grad_fake(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tens
     return *parts, grad_scale
 
 
+def _loss_factors_fake(
+    logits: Tensor, target: Tensor, votes: Tensor | None, log_mass: Tensor, weight: Tensor | None, *options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *parts, _, grad_scale = _loss_fake(logits, *options, True)
+    N, P = logits.shape[0], 0 if votes is None or options[1] == 0 else votes.shape[1]
+    factors = logits.new_empty((N, 4), dtype=reference.accumulation_dtype(logits.dtype))
+    return *parts, factors, logits.new_empty((N, P)), grad_scale
+
+
 def _linear_fake(input: Tensor, linear_weight: Tensor, *args) -> tuple[Tensor, ...]:
     reduction, dtype, _, _, of_input, of_weight, of_bias, _ = args[-8:]
     wide, (C, D) = reference.accumulation_dtype(dtype), linear_weight.shape
@@ -136,7 +164,7 @@ def _loss_bwd_fake(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> Tenso
     return torch.empty_like(grad)
 
 
-def _loss_bwd_inplace_fake(grad: Tensor, grad_loss: Tensor, grad_scale: Tensor) -> None:
+def _inplace_fake(grad: Tensor, *args) -> None:
     return None
 
 
@@ -149,7 +177,9 @@ FAKES: dict[str, Callable] = {
     "distill_fwd": _loss_fake,
     "distill_grad_": _loss_grad_fake,
     "loss_bwd": _loss_bwd_fake,
-    "loss_bwd_": _loss_bwd_inplace_fake,
+    "loss_bwd_": _inplace_fake,
+    "loss_factors_fwd": _loss_factors_fake,
+    "loss_factors_bwd_": _inplace_fake,
     **dict.fromkeys(LINEAR_SCHEMAS, _linear_fake),
 }
 
@@ -158,6 +188,7 @@ STAGES = tuple(SCHEMAS)
 # What a backend has no kernel for: (backend, stage) -> dtypes, or None for all of them.
 UNSERVED: dict[tuple[str, str], tuple[torch.dtype, ...] | None] = {
     ("cuda", "vote_fwd"): (torch.float64,),
+    **{(backend, stage): None for backend in ("cpu", "reference") for stage in FACTOR_SCHEMAS},
 }
 
 
@@ -231,7 +262,7 @@ def _register(name: str, stage: str, schema: str) -> None:
 _library = globals().get("_library") or torch.library.Library("zipfls", "FRAGMENT")
 OPERATORS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # (stage, backend) -> operator
 
-for _stage, _schema in SCHEMAS.items():
+for _stage, _schema in (SCHEMAS | FACTOR_SCHEMAS).items():
     for _suffix, _names in (("", ("cuda", "cpu")), ("_triton", ("triton",)), ("_reference", ("reference",))):
         _serving = [b for b in _names if UNSERVED.get((b, _stage), ()) is not None]
         if not _serving:
@@ -251,6 +282,13 @@ NATIVE: dict[Callable, Callable] = {
     getattr(torch.ops.zipfls, f"{_name}_fwd").default: getattr(_C, _name)
     for _name in ("loss", "distill")
     if hasattr(_C, _name)
+}
+
+
+# Forward operators that keep_factors serves: (operator, device) -> (loss_factors_fwd, loss_factors_bwd_).
+KEEPING: dict[tuple[Callable, str], tuple[Callable, Callable]] = {
+    (OPERATORS["loss_fwd", backend], device): tuple(OPERATORS[stage, backend] for stage in FACTOR_SCHEMAS)
+    for backend, device in (("cuda", "cuda"), ("triton", "cuda"), ("triton", "cpu"))
 }
 
 

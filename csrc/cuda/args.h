@@ -58,8 +58,12 @@ struct LossFwd {
   void* zipf_out;  // as loss
   void* grad;  // (N, C) T, contiguous, rows at the same phase of 16 bytes as logits; may be logits;
                // or null
-  void* grad_scale;        // (1,) A where scaled
-  double* sums;            // (2, blocks) float64 scratch; null for kNone
+  void* factors;     // (N, 4) A, see keep_factors, or null: what a gradient over the logits is made
+                     // of later; not LossGeneral::dense, probabilities or weighted label smoothing
+  void* patches;     // (N, P) T where factors are wanted: the gradient at the class of a vote, NaN
+                     // where another vote has it; of votes for the target or for no class: any
+  void* grad_scale;  // (1,) A where scaled
+  double* sums;      // (2, blocks) float64 scratch; null for kNone
   uint32_t* tile_counter;  // (1,) uint32, 0 before and after; null for kNone
 };
 
@@ -106,6 +110,20 @@ struct LossBwd {
   const void* grad_scale;  // (1,) A, or null
   int64_t N;               // rows of one scale each: for a scalar loss 1, of all elements
   int64_t C;               // elements a row
+};
+
+/// loss_factors_bwd: the gradient over the logits, from what loss_fwd kept of them.
+struct FactorsBwd {
+  void* logits;           // (N, C) T, contiguous
+  const int64_t* target;  // (N,) int64
+  Votes votes;            // P: 0 where they made no label
+  const void* factors;    // (N, 4) A, as the next from LossFwd
+  const void* patches;    // (N, P) T
+  const void* grad_loss;  // (1,) A, or (N,) A, any stride
+  int64_t grad_loss_stride;
+  const void* grad_scale;  // (1,) A, or null
+  int64_t N;
+  int32_t C;
 };
 
 /// rank_fwd and label_fwd.

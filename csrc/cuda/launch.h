@@ -61,6 +61,7 @@ cudaError_t loss_correct_cuda(const LossGeneral& a, Dtype dtype, int32_t* correc
                               cudaStream_t stream);
 
 cudaError_t loss_bwd_cuda(const LossBwd& a, Dtype dtype, cudaStream_t stream);
+cudaError_t loss_factors_bwd_cuda(const FactorsBwd& a, Dtype dtype, cudaStream_t stream);
 
 cudaError_t rank_fwd_cuda(const LabelFwd& a, cudaStream_t stream);
 /// dtype: kFloat32 or kFloat64, of log_mass and out.

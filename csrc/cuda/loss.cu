@@ -1,6 +1,7 @@
 // Launchers of the loss kernels.
 #include "launch.cuh"
 #include "loss_bwd.cuh"
+#include "loss_factors.cuh"
 #include "loss_long.cuh"
 #include "loss_rows.cuh"
 
@@ -90,6 +91,24 @@ cudaError_t loss_bwd_cuda(const LossBwd& a, Dtype dtype, cudaStream_t stream) {
   const int blocks = resident_blocks((items + kWarps - 1) / kWarps, kScaleBlock, current_device());
   return with_type(dtype, [&](auto x) {
     return launch(loss_bwd_kernel<decltype(x)>, {blocks, kScaleBlock}, stream, a);
+  });
+}
+
+cudaError_t loss_factors_bwd_cuda(const FactorsBwd& a, Dtype dtype, cudaStream_t stream) {
+  if (a.N == 0) return cudaSuccess;
+  return with_type(dtype, [&](auto x) {
+    using T = decltype(x);
+    const auto launch_lanes = [&](auto kernel, int lanes, uint32_t pieces) {
+      const int64_t items = a.N * pieces, groups = kScaleBlock / lanes;
+      if (items > INT32_MAX) return cudaErrorInvalidConfiguration;
+      const int blocks =
+          resident_blocks((items + groups - 1) / groups, kScaleBlock, current_device());
+      return launch(kernel, {blocks, kScaleBlock}, stream, a, static_cast<uint32_t>(items), pieces);
+    };
+    if (pieces_of<T, 8>(a.logits, a.C) == 1)
+      return launch_lanes(loss_factors_bwd_kernel<T, 8>, 8, 1);
+    return launch_lanes(loss_factors_bwd_kernel<T, kWarp>, kWarp,
+                        pieces_of<T, kWarp>(a.logits, a.C));
   });
 }
 

@@ -114,11 +114,12 @@ loss_fwd_long_kernel(LossFwd a) {
     if (Group::leads()) {
       stats = threadIdx.x < blockDim.x / kWarp ? area.warps[threadIdx.x] : RowStats<A>{};
       stats = merge_lanes<kWarp>(stats, smooth_weight != nullptr, look_for_misclassified);
-      const auto finished =
-          finish_row<T, Leaders>(a, sample, stats, z_target, entropy, t, P, *block.scales, logit,
-                                 [](int32_t) { return true; });
+      const auto finished = finish_row<T, Leaders>(
+          a, sample, stats, z_target, entropy, t, P, *block.scales, logit,
+          [](int32_t) { return true; }, true);
       if (threadIdx.x == 0) {
         report_row(a, block, 0, sample, finished);
+        keep_factors(a, sample, finished);
         *area.finished = finished;
       }
     }

@@ -16,6 +16,8 @@
 //   loss_distill_kernel                       loss_distill.cuh: a teacher's row for a label
 //   loss_totals_kernel                        loss_reduce.cuh: what a mean divides by
 //   loss_bwd_kernel                           loss_bwd.cuh: the upstream gradient
+//   loss_factors_bwd_kernel                   loss_factors.cuh: the gradient over the logits, from
+//                                             the factors and patches that the first two kept
 //
 // The gradient may be written over the logits (LossFwd::grad == logits): a row belongs to one block
 // (or cluster), and a barrier separates the row's last read of a logit that another thread
@@ -359,6 +361,18 @@ ZIPFLS_DEVICE void report_row(const LossFwd& a, const BlockArea<A>& block, int r
   }
 }
 
+/// Stores (shift, per_exp, constant, gradient at the target) of a row for loss_factors_bwd: by one
+/// thread. The shift of a row without a gradient is -inf, of one that is NaN it is NaN.
+template <class A>
+ZIPFLS_DEVICE void keep_factors(const LossFwd& a, const Sample& sample, const Finished<A>& f) {
+  if (a.factors == nullptr || sample.i >= a.N) return;
+  A* const kept = static_cast<A*>(a.factors) + sample.i * kFactors;
+  kept[0] = !f.fill ? f.shift : f.fill_value == 0 ? -infinity<A>() : f.fill_value;
+  kept[1] = f.per_exp;
+  kept[2] = f.constant;
+  kept[3] = f.at_target;
+}
+
 /// Sums over a row's voted classes: over its votes, each with 1 / n of its class that has n, since
 /// the order of the votes is fixed and that of the classes is not.
 template <class A>
@@ -386,11 +400,13 @@ struct VotedSums {
 
 /// By a row's leading lanes: losses, gradient factors, and the gradient at its voted classes.
 ///
-/// logit(c): z_c, in A. in_part(c): whether a class belongs to this block's part of the row.
+/// logit(c): z_c, in A. in_part(c): whether a class belongs to this block's part of the row. keeps:
+/// whether this block stores what LossFwd::patches asks for.
 template <class T, class Leaders, class A, class Logit, class InPart>
 ZIPFLS_DEVICE Finished<A> finish_row(const LossFwd& a, const Sample& sample, RowStats<A> stats,
                                      A z_target, A entropy, const VoteTables<A>& t, int32_t P,
-                                     const Scales<A>& scales, Logit logit, InPart in_part) {
+                                     const Scales<A>& scales, Logit logit, InPart in_part,
+                                     bool keeps) {
   if (stats.finite == 1 && stats.sum_exp < 2) {  // the largest logit alone: exactly 1
     stats.sum_exp = 1;
     stats.sum = 0;
@@ -403,15 +419,20 @@ ZIPFLS_DEVICE Finished<A> finish_row(const LossFwd& a, const Sample& sample, Row
   VotedSums<A> voted;
   if (sample.live) {
     const bool patches = ptx::keep(a.grad != nullptr) != 0;
+    keeps = ptx::keep(keeps && a.factors != nullptr) != 0;
     for_votes<Leaders>(t, P, [&](int32_t p, int32_t c, int32_t n, bool first) {
       if (c == sample.y) return;
       const A above = logit(c) - f.shift, label = t.label[n];
       voted.add(above, n, label, q);
-      if (!patches || !first || !in_part(c)) return;
+      if (!keeps && !(patches && first && in_part(c))) return;
       const A constant = fused(f.label_step, label, smooth_constant);
       A g = fused(exp_element<T>(above), f.per_exp, -constant);
       if (f.smooth_step != 0) g -= f.smooth_step * static_cast<const A*>(a.weight)[c];
-      t.patch[p] = g;
+      if (keeps) {
+        from_float(first ? g : not_a_number<A>(), static_cast<T*>(a.patches) + sample.i * P + p);
+      } else {
+        t.patch[p] = g;
+      }
     });
   }
   voted.template reduce<Leaders::kLeaders>();

@@ -261,14 +261,17 @@ ZIPFLS_DEVICE void loss_fwd_rows(const LossFwd& a, uint32_t row_bytes, uint32_t 
     Finished<A> f;
     if (Group::leads()) {
       remove_copy<T>(z_copy, stats);
+      const bool reports = !CLUSTER || ptx::cluster_rank() == 0;
       const auto logit = [&](int32_t c) {
         return to_float(inside(c) ? held[c - slice_column] : row.logits[c]);
       };
       f = finish_row<T, Leaders>(a, sample, stats, z_target, entropy, t, P, *block.scales, logit,
-                                 inside);
+                                 inside, reports);
       if (Group::lane() == 0) {
-        if (!CLUSTER || ptx::cluster_rank() == 0)
+        if (reports) {
           report_row(a, block, Group::row_in_block(), sample, f);
+          keep_factors(a, sample, f);
+        }
         if (Group::kWholeBlock) *area.finished = f;
       }
     }

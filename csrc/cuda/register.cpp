@@ -32,6 +32,8 @@ using OptionalTensor = std::optional<Tensor>;
 using Parts =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;     // loss, ce, zipf, grad, grad_scale
 using Losses = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, ce, zipf, grad_scale
+/// loss, ce, zipf, factors, patches, grad_scale
+using LossFactors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Dtype dtype_of(at::ScalarType type) {
   switch (type) {
@@ -149,7 +151,12 @@ uint32_t* counters_of(const Tensor& counters) {
   return reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int32_t>());
 }
 
-enum class Gradient { kNone, kNew, kInPlace };
+/// kKept: not written, but what it is made of is.
+enum class Gradient { kNone, kNew, kInPlace, kKept };
+
+at::TensorOptions results_type(const Tensor& logits) {
+  return logits.options().dtype(accumulation_type(logits.scalar_type()));
+}
 
 /// Sizes and pointers of a loss's logits and results; the results, allocated, and grad over the
 /// logits where that is asked for.
@@ -157,10 +164,11 @@ Parts allocate_results(LossFwd& a, const Tensor& logits, std::string_view reduct
                        Gradient gradient) {
   const int64_t N = logits.size(0), C = logits.size(1);
   const Reduction reduction = reduction_of(reduction_name);
-  const auto options = logits.options().dtype(accumulation_type(logits.scalar_type()));
+  const auto options = results_type(logits);
   const auto shape = reduction == kNone ? at::DimVector({N}) : at::DimVector();
-  const bool with_grad = gradient != Gradient::kNone;
-  const bool scaled = with_grad && logits.scalar_type() == at::kHalf && reduction == kMean;
+  const bool with_grad = gradient == Gradient::kNew || gradient == Gradient::kInPlace;
+  const bool scaled =
+      gradient != Gradient::kNone && logits.scalar_type() == at::kHalf && reduction == kMean;
   const Tensor loss = at::empty(shape, options), ce = at::empty(shape, options),
                zipf = at::empty(shape, options);
   const Tensor grad =
@@ -208,12 +216,14 @@ std::pair<Tensor, Tensor> prepare_sums(LossFwd& a, const LossPlan& plan, const T
 }
 
 /// reference.loss_fwd on CUDA tensors: (loss, ce, zipf, grad, grad_scale). In place, the logits are
-/// contiguous and aligned, and grad is the same memory.
+/// contiguous and aligned, and grad is the same memory. kept: where factors and patches go, for
+/// Gradient::kKept.
 Parts loss_parts(const Tensor& given_logits, const Tensor& given_target,
                  const OptionalTensor& given_votes, const Tensor& given_log_mass,
                  const OptionalTensor& given_weight, double ce_weight, double zipf_weight,
                  double label_smoothing, bool only_correct, int64_t ignore_index,
-                 std::string_view reduction, Gradient gradient) {
+                 std::string_view reduction, Gradient gradient,
+                 std::pair<Tensor, Tensor>* kept = nullptr) {
   check_loss(given_logits, given_target, given_votes, given_log_mass, given_weight, reduction);
   const int64_t N = given_logits.size(0), C = given_logits.size(1);
   const bool soft = given_target.dim() == 2;  // probabilities
@@ -252,6 +262,17 @@ Parts loss_parts(const Tensor& given_logits, const Tensor& given_target,
   a.ce_weight = ce_weight;
   a.zipf_weight = zipf_weight;
   a.label_smoothing = label_smoothing;
+  if (kept != nullptr) {
+    TORCH_CHECK_VALUE(!soft, "target must be class indices, got probabilities");
+    TORCH_CHECK_VALUE(!a.dense, "votes must rank the classes, at most as many as tables hold");
+    TORCH_CHECK_VALUE(!weight.has_value() || label_smoothing == 0,
+                      "label_smoothing must be 0 beside weight, got ", label_smoothing);
+    auto& [factors, patches] = *kept;
+    factors = at::empty({N, kFactors}, results_type(logits));
+    patches = at::empty({N, a.zipf ? votes->size(1) : 0}, logits.options());
+    a.factors = factors.mutable_data_ptr();
+    a.patches = patches.mutable_data_ptr();
+  }
 
   // Which samples count, and what a mean divides by, where a launch of its own must precede.
   Tensor correct, partials;
@@ -274,6 +295,20 @@ Parts loss_fwd(const Tensor& logits, const Tensor& target, const OptionalTensor&
   return loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight,
                     label_smoothing, only_correct, ignore_index, reduction,
                     with_grad ? Gradient::kNew : Gradient::kNone);
+}
+
+/// loss_fwd without a gradient, but with what loss_factors_bwd_ makes it of: factors (N, 4) and the
+/// gradient at the votes (N, P), P = 0 without a Zipf term.
+LossFactors loss_factors_fwd(const Tensor& logits, const Tensor& target,
+                             const OptionalTensor& votes, const Tensor& log_mass,
+                             const OptionalTensor& weight, double ce_weight, double zipf_weight,
+                             double label_smoothing, bool only_correct, int64_t ignore_index,
+                             std::string_view reduction) {
+  std::pair<Tensor, Tensor> kept;
+  const auto [loss, ce, zipf, grad, grad_scale] =
+      loss_parts(logits, target, votes, log_mass, weight, ce_weight, zipf_weight, label_smoothing,
+                 only_correct, ignore_index, reduction, Gradient::kKept, &kept);
+  return {loss, ce, zipf, kept.first, kept.second, grad_scale};
 }
 
 /// Writes a gradient over the logits, by compute(where it goes).
@@ -399,20 +434,26 @@ Losses distill_grad_(Tensor& logits, const Tensor& teacher, const OptionalTensor
   });
 }
 
+/// Checks what multiplies a gradient (N, C), or what stands in its place.
+void check_upstream(const Tensor& grad_loss, const Tensor& grad_scale, const Tensor& grad) {
+  const int64_t N = grad.size(0);
+  TORCH_CHECK_VALUE(grad_loss.dim() == 0 || (grad_loss.dim() == 1 && grad_loss.size(0) == N),
+                    "grad_loss must be a scalar or have shape (", N, ",), got ", grad_loss.sizes());
+  check_same_device(grad_loss, "grad_loss", grad);
+  check_type(grad_scale, "grad_scale", accumulation_type(grad.scalar_type()));
+  check_same_device(grad_scale, "grad_scale", grad);
+  TORCH_CHECK_VALUE(grad_scale.numel() <= 1, "grad_scale must be a scalar or empty, got ",
+                    grad_scale.sizes());
+}
+
 /// out = grad * grad_loss * grad_scale, all on one device; out may be grad.
 void scale_gradient(const Tensor& grad, const Tensor& grad_loss, const Tensor& grad_scale,
                     const Tensor& out) {
   const auto type = accumulation_type(grad.scalar_type());
   TORCH_CHECK_VALUE(grad.dim() == 2, "grad must have shape (N, C), got ", grad.sizes());
   check_float(grad, "grad");
+  check_upstream(grad_loss, grad_scale, grad);
   const int64_t N = grad.size(0), C = grad.size(1);
-  TORCH_CHECK_VALUE(grad_loss.dim() == 0 || (grad_loss.dim() == 1 && grad_loss.size(0) == N),
-                    "grad_loss must be a scalar or have shape (", N, ",), got ", grad_loss.sizes());
-  check_same_device(grad_loss, "grad_loss", grad);
-  check_type(grad_scale, "grad_scale", type);
-  check_same_device(grad_scale, "grad_scale", grad);
-  TORCH_CHECK_VALUE(grad_scale.numel() <= 1, "grad_scale must be a scalar or empty, got ",
-                    grad_scale.sizes());
   if (grad.numel() == 0) return;
 
   const c10::cuda::CUDAGuard guard(grad.device());
@@ -442,6 +483,56 @@ void loss_bwd_(Tensor& grad, const Tensor& grad_loss, const Tensor& grad_scale) 
   } else {
     grad.copy_(loss_bwd(grad, grad_loss, grad_scale));
   }
+}
+
+/// The gradient over the logits, times grad_loss and grad_scale, from loss_factors_fwd's results.
+void loss_factors_bwd_(Tensor& logits, const Tensor& given_target,
+                       const OptionalTensor& given_votes, const Tensor& factors,
+                       const Tensor& given_patches, const Tensor& grad_loss,
+                       const Tensor& grad_scale) {
+  const int64_t N = check_logits(logits);
+  const auto type = accumulation_type(logits.scalar_type());
+  check_target(given_target, N);
+  check_same_device(given_target, "target", logits);
+  const int64_t P = given_patches.dim() == 2 ? given_patches.size(1) : -1;
+  TORCH_CHECK_VALUE(P >= 0 && given_patches.size(0) == N, "patches must have shape (", N,
+                    ", P), got ", given_patches.sizes());
+  check_type(given_patches, "patches", logits.scalar_type());
+  check_same_device(given_patches, "patches", logits);
+  TORCH_CHECK_VALUE(factors.sizes() == at::IntArrayRef({N, kFactors}), "factors must have shape (",
+                    N, ", ", kFactors, "), got ", factors.sizes());
+  check_type(factors, "factors", type);
+  check_same_device(factors, "factors", logits);
+  check_upstream(grad_loss, grad_scale, logits);
+  OptionalTensor votes;
+  if (P > 0) {
+    TORCH_CHECK_VALUE(given_votes.has_value(), "votes must be those of the patches, got none");
+    check_votes(*given_votes, N);
+    TORCH_CHECK_VALUE(given_votes->size(1) == P, "votes must have shape (", N, ", ", P, "), got ",
+                      given_votes->sizes());
+    check_same_device(*given_votes, "votes", logits);
+    votes = with_contiguous_rows(given_votes);
+  }
+  if (N == 0) return;
+
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const Tensor target = given_target.contiguous(), patches = given_patches.contiguous(),
+               rows = factors.contiguous(), upstream = grad_loss.to(type),
+               grad = logits.contiguous();
+  FactorsBwd a = {};
+  a.logits = grad.mutable_data_ptr();
+  a.target = target.const_data_ptr<int64_t>();
+  a.votes = votes_of(votes);
+  a.factors = rows.const_data_ptr();
+  a.patches = patches.const_data_ptr();
+  a.grad_loss = upstream.const_data_ptr();
+  a.grad_loss_stride = upstream.dim() == 0 ? 0 : upstream.stride(0);
+  a.grad_scale = grad_scale.numel() == 1 ? grad_scale.const_data_ptr() : nullptr;
+  a.N = N;
+  a.C = static_cast<int32_t>(logits.size(1));
+  C10_CUDA_CHECK(
+      loss_factors_bwd_cuda(a, dtype_of(logits.scalar_type()), c10::cuda::getCurrentCUDAStream()));
+  if (!logits.is_contiguous()) logits.copy_(grad);
 }
 
 /// Ranks (N, C) int32; a row with a vote outside the classes becomes 0.
@@ -583,6 +674,8 @@ Tensor vote_fwd(const Tensor& features, const Tensor& weight, const OptionalTens
 TORCH_LIBRARY_IMPL(zipfls, CUDA, m) {
   m.impl("loss_fwd", TORCH_FN(loss_fwd));
   m.impl("loss_grad_", TORCH_FN(loss_grad_));
+  m.impl("loss_factors_fwd", TORCH_FN(loss_factors_fwd));
+  m.impl("loss_factors_bwd_", TORCH_FN(loss_factors_bwd_));
   m.impl("distill_fwd", TORCH_FN(distill_fwd));
   m.impl("distill_grad_", TORCH_FN(distill_grad_));
   m.impl("loss_bwd", TORCH_FN(loss_bwd));

@@ -136,6 +136,12 @@ constexpr int kDistillRegisters = sizeof(T) == 4 ? 96 : 128;
 constexpr int64_t kScaleChunk = 1024;
 constexpr int kScaleBlock = 256;
 
+/// What is kept of a row for its gradient over the logits: keep_factors.
+constexpr int kFactors = 4;
+/// Vectors that a lane of loss_factors_bwd takes at a time.
+template <class T>
+constexpr int kFactorVectors = sizeof(T) == 8 ? 2 : 8;
+
 /// Threads of a row of rank_fwd, label_fwd and loss_correct.
 constexpr int kLabelBlock = 128;
 constexpr int kCorrectBlock = 128;

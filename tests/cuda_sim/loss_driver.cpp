@@ -33,8 +33,9 @@ struct Header {
   int64_t blocks, totals, multiprocessors,
       clusters;  // blocks: 0: as planned; totals: blocks of loss_totals
   int64_t order, fill, seed, late;
-  int64_t R, grad_loss_stride, in_place, repeats;
+  int64_t R, grad_loss_stride, in_place, repeats;  // in_place: 1, or kKept
 };
+constexpr int64_t kKept = 2;  // the gradient comes from factors, times a gradient of each loss
 struct Numbers {
   double ce_weight, zipf_weight, label_smoothing;
 };
@@ -130,7 +131,7 @@ void read_common(const Header& h, const Numbers& x, LossFwd& a) {
   a.loss = new_array(results * sizeof(A), "loss");
   a.ce_out = new_array(results * sizeof(A), "ce");
   a.zipf_out = new_array(results * sizeof(A), "zipf");
-  if (h.with_grad != 0)
+  if (h.with_grad != 0 && h.in_place != kKept)
     a.grad = h.in_place != 0 ? logits : new_array(h.N * h.C * sizeof(T), "grad", h.phase);
   a.grad_scale = new_array(sizeof(A), "grad_scale");
   arrays.push_back(std::make_unique<Array>(4));
@@ -242,6 +243,23 @@ void prepare_denominators(const Header& h, LossFwd& a) {
   a.denominators.num_partials = static_cast<int32_t>(h.totals);
 }
 
+/// The gradient over the logits, from what the launch has kept.
+template <class T>
+void run_kept(const Header& h, LossFwd& a, const void* grad_loss) {
+  FactorsBwd b = {};
+  a.grad = b.logits = const_cast<void*>(a.logits);
+  b.target = a.target;
+  b.votes = a.votes;
+  if (!a.zipf) b.votes.P = 0;
+  b.factors = a.factors;
+  b.patches = a.patches;
+  b.grad_loss = grad_loss;
+  b.grad_loss_stride = 1;
+  b.N = a.N;
+  b.C = a.C;
+  with_blocks(2, [&] { return loss_factors_bwd_cuda(b, static_cast<Dtype>(h.dtype), nullptr); });
+}
+
 /// The launch, as often as the case says, and its results.
 template <class T, class F>
 void run_planned(const Header& h, LossFwd& a, const LossPlan& plan, F launch) {
@@ -250,6 +268,7 @@ void run_planned(const Header& h, LossFwd& a, const LossPlan& plan, F launch) {
     a.sums = reinterpret_cast<double*>(new_array(2 * plan.blocks * 8, "sums"));
   for (int64_t r = 0; r < h.repeats; r++)
     if (launch() != cudaSuccess) std::abort();
+  if (a.factors != nullptr) run_kept<T>(h, a, read_array(h.N * sizeof(A), "grad_loss"));
   const size_t results = results_of(h);
   const int64_t chosen[4] = {plan.kernel, plan.threads, plan.cluster, *a.tile_counter};
   write_result({{a.loss, results * sizeof(A)},
@@ -270,6 +289,10 @@ void run_loss(const Header& h, const Numbers& x) {
     auto* const correct = reinterpret_cast<int32_t*>(new_array(h.N * 4, "correct"));
     with_blocks(3, [&] { return loss_correct_cuda(a, dtype, correct, nullptr); });
     a.correct = correct;
+  }
+  if (h.in_place == kKept) {
+    a.factors = new_array(h.N * kFactors * sizeof(Arithmetic<T>), "factors");
+    a.patches = new_array(h.N * counted_votes(a) * sizeof(T), "patches");
   }
   if (!soft) prepare_denominators(h, a);
   const LossPlan plan = plan_case<T>(h, a, dtype);

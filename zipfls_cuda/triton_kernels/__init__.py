@@ -6,7 +6,8 @@ loss.py and distill.py. ``make kernel-report`` compiles every kernel ahead of ti
 
 from .distill import distill_fwd, distill_grad_
 from .label import label_fwd, rank_fwd
-from .loss import loss_bwd, loss_bwd_, loss_fwd, loss_grad_
+from .loss import loss_bwd, loss_bwd_, loss_factors_fwd, loss_fwd, loss_grad_
+from .loss_factors import loss_factors_bwd_
 from .vote import vote_fwd
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "label_fwd",
     "loss_bwd",
     "loss_bwd_",
+    "loss_factors_bwd_",
+    "loss_factors_fwd",
     "loss_fwd",
     "loss_grad_",
     "rank_fwd",

@@ -145,15 +145,23 @@ def rank_of_votes(
     R: tl.constexpr,  # 1 if not SORTED
     P2: tl.constexpr,
     SORTED: tl.constexpr,
+    PLACES: tl.constexpr = False,  # C P2 is below 2^31
 ):
     """Competition ranks of the voted classes.
 
-    Returns, (R, P2): v, the votes, in any order; stands, which of them stand for their class; count, how many
-    do for that class; rank, of it. K (R,): number of distinct voted classes; bad (R,): a vote is >= C.
+    Returns, (R, P2): v, the votes, in any order; place, if PLACES: which of the row's votes each is; stands,
+    which of them stand for their class; count, how many do for that class; rank, of it. K (R,): number of
+    distinct voted classes; bad (R,): a vote is >= C.
     """
     v, live, bad = load_votes(votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, P2)
+    p = tl.arange(0, P2)[None, :] + tl.zeros_like(v)
     if SORTED:
-        v = sort_rows(v, P2)
+        if PLACES:
+            v = sort_rows(v * P2 + p, P2)
+            p = v & (P2 - 1)
+            v = (v - p) // P2
+        else:
+            v = sort_rows(v, P2)
         last, place = count_sorted(v, R, P2)
         live = v >= 0
         at_least = histogram_rows(tl.where(live, place - 1, 0), live, R, P2)  # classes with so many votes
@@ -174,7 +182,7 @@ def rank_of_votes(
         tl.debug_barrier()
         rank = tl.load(scratch + level, cache_modifier=".cg")
         K = tl.sum(classes_at, 1)
-    return v, stands, count, rank, K, bad
+    return v, p, stands, count, rank, K, bad
 
 
 @triton.jit
@@ -193,24 +201,25 @@ def votes_label(
     R: tl.constexpr,
     P2: tl.constexpr,
     SORTED: tl.constexpr,
+    PLACES: tl.constexpr = False,
 ):
     """The soft label of R rows: of every vote's class, and of all the others at once.
 
     Returns:
-        v (R, P2): the votes' classes; share (R, P2): 1 / (votes that stand for that class), and 0 where the
-        vote stands for none, or for the target, so that a sum over voted non-target classes is sum_i share_i
-        x_i; p (R, P2): the label of v, where it stands; q, rest (R,): the label of the non-target classes
-        without a vote, and their number; entropy (R,): the sum over all classes of p log p; bad (R,): a vote
-        is >= C.
+        v, place (R, P2): the votes' classes, and places as of rank_of_votes; share (R, P2): 1 / (votes that
+        stand for that class), and 0 where the vote stands for none, or for the target, so that a sum over
+        voted non-target classes is sum_i share_i x_i; p (R, P2): the label of v, where it stands; q, rest
+        (R,): the label of the non-target classes without a vote, and their number; entropy (R,): the sum over
+        all classes of p log p; bad (R,): a vote is >= C.
     """
-    v, stands, count, rank, K, bad = rank_of_votes(
-        votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, scratch, R, P2, SORTED
+    v, place, stands, count, rank, K, bad = rank_of_votes(
+        votes, votes_stride_n, votes_stride_p, row, row_ok, C, P, scratch, R, P2, SORTED, PLACES
     )
     at_target = v == y.to(tl.int32)[:, None]
     target_voted = tl.max((stands & at_target).to(tl.int32), 1)
     rest = C - 1 - (K - target_voted)
     share, p, q, entropy = label_of_ranks(log_mass, table_length, stands & ~at_target, count, rank, K, rest)
-    return v, share, p, q, entropy, rest, bad
+    return v, place, share, p, q, entropy, rest, bad
 
 
 @triton.jit
@@ -262,7 +271,7 @@ def rank_fwd_kernel(
     scratch += tl.program_id(0).to(tl.int64) * 5 * P2
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         row = tl.full([1], n, tl.int64)
-        v, stands, _, rank, K, bad = rank_of_votes(
+        v, _, stands, _, rank, K, bad = rank_of_votes(
             votes, votes_stride_n, votes_stride_p, row, row < N, C, P, scratch, 1, P2, SORTED
         )
         start = row[:, None] * C

@@ -28,13 +28,14 @@ import triton
 from torch import Tensor
 
 from ..reference import dense_log_mass
-from . import loss_reduce
+from . import loss_math, loss_reduce
 from .label import HASHING_PROGRAMS, INTERPRET, SORTED_VOTES, vote_scratch, vote_tile
 from .launch_cache import Launch, device_of, plan_cache, signature, store_plan, template, with_unit_stride
 from .loss_bwd import loss_bwd, loss_bwd_
 from .loss_kernel import loss_fwd_kernel
+from .loss_math import NOT_WANTED, WRITTEN
 
-__all__ = ["loss_bwd", "loss_bwd_", "loss_fwd", "loss_grad_"]
+__all__ = ["loss_bwd", "loss_bwd_", "loss_factors_fwd", "loss_fwd", "loss_grad_"]
 
 # Tuning ----------------------------------------------------------------------------------------------
 #
@@ -76,6 +77,8 @@ ROW_TILES = {
 REGISTERS = {(True, 4096): 104, (False, 2048): 56}
 EDGED_REGISTERS = {(False, 2048): 56, (False, 4096): 104}  # where rows have edges
 DENSE_REGISTERS = {(True, 4096): 136}  # beside a mass for every class
+KEPT_REGISTERS = {(False, 2048): 64}  # where the gradient is kept
+WIDE_KEPT_REGISTERS = {(True, 1024): 128, (False, 1024): 168}  # of float64
 SOFT_REGISTERS = 128  # beside a target of probabilities, held with 1024 votes
 # Where registers hold more than a float32 logit for a class: probabilities, masses, or float64; else (1, 4).
 WIDE_ROW_TILES = {16: (8, 4), 32: (4, 4), 64: (2, 4), 128: (1, 1), 256: (1, 1)}
@@ -134,8 +137,11 @@ class Rows(NamedTuple):
     registers: int | None = None  # a thread may have
 
 
-def cut_rows(logits: Tensor, P: int, label: int, soft: bool, weighted: bool) -> Rows:
-    """For logits with P votes a row; ``label``: 1 if votes rank; ``soft``: a target of probabilities."""
+def cut_rows(logits: Tensor, P: int, label: int, soft: bool, weighted: bool, kept: bool = False) -> Rows:
+    """For logits with P votes a row.
+
+    ``label``: 1 if votes rank; ``soft``: a target of probabilities; ``kept``: the gradient is not written.
+    """
     N, C = logits.shape
     itemsize = logits.element_size()
     P2, sorted_ = vote_tile(P)
@@ -157,10 +163,14 @@ def cut_rows(logits: Tensor, P: int, label: int, soft: bool, weighted: bool) -> 
         limit = SOFT_REGISTERS if held and P2 == 1024 else None
     elif label == 2:
         limit = DENSE_REGISTERS.get((held, B))
+    elif kept and itemsize == 8:
+        limit = WIDE_KEPT_REGISTERS.get((held, B))
     elif wide or weighted or P2 > 64 or (held and edges):
         limit = None
     else:
         limit = (EDGED_REGISTERS if edges else REGISTERS).get((held, B))
+        if kept:
+            limit = KEPT_REGISTERS.get((held, B), limit)
     return Rows(held, B, R, warps, steps, programs, V, edges, stride, P2, sorted_, hashed, limit)
 
 
@@ -189,7 +199,7 @@ def row_layout(logits: Tensor) -> tuple[int, bool, int]:
 # Launchers -----------------------------------------------------------------------------------------
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-NO_GRADIENT, GRADIENT, IN_PLACE = 0, 1, 2
+NO_GRADIENT, GRADIENT, IN_PLACE, KEPT = 0, 1, 2, 3
 
 
 def second_rows(x: Tensor, logits: Tensor) -> Tensor:
@@ -206,12 +216,15 @@ class Plan(NamedTuple):
     rows: Rows
     constants: tuple  # the last arguments of the kernel
     losses: Tensor  # like loss, ce and zipf
-    grad: Tensor
+    grad: Tensor  # KEPT: patches
     grad_scale: Tensor
     empty: bool  # no rows, and no mean or sum of them
 
     def results(self, logits: Tensor, gradient: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """loss, ce, zipf, grad and grad_scale, not yet written; empty_like has less to parse than empty."""
+        """loss, ce, zipf, grad or patches, and grad_scale, not yet written.
+
+        empty_like has less to parse than empty.
+        """
         empty = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
         grad = logits if gradient == IN_PLACE else empty(self.grad)
         return empty(self.losses), empty(self.losses), empty(self.losses), grad, empty(self.grad_scale)
@@ -224,17 +237,18 @@ def is_scaled(logits: Tensor, reduction: str, gradient: int) -> bool:
 
 def plan_of(
     kernel: triton.JITFunction, rows: Rows, constants: tuple, logits: Tensor, dtype: torch.dtype,
-    reduction: str, gradient: int,
+    reduction: str, gradient: int, patches: int = 0,
 ) -> Plan:  # fmt: skip
     """The plan of a loss, whose results but the gradient have the type ``dtype``."""
     N, C = logits.shape
+    grad = {GRADIENT: (N, C), KEPT: (N, patches)}.get(gradient, (0,))
     device = logits.device
     return Plan(
         Launch(kernel, (rows.programs, 1, 1), rows.warps, registers=rows.registers),
         rows,
         constants,
         template((N,) if reduction == "none" else (), dtype, device),
-        template((N, C) if gradient == GRADIENT else (0,), logits.dtype, device),
+        template(grad, logits.dtype, device),
         template(() if is_scaled(logits, reduction, gradient) else (0,), dtype, device),
         N == 0 and reduction == "none",
     )
@@ -247,23 +261,24 @@ def _plan(
     N, dtype = logits.shape[0], log_mass.dtype
     label = log_mass.dim() if zipf_weight != 0 else 0
     P = 0 if votes is None else votes.shape[1]
-    rows = cut_rows(logits, P, label, soft, weighted or label_smoothing > 0)
-    with_grad = gradient != NO_GRADIENT
+    rows = cut_rows(logits, P, label, soft, weighted or label_smoothing > 0, gradient == KEPT)
+    wanted = {NO_GRADIENT: NOT_WANTED, KEPT: loss_math.KEPT}.get(gradient, WRITTEN)
     scaled = is_scaled(logits, reduction, gradient)
     lanes = rows.R if rows.held else min(32 * rows.warps, rows.B // rows.V)
     totals = 0 if reduction != "mean" else 3 if soft else 1 if N <= loss_reduce.SCAN_ROWS else 2
     constants = (
         soft, ce_weight != 0, label, votes is not None, weighted, label_smoothing > 0, only_correct,
-        REDUCTIONS[reduction], totals, scaled, with_grad,
+        REDUCTIONS[reduction], totals, scaled, wanted.value,
         rows.P2, rows.sorted_, rows.V, rows.edges, rows.held, rows.R, rows.B, lanes,
     )  # fmt: skip
-    return plan_of(loss_fwd_kernel, rows, constants, logits, dtype, reduction, gradient)
+    patches = P if label == 1 else 0
+    return plan_of(loss_fwd_kernel, rows, constants, logits, dtype, reduction, gradient, patches)
 
 
 def _loss(
     gradient: int, logits: Tensor, target: Tensor, votes: Tensor | None, log_mass: Tensor,
     weight: Tensor | None, ce_weight: float, zipf_weight: float, label_smoothing: float, only_correct: bool,
-    ignore_index: int, reduction: str,
+    ignore_index: int, reduction: str, factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     logits = with_unit_stride(logits)
     soft = target.dim() == 2
@@ -321,7 +336,8 @@ def _loss(
             logits, rows.stride, target, target_stride, votes_or_target, votes_stride_n, votes_stride_p,
             log_mass, log_mass.shape[0], log_mass.stride(0), log_mass.stride(-1),
             weight_or_mass, correct, totals, partials,
-            loss, ce, zipf, grad, grad_scale, sums, counter, scratch,
+            loss, ce, zipf, grad, log_mass if factors is None else factors, grad,
+            grad_scale, sums, counter, scratch,
             N, C, P, rows.steps, ignore_index, ce_weight, zipf_weight, label_smoothing, *plan.constants,
         )  # fmt: skip
     return results
@@ -337,6 +353,26 @@ def loss_fwd(
         GRADIENT if with_grad else NO_GRADIENT, logits, target, votes, log_mass, weight,
         ce_weight, zipf_weight, label_smoothing, only_correct, ignore_index, reduction,
     )  # fmt: skip
+
+
+def loss_factors_fwd(
+    logits: Tensor, target: Tensor, votes: Tensor | None, log_mass: Tensor, weight: Tensor | None,
+    ce_weight: float, zipf_weight: float, label_smoothing: float, *options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See ops.FACTOR_SCHEMAS."""
+    if target.dim() != 1:
+        raise ValueError("target must be class indices, got probabilities")
+    if zipf_weight != 0 and (votes is None or log_mass.dim() != 1):
+        raise ValueError("votes must rank the classes, by which log_mass is a table")
+    if weight is not None and label_smoothing != 0:
+        raise ValueError(f"label_smoothing must be 0 beside weight, got {label_smoothing}")
+    C, P = logits.shape[1], 0 if votes is None else votes.shape[1]
+    if C * vote_tile(P)[0] >= 2**31:
+        raise ValueError(f"votes times classes must be below 2**31, got {P} and {C}")
+    args = (weight, ce_weight, zipf_weight, label_smoothing, *options)
+    factors = torch.empty((logits.shape[0], 4), dtype=log_mass.dtype, device=logits.device)
+    *parts, patches, grad_scale = _loss(KEPT, logits, target, votes, log_mass, *args, factors)
+    return *parts, factors, patches, grad_scale
 
 
 def loss_grad_(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,9 +8,11 @@ import triton.language as tl
 from .label import label_of_ranks, load_votes, rank_of_votes, votes_label
 from .loss_math import (
     DENSE_LABEL,
+    KEPT,
     MEAN,
     NO_LABEL,
     NONE,
+    NOT_WANTED,
     VOTES_LABEL,
     Base,
     Factors,
@@ -119,12 +121,12 @@ def class_target(logits, stride, target, target_stride, weight, row, row_ok, C, 
 @triton.jit
 def label_over_s(
     votes, votes_stride_n, votes_stride_p, log_mass, table_length, r, least, members, P, scratch,
-    R: tl.constexpr, P2: tl.constexpr, SORTED: tl.constexpr, o: tl.constexpr,
+    R: tl.constexpr, P2: tl.constexpr, SORTED: tl.constexpr, PLACES: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
     """votes_label over S: the classes but y, or the `members` classes (R,) whose probability is `least`."""
     if o.SOFT:
-        v, stands, count, rank, K, bad = rank_of_votes(
-            votes, votes_stride_n, votes_stride_p, r.row, r.ok, r.C, P, scratch, R, P2, SORTED
+        v, place, stands, count, rank, K, bad = rank_of_votes(
+            votes, votes_stride_n, votes_stride_p, r.row, r.ok, r.C, P, scratch, R, P2, SORTED, PLACES
         )
         t = tl.load(r.target + (r.row * r.target_stride)[:, None] + v, mask=stands, other=0)
         in_s = stands & (t == least[:, None])
@@ -132,11 +134,11 @@ def label_over_s(
         share = tl.where(in_s, tl.full(count.shape, 1, dtype) / tl.maximum(count, 1).to(dtype), 0.0)
         rest = members - (tl.sum(share, 1) + 0.5).to(tl.int32)  # each vote stands for 1/count of a class
         share, p, q, entropy = label_of_ranks(log_mass, table_length, in_s, count, rank, K, rest)
-        return v, share, p, q, entropy, rest, bad
+        return v, place, share, p, q, entropy, rest, bad
     else:
         return votes_label(
             votes, votes_stride_n, votes_stride_p, log_mass, table_length, r.row, r.ok, r.y, r.C, P, scratch,
-            R, P2, SORTED,
+            R, P2, SORTED, PLACES,
         )  # fmt: skip
 
 
@@ -257,7 +259,9 @@ def loss_fwd_kernel(
     loss,  # (1,) or, for NONE, (N,), type of log_mass
     ce,  # as loss
     zipf,  # as loss
-    grad,  # (N, C) type of logits; WITH_GRAD
+    grad,  # (N, C) type of logits; GRADIENT is WRITTEN
+    factors,  # (N, 4) type of log_mass; KEPT, as the next
+    patches,  # (N, P) type of logits
     grad_scale,  # (1,) type of log_mass; SCALED
     sums,  # (2, programs) scratch, type of log_mass; not NONE
     counter,  # (1,) int32, 0 before and after; not NONE
@@ -280,7 +284,7 @@ def loss_fwd_kernel(
     REDUCTION: tl.constexpr,
     TOTALS: tl.constexpr,
     SCALED: tl.constexpr,
-    WITH_GRAD: tl.constexpr,
+    GRADIENT: tl.constexpr,
     P2: tl.constexpr,
     SORTED: tl.constexpr,
     V: tl.constexpr,  # elements per 16 bytes, or 1 where rows of logits and gradient are not aligned alike
@@ -305,8 +309,14 @@ def loss_fwd_kernel(
     (loss_grad_): programs share no row, and a barrier stands between the reads of a group of rows, some of
     them by several threads, and its first store; after it a logit is read only to be overwritten by the same
     thread.
+
+    A gradient that is KEPT is not written, but what loss_factors_bwd_kernel makes it of: the factors of a row
+    (of what is added to z_c, of the exponential, the constant, and the gradient at the target), and the
+    gradient at the votes that stand for their class, NaN for the others. Not SOFT, not DENSE_LABEL, and not
+    both SMOOTH and HAS_WEIGHT.
     """
     D: tl.constexpr = log_mass.dtype.element_ty
+    KEEPS: tl.constexpr = GRADIENT == KEPT
     HAS_ZIPF: tl.constexpr = LABEL != NO_LABEL
     FIXED: tl.constexpr = not HELD and not SOFT and LABEL != DENSE_LABEL and tl.float64 != D
     o: tl.constexpr = Options(
@@ -328,9 +338,7 @@ def loss_fwd_kernel(
             target, target_stride, correct, weight, totals, partials, N, C, ignore_index,
             HAS_WEIGHT, ONLY_CORRECT, TOTALS, D,
         )  # fmt: skip
-        gc, gz = gradient_scales(
-            ce_scale, zipf_scale, ce_weight, zipf_weight, grad_scale, HAS_CE, SCALED and WITH_GRAD
-        )
+        gc, gz = gradient_scales(ce_scale, zipf_scale, ce_weight, zipf_weight, grad_scale, HAS_CE, SCALED)
     ce_sum = tl.zeros([R], D)
     zipf_sum = tl.zeros([R], D)
     if HELD:
@@ -362,9 +370,9 @@ def loss_fwd_kernel(
 
         # The label of a held row comes first where it can: later, more would live through it.
         if LABEL == VOTES_LABEL and LABEL_FIRST:
-            v, share, p_v, q, entropy, rest, bad_votes = label_over_s(
+            v, place, share, p_v, q, entropy, rest, bad_votes = label_over_s(
                 votes, votes_stride_n, votes_stride_p, log_mass, table_length, r, zy, ignored, P, scratch,
-                R, P2, SORTED, o,
+                R, P2, SORTED, KEEPS, o,
             )  # fmt: skip
 
         # Statistics.
@@ -404,9 +412,9 @@ def loss_fwd_kernel(
             members = tl.zeros([R], tl.int32) + (C - 1)
         if LABEL == VOTES_LABEL:
             if not LABEL_FIRST:
-                v, share, p_v, q, entropy, rest, bad_votes = label_over_s(
+                v, place, share, p_v, q, entropy, rest, bad_votes = label_over_s(
                     votes, votes_stride_n, votes_stride_p, log_mass, table_length, r, base.least, members, P,
-                    scratch, R, P2, SORTED, o,
+                    scratch, R, P2, SORTED, KEEPS, o,
                 )  # fmt: skip
             invalid |= bad_votes
             voted = row_ok[:, None] & (share > 0)
@@ -458,8 +466,9 @@ def loss_fwd_kernel(
         # The gradient. It may lie over the logits: a barrier ends all reads by all threads, but for those of
         # logits by the threads that overwrite them. The edges come first: what they need would live through
         # the loop.
-        if WITH_GRAD:
-            tl.debug_barrier()
+        if GRADIENT != NOT_WANTED:
+            if not KEEPS:
+                tl.debug_barrier()
             zero_grad = ignored
             if not HAS_CE:
                 zero_grad |= ~counted if HAS_ZIPF else row_ok
@@ -484,8 +493,8 @@ def loss_fwd_kernel(
                 some_invalid=some_invalid,
             )  # fmt: skip
             grad_start = row_vectors(row, C, C, V, EDGES)[1]
-            T: tl.constexpr = grad.dtype.element_ty
-            if EDGES:
+            T: tl.constexpr = logits.dtype.element_ty
+            if EDGES and not KEEPS:
                 edge = edges_of(r, V, o)
                 edge_e, edge_p = exponentials_again(edge, base, r, False, o)
                 edge_g = tile_gradient(edge, edge_e, edge_p, f, base.least, r, False, o)
@@ -493,7 +502,18 @@ def loss_fwd_kernel(
                 tl.store(grad + at, from_float(edge_g, T), mask=edge.inside)
             if LABEL == VOTES_LABEL:
                 gv = voted_gradient(zv, v, voted, p_v, base, f, r, o)
-            if HELD:
+            if KEEPS:
+                shift = tl.where(zero_grad, -float("inf"), infinity_to_zero(base.m))
+                at_row = factors + row * 4
+                tl.store(at_row, tl.where(invalid, float("nan"), shift), mask=row_ok)
+                tl.store(at_row + 1, k_s, mask=row_ok)
+                tl.store(at_row + 2, constant + f.target if SMOOTH and HAS_CE else constant, mask=row_ok)
+                tl.store(at_row + 3, at_target, mask=row_ok)
+                if LABEL == VOTES_LABEL:
+                    patch = tl.where(voted, gv, float("nan"))
+                    there = (place < P) & row_ok[:, None]
+                    tl.store(patches + (row * P)[:, None] + place, from_float(patch, T), mask=there)
+            elif HELD:
                 g = tile_gradient(tile, e, p, f, base.least, r, False, o)
                 tl.store(grad + of_rows(grad_start, o) + offset, from_float(g, T), mask=tile.inside)
             else:
@@ -508,11 +528,11 @@ def loss_fwd_kernel(
                     for i in range(0, whole):
                         first = (whole - 1 - i) * B
                         store_gradient(grad, grad_start, first + offset, r, f, base, True, o)
-            if LABEL == VOTES_LABEL or not SOFT:
+            if (LABEL == VOTES_LABEL or not SOFT) and not KEEPS:
                 tl.debug_barrier()
-            if not SOFT:
+            if not SOFT and not KEEPS:
                 tl.store(grad + row * C + y, from_float(at_target, T), mask=row_ok & ~f.invalid)
-            if LABEL == VOTES_LABEL:
+            if LABEL == VOTES_LABEL and not KEEPS:
                 at_votes = (row * C)[:, None] + v
                 tl.store(grad + at_votes, from_float(gv, T), mask=voted & ~f.invalid[:, None])
     if REDUCTION != NONE:

@@ -20,6 +20,7 @@ import triton.language as tl
 from .label import INTERPRETED
 
 NONE, SUM, MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # reduction
+NOT_WANTED, WRITTEN, KEPT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the gradient
 NO_LABEL, VOTES_LABEL, DENSE_LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOG2_E = tl.constexpr(1.44269502162933349609375)  # to float32
 LN_2 = tl.constexpr(0.6931471805599453)
