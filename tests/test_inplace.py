@@ -200,6 +200,21 @@ def test_rows_that_do_not_count(backend, device):
     assert case.logits[1:3].isnan().all()
 
 
+@pytest.mark.parametrize("P", [9, 49])
+def test_one_vote_patches_a_class(backend, device, P):
+    """Else threads would store different values, in no order."""
+    if backend not in ("cuda", "triton"):
+        pytest.skip("kept on GPUs alone")
+    case, table = make(5, 40, P, device=device), -torch.arange(1.0, 41, device=device).log()
+    options = (None, 1.0, 0.5, 0.0, False, -100, "mean")
+    *_, patches, _ = ops.OPERATORS["loss_factors_fwd", backend](*case, table, *options)
+    for y, votes, patch in zip(
+        case.target.tolist(), case.votes.tolist(), patches.isnan().tolist(), strict=True
+    ):
+        patched = [c for c, is_nan in zip(votes, patch, strict=True) if not is_nan and c != y]
+        assert sorted(patched) == sorted(set(votes) - {y})
+
+
 def test_what_has_no_factors_is_refused(backend, device):
     if backend not in ("cuda", "triton"):
         pytest.skip("kept on GPUs alone")
