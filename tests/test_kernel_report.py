@@ -42,7 +42,7 @@ def report(*arguments: str, plant: str = "") -> subprocess.CompletedProcess:
 KINDS = (  # a configuration of each kind, by the names of the cases
     "loss 256x1000 fp16 P=49", "loss 8192x21841 bf16 P=49", "loss 256x1000 bf16 P=320",
     "loss 32768x1000 bf16 P=49 totals", "soft 256x1000 fp16 P=49", "soft 8192x21841 bf16 P=49",
-    "soft 256x1000 bf16 P=320", "loss_bwd_ 256x1000 bf16 scalar", "loss 8192x21841 bf16 P=49 kept",
+    "soft 256x1000 bf16 P=320", "loss_bwd_ 256x1000 bf16 scalar", "loss 256x1000 bf16 P=49 kept",
     "loss_factors_bwd_ 256x997 bf16 P=49", "ranks 64x1000 P=49",
     "vote 12544x2048x10000 bf16",
 )  # fmt: skip

@@ -162,7 +162,7 @@ def has_factors(
 ) -> bool:
     """Whether a gradient over the logits comes from what forward keeps (ops.FACTOR_SCHEMAS).
 
-    It is not to be more than half of what a gradient would be.
+    What is kept for the votes is at most half of a gradient.
     """
     C = logits.shape[1]
     if target.dim() != 1 or (weight is not None and label_smoothing != 0):

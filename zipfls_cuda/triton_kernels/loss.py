@@ -367,7 +367,7 @@ def loss_factors_fwd(
     if weight is not None and label_smoothing != 0:
         raise ValueError(f"label_smoothing must be 0 beside weight, got {label_smoothing}")
     C, P = logits.shape[1], 0 if votes is None else votes.shape[1]
-    if C * vote_tile(P)[0] >= 2**31:
+    if zipf_weight != 0 and C * vote_tile(P)[0] >= 2**31:
         raise ValueError(f"votes times classes must be below 2**31, got {P} and {C}")
     args = (weight, ce_weight, zipf_weight, label_smoothing, *options)
     factors = torch.empty((logits.shape[0], 4), dtype=log_mass.dtype, device=logits.device)
