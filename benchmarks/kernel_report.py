@@ -248,6 +248,11 @@ def loss_cases(soft: bool) -> Iterator[Case]:
             yield loss_case(256, C, dtype, label="kept", kept=True)
     for P in (196, 320, 1024):
         yield loss_case(256, 10000, BF16, P, "kept", kept=True)
+    for label, options in (
+        ("kept, plain CE", {"zipf_weight": 0.0}),
+        ("kept, smoothed", {"label_smoothing": 0.1}),
+    ):
+        yield loss_case(4096, 10007, FP32, label=label, kept=True, **options)
     yield loss_case(4096, 100, label="kept", kept=True)
     yield loss_case(256, 1000, FP64, label="kept", kept=True)
     for C in (1000, loss_file.LONGEST_ROW, 10000, 131073):

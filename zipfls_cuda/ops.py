@@ -285,7 +285,7 @@ NATIVE: dict[Callable, Callable] = {
 }
 
 
-# Forward operators that keep_factors serves: (operator, device) -> (loss_factors_fwd, loss_factors_bwd_).
+# (forward operator, type of device) -> loss_factors_fwd and loss_factors_bwd_ of the same backend.
 KEEPING: dict[tuple[Callable, str], tuple[Callable, Callable]] = {
     (OPERATORS["loss_fwd", backend], device): tuple(OPERATORS[stage, backend] for stage in FACTOR_SCHEMAS)
     for backend, device in (("cuda", "cuda"), ("triton", "cuda"), ("triton", "cpu"))

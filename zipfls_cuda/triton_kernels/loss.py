@@ -77,7 +77,7 @@ ROW_TILES = {
 REGISTERS = {(True, 4096): 104, (False, 2048): 56}
 EDGED_REGISTERS = {(False, 2048): 56, (False, 4096): 104}  # where rows have edges
 DENSE_REGISTERS = {(True, 4096): 136}  # beside a mass for every class
-KEPT_REGISTERS = {(False, 2048): 64}  # where the gradient is kept
+KEPT_REGISTERS = (64, 72)  # where the gradient is kept, for tiles of 2048 elements; of rows with edges
 WIDE_KEPT_REGISTERS = {(True, 1024): 128, (False, 1024): 168}  # of float64
 SOFT_REGISTERS = 128  # beside a target of probabilities, held with 1024 votes
 # Where registers hold more than a float32 logit for a class: probabilities, masses, or float64; else (1, 4).
@@ -165,12 +165,12 @@ def cut_rows(logits: Tensor, P: int, label: int, soft: bool, weighted: bool, kep
         limit = DENSE_REGISTERS.get((held, B))
     elif kept and itemsize == 8:
         limit = WIDE_KEPT_REGISTERS.get((held, B))
+    elif kept and (held, B) == (False, 2048) and P2 <= 64:
+        limit = KEPT_REGISTERS[edges]
     elif wide or weighted or P2 > 64 or (held and edges):
         limit = None
     else:
         limit = (EDGED_REGISTERS if edges else REGISTERS).get((held, B))
-        if kept:
-            limit = KEPT_REGISTERS.get((held, B), limit)
     return Rows(held, B, R, warps, steps, programs, V, edges, stride, P2, sorted_, hashed, limit)
 
 

@@ -9,19 +9,10 @@ from torch import Tensor
 from .launch_cache import Launch, device_of, plan_cache, signature, store_plan
 from .loss import row_layout
 from .loss_kernel import load_edges, load_tile
-from .loss_math import (
-    LOG2_E,
-    Options,
-    folded,
-    from_float,
-    fused,
-    of_rows,
-    power_of_2,
-    row_vectors,
-)
+from .loss_math import LOG2_E, Options, folded, from_float, fused, of_rows, power_of_2, row_vectors
 
-PIECE, WARPS = 2048, 2  # elements of a program
-MOST_PATCHES = 512  # of all rows of a program, but where a row has more
+PIECE, WARPS = 2048, 2  # elements of a program: 32 a thread, 16-byte loads in flight for each
+PROGRAM_VOTES = 512  # of all rows of a program, but where a row has more: 1024 took 160 registers a thread
 
 
 @triton.jit
@@ -124,13 +115,13 @@ def in_piece(c, head, body, piece, C, B: tl.constexpr):
     return (c >= 0) & (c < C) & (tl.where(whole, j // B, 0) == piece)
 
 
-def _plan(logits: Tensor, grad_loss: Tensor, patches: Tensor, scaled: bool) -> tuple[Launch, tuple]:
+def _plan(logits: Tensor, patches: Tensor, scaled: bool) -> tuple[Launch, tuple]:
     """The launch, and what follows the tensors in its arguments."""
     (N, C), P = logits.shape, patches.shape[1]
     V, edges, _ = row_layout(logits)
     P2 = max(16, triton.next_power_of_2(P))
     B = min(PIECE, max(16, triton.next_power_of_2(C)))
-    R = max(1, min(PIECE // B, MOST_PATCHES // P2))
+    R = max(1, min(PIECE // B, PROGRAM_VOTES // P2))
     pieces = -(-C // B)
     launch = Launch(loss_factors_bwd_kernel, (-(-N // R) * pieces, 1, 1), WARPS)
     return launch, (N, C, P, pieces, scaled, P > 0, P2, V, edges, R, B)
@@ -151,7 +142,7 @@ def loss_factors_bwd_(
     votes = patches if votes is None else votes
     tensors = (logits, target, votes, factors, patches, grad_loss, grad_scale)
     key = ("loss_factors_bwd_", logits.device, *map(signature, tensors))
-    launch, constants = plan_cache.get(key) or store_plan(key, _plan(logits, grad_loss, patches, scaled))
+    launch, constants = plan_cache.get(key) or store_plan(key, _plan(logits, patches, scaled))
     if launch.grid[0] == 0:
         return
     upstream_stride = 0 if grad_loss.dim() == 0 else grad_loss.stride(0)

@@ -310,10 +310,9 @@ def loss_fwd_kernel(
     them by several threads, and its first store; after it a logit is read only to be overwritten by the same
     thread.
 
-    A gradient that is KEPT is not written, but what loss_factors_bwd_kernel makes it of: the factors of a row
-    (of what is added to z_c, of the exponential, the constant, and the gradient at the target), and the
-    gradient at the votes that stand for their class, NaN for the others. Not SOFT, not DENSE_LABEL, and not
-    both SMOOTH and HAS_WEIGHT.
+    A gradient that is KEPT is not written, but what loss_factors_bwd_kernel makes it of: of each row m, K1,
+    K2 (loss.py) and the gradient at the target; and the gradient at the votes that stand for their class,
+    NaN for the others. Not SOFT, not DENSE_LABEL, and not both SMOOTH and HAS_WEIGHT.
     """
     D: tl.constexpr = log_mass.dtype.element_ty
     KEEPS: tl.constexpr = GRADIENT == KEPT
