@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import multiprocessing
 import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
 @contextlib.contextmanager
@@ -18,6 +20,22 @@ def alone(path: Path):
     with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def one_process():
+    """A process group of this process alone.
+
+    What uses it must be gone before it ends, as with the frame of a function. DistributedDataParallel, where
+    it is the last to let go of the group, waits for gloo's threads without releasing the interpreter, for
+    which they may wait (https://github.com/pytorch/pytorch/issues/56297).
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def _rank(rank, function, args):

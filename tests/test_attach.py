@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import spawn
+from processes import one_process, spawn
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
@@ -1018,24 +1018,25 @@ def test_attach_dtypes(dtype):
 
 
 def test_attach_trains_under_ddp():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model, _ = tiny(deep=("stage1",))
-        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
-        optimizer = torch.optim.SGD(parallel.parameters(), 0.1)
-        loss, target, losses = zls.ZipfLoss(zipf_weight=0.1), torch.arange(4), []
-        for _ in range(6):
-            value = loss(parallel(X), target)
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            losses.append(value.item())
-        assert all(p.grad is not None for p in model.parameters())
-        assert losses[-1] < losses[0]
-        with pytest.raises(TypeError, match="attach first"):
-            zls.attach(parallel, **NAMES, example=X)
-    finally:
-        dist.destroy_process_group()
+    with one_process():
+        check_training_under_ddp()
+
+
+def check_training_under_ddp():
+    model, _ = tiny(deep=("stage1",))
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+    optimizer = torch.optim.SGD(parallel.parameters(), 0.1)
+    loss, target, losses = zls.ZipfLoss(zipf_weight=0.1), torch.arange(4), []
+    for _ in range(6):
+        value = loss(parallel(X), target)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert all(p.grad is not None for p in model.parameters())
+    assert losses[-1] < losses[0]
+    with pytest.raises(TypeError, match="attach first"):
+        zls.attach(parallel, **NAMES, example=X)
 
 
 def fsdp2_process(rank, processes, file):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import gc
@@ -13,8 +12,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from processes import one_process
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -584,36 +583,31 @@ def test_jit_script_says_what_to_do():
 # Wrappers -------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("deep", [(), ("stage1",)])
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
 def test_ddp(options, deep):
+    with one_process():
+        check_ddp(options, deep)
+
+
+def check_ddp(options, deep):
     net, _, criterion = attached(deep=deep)
     if "find_unused_parameters" in options:
         net.unused = nn.Linear(8, 8)
     twin, twins = copy.deepcopy((net, criterion))
-    with one_process():
-        parallel = DistributedDataParallel(net, **options)
-        for step in range(3):
-            x = batch(step)
-            for model, loss, module in ((parallel, criterion, net), (twin, twins, twin)):
-                out = model(x)
-                module.zero_grad()
-                (0.5 * loss(out, Y) + 0.5 * loss(out, Y.flip(0))).backward()
-                with torch.no_grad():
-                    loss(model(x), Y)  # a logged value
-                torch.optim.SGD(module.parameters(), 0.1).step()
-            for (name, p), q in zip(net.named_parameters(), twin.named_parameters(), strict=True):
-                torch.testing.assert_close(p, q[1], msg=name)
-                assert name.startswith("unused") or p.grad.any()
+    parallel = DistributedDataParallel(net, **options)
+    for step in range(3):
+        x = batch(step)
+        for model, loss, module in ((parallel, criterion, net), (twin, twins, twin)):
+            out = model(x)
+            module.zero_grad()
+            (0.5 * loss(out, Y) + 0.5 * loss(out, Y.flip(0))).backward()
+            with torch.no_grad():
+                loss(model(x), Y)  # a logged value
+            torch.optim.SGD(module.parameters(), 0.1).step()
+        for (name, p), q in zip(net.named_parameters(), twin.named_parameters(), strict=True):
+            torch.testing.assert_close(p, q[1], msg=name)
+            assert name.startswith("unused") or p.grad.any()
 
 
 def test_data_parallel_is_refused_by_name():
