@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -47,11 +48,12 @@ def check_equal(case, upstream=None, function=zls.zipf_cross_entropy, **options)
     What is made of factors is rounded once, after the upstream gradient is in it, not before and after.
     """
     loss, grad, _ = run(case, upstream, function, **options)
-    got = run(case, upstream, function, inplace=True, **options)
+    with mock.patch.object(autograd, "from_factors", wraps=autograd.from_factors) as made_of_factors:
+        got = run(case, upstream, function, inplace=True, **options)
     torch.testing.assert_close(got[0], loss, rtol=1e-6, atol=1e-6, equal_nan=True)
     assert got[1].data_ptr() == got[2].data_ptr() or not grad.numel()
     rtol, atol = 0.0, 0.0
-    if options.get("backend") in ("cuda", "triton") and grad.numel():
+    if made_of_factors.called and grad.numel():
         largest = grad.double().nan_to_num(0, 0, 0).abs().max().item()
         wide = torch.finfo(torch.float64 if grad.dtype == torch.float64 else torch.float32).eps
         rtol = 2 * torch.finfo(grad.dtype).eps
@@ -132,7 +134,8 @@ def test_keeps_nothing_of_the_logits_size(backend, device):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = zls.zipf_cross_entropy(logits, *case[1:], inplace=True, backend=backend)
     assert (logits.data_ptr(), logits.numel()) in saved
-    assert sum(n for at, n in saved if at != logits.data_ptr()) < 64 * 30
+    factors = ops.UNSERVED.get((backend, "loss_factors_fwd"), ()) is not None
+    assert sum(n for at, n in saved if at != logits.data_ptr()) < 64 * (24 if factors else 20)
     assert torch.equal(logits, case.logits), "nothing is written before backward"
     loss.backward()
     assert not torch.equal(logits, case.logits)
@@ -151,7 +154,8 @@ def test_keeps_nothing_of_the_logits_size(backend, device):
         (False, {"weight": torch.rand(40), "label_smoothing": 0.1}),
         (False, {"votes": torch.zeros(3, 21)}),
         (False, {"logits": torch.zeros(1, 1).expand(3, 4000), "votes": torch.zeros(3, 1025)}),
-        (False, {"logits": torch.zeros(1, 1).expand(3, 2**21 + 1)}),
+        (True, {"logits": torch.zeros(1, 1).expand(3, 2**21 - 1), "votes": torch.zeros(3, 1024)}),
+        (False, {"logits": torch.zeros(1, 1).expand(3, 2**21), "votes": torch.zeros(3, 1024)}),
     ],
 )
 def test_what_has_factors(expected, changes):
@@ -245,7 +249,7 @@ def test_peak_memory_on_a_gpu(backend, device):
         loss = zls.zipf_cross_entropy(logits, *case[1:], inplace=True, backend=backend)
         torch.autograd.grad(loss, logits)
         peak = torch.cuda.max_memory_allocated() - before
-    assert peak < 0.08 * logits.nbytes  # 49 + 8 elements a row of 1000, and sums
+    assert peak < 0.07 * logits.nbytes  # 49 + 8 elements a row of 1000, and sums
 
 
 def test_who_still_needs_the_logits_is_told(backend, device):

@@ -147,7 +147,7 @@ class Loss(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
-MOST_PATCHES, MOST_PATCHED_CLASSES = 1024, 2**21  # far beyond what is in use, and what kernels serve
+MOST_PATCHES, TOO_MANY_CLASSES = 1024, 2**21  # kernels serve less than 2**31 votes times classes
 
 
 def has_factors(
@@ -171,7 +171,7 @@ def has_factors(
         return True
     if votes is None or log_mass.dim() != 1:
         return False
-    return votes.shape[1] <= min(C // 2, MOST_PATCHES) and C <= MOST_PATCHED_CLASSES
+    return votes.shape[1] <= min(C // 2, MOST_PATCHES) and C < TOO_MANY_CLASSES
 
 
 InPlace = tuple[Callable, Callable]  # compute and overwrite of LossInPlace
